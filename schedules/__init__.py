@@ -1,0 +1,1 @@
+"""Search spaces: what MetaSchedule may decide about each kernel."""

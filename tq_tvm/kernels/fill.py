@@ -1,0 +1,200 @@
+r"""``fill``: rotate, quantise, pack and write new K and V rows into pages, in one launch.
+
+Equation
+    ``tq_tvm.spec``: y = x H / sqrt(D), then each codec's codes and scales, for the row of every
+    (token, KV head).
+
+Buffers
+    ============  ================================  ======  ==========================
+    name          shape                             dtype   use
+    ============  ================================  ======  ==========================
+    k, v          [T, HK, D], free token stride     dtype   in
+    k_cache       [P, PS, HK, D/2], free page str.  uint8   out, rows of new tokens only
+    v_cache       [P, PS, HK, D/4], free page str.  uint8   out
+    k_meta        [P, PS, HK, 2], free page stride  dtype   out
+    v_meta        [P, PS, HK, 1], free page stride  dtype   out
+    slot_mapping  [T]                               int64   in, ``fill_slots``
+    block_table   [B, MB]                           int32   in, ``fill_table``
+    seq_lens      [B], after the append             int32   in, ``fill_table``
+    q_start_loc   [B + 1], cumulative               int32   in, ``fill_table``
+    ============  ================================  ======  ==========================
+
+    Layout ``bhsd`` swaps PS and HK. ``fill_slots``: slot = page * PS + offset, negative = skip.
+    ``fill_table``: token t of sequence b sits at position
+    seq_lens[b] - (q_start_loc[b+1] - q_start_loc[b]) + (t - q_start_loc[b]).
+
+Static: format, D, HK, PS, dtype, layout. Dynamic: T >= 1, B, P, MB, lengths, strides.
+
+Tail
+    As in ``rotate``. Tokens past q_start_loc[B], and those before position 0, are skipped.
+
+Numerics
+    float32 throughout. A reciprocal of the norm replaces the division, so a value within float
+    rounding of a boundary may get the neighbouring code.
+
+Cost of one value (k4v2, D = 128, bf16)
+    2 bytes read, 0.4 written; about 7 additions to rotate, 10 operations to encode K, 6 for V.
+
+Blocks that schedules name: ``row`` > ``slot``, then for ``k`` and ``v``: ``load``, ``widen``,
+``stage*``, ``square``, ``norm``, ``inverse``, ``code``, ``residual_square``, ``residual_norm``
+(k), ``pack``, ``store``, ``scale``, ``meta``.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels import blocks, pages
+from tq_tvm.spec import CacheSpec, Codec
+
+__all__ = ["fill_slots", "fill_table"]
+
+
+def _emit_side(
+    prefix: str, spec: CacheSpec, codec: Codec, src, token, head, slot, cache, meta
+) -> None:
+    """Encode the row of one side and write it where ``slot`` says."""
+    d = spec.head_dim
+    scale = d**-0.5
+    index = pages.slot_row(spec, slot[0], head)
+
+    def valid():
+        return slot[0] >= T.int64(0)
+
+    row = blocks.load_row(prefix, src, lambda j: [token, head, j], d, spec.dtype)
+    row = blocks.hadamard(prefix, row, d)
+    length = blocks.norm(prefix, row, d, scale)
+    code, residual = blocks.code_and_residual(prefix, row, length, codec, d, scale)
+    packed = blocks.pack(prefix, code, codec, d)
+    blocks.store_bytes(prefix, packed, cache, index, codec, d, valid)
+    values = [length[0]] if residual is None else [length[0], residual[0] * T.float32(scale)]
+    blocks.store_meta(prefix, values, meta, index, spec.dtype, valid)
+
+
+def _emit_row(spec: CacheSpec, k, v, caches: pages.Caches, token, head, slot) -> None:
+    """Both sides of one (token, head)."""
+    fmt = spec.cache_format
+    _emit_side("k", spec, fmt.key, k, token, head, slot, caches.k_cache, caches.k_meta)
+    _emit_side("v", spec, fmt.value, v, token, head, slot, caches.v_cache, caches.v_meta)
+
+
+def fill_slots(
+    spec: CacheSpec, *, row_multiple: int, tokens: int | None = None, num_pages: int | None = None
+) -> PrimFunc:
+    """The TensorIR of ``fill`` by slot mapping; ``tokens`` and ``num_pages`` fix a search's shapes."""
+    d, dtype, hk = spec.head_dim, spec.dtype, spec.num_kv_heads
+
+    def emit(k, v, caches, slot_mapping, vr, total):
+        token = T.min(vr // hk, total - 1)
+        slot = I.sblock_alloc_buffer((1,), "int64")
+        value = T.Select(vr // hk < total, slot_mapping[token], T.int64(-1))
+        pages.store_slot(slot, value, [slot_mapping[token]])
+        _emit_row(spec, k, v, caches, token, vr % hk, slot)
+
+    @T.prim_func(s_tir=True)
+    def main(
+        k: T.handle,
+        v: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        slot_mapping: T.handle,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        if tokens is None:
+            n = T.int64()
+            p = T.int64()
+        else:
+            n = T.meta_var(T.int64(tokens))
+            p = T.meta_var(T.int64(num_pages))
+        k_rows = T.meta_var(pages.match_rows(k, n, hk, d, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, hk, d, dtype))
+        cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        SM = T.match_buffer(slot_mapping, (n,), "int64", align=8)
+        K = T.meta_var(k_rows.view())
+        V = T.meta_var(v_rows.view())
+        caches = T.meta_var(pages.view_caches(cache_args))
+        for i in T.serial(blocks.padded(n * hk, row_multiple)):
+            with T.sblock("row"):
+                vr = T.axis.spatial(blocks.padded(n * hk, row_multiple), i)
+                T.reads(pages.whole(K), pages.whole(V), pages.whole(SM))
+                T.writes(caches.regions())
+                emit(K, V, caches, SM, vr, n)
+
+    return main
+
+
+def fill_table(
+    spec: CacheSpec,
+    *,
+    row_multiple: int,
+    tokens: int | None = None,
+    num_pages: int | None = None,
+    batch: int | None = None,
+    table_width: int | None = None,
+) -> PrimFunc:
+    """The TensorIR of ``fill`` by block table; the sizes fix a search's shapes."""
+    d, dtype, hk = spec.head_dim, spec.dtype, spec.num_kv_heads
+
+    def emit(k, v, caches, table, lens, starts, vr, total, sequences):
+        token = T.min(vr // hk, total - 1)
+        found = blocks.find_sequence(starts, sequences, token)
+        slot = I.sblock_alloc_buffer((1,), "int64")
+        b = found[0]
+        position = lens[b] - starts[b + 1] + T.cast(token, "int32")
+        in_range = T.And(
+            T.And(vr // hk < total, T.cast(token, "int32") < starts[sequences]),
+            position >= 0,
+        )
+        value = T.if_then_else(
+            in_range, pages.page_slot(spec, table, b, position), T.int64(-1)
+        )
+        pages.store_slot(slot, value, [pages.whole(t) for t in (table, lens, starts)] + [found[0]])
+        _emit_row(spec, k, v, caches, token, vr % hk, slot)
+
+    @T.prim_func(s_tir=True)
+    def main(
+        k: T.handle,
+        v: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        q_start_loc: T.handle,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        if tokens is None:
+            n = T.int64()
+            p = T.int64()
+            b = T.int64()
+            w = T.int64()
+        else:
+            n = T.meta_var(T.int64(tokens))
+            p = T.meta_var(T.int64(num_pages))
+            b = T.meta_var(T.int64(batch))
+            w = T.meta_var(T.int64(table_width))
+        k_rows = T.meta_var(pages.match_rows(k, n, hk, d, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, hk, d, dtype))
+        cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
+        K = T.meta_var(k_rows.view())
+        V = T.meta_var(v_rows.view())
+        caches = T.meta_var(pages.view_caches(cache_args))
+        for i in T.serial(blocks.padded(n * hk, row_multiple)):
+            with T.sblock("row"):
+                vr = T.axis.spatial(blocks.padded(n * hk, row_multiple), i)
+                T.reads(
+                    pages.whole(K), pages.whole(V), pages.whole(BT), pages.whole(SL),
+                    pages.whole(QS),
+                )
+                T.writes(caches.regions())
+                emit(K, V, caches, BT, SL, QS, vr, n, b)
+
+    return main

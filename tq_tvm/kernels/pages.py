@@ -1,0 +1,131 @@
+"""The four cache tensors as kernel arguments, and where a token's rows are in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+
+from tq_tvm.spec import CacheSpec
+
+__all__ = [
+    "Caches",
+    "Strided",
+    "match_caches",
+    "match_rows",
+    "page_slot",
+    "row_index",
+    "slot_row",
+    "store_slot",
+    "view_caches",
+    "whole",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Caches:
+    """The matched buffers of ``k_cache``, ``v_cache``, ``k_meta`` and ``v_meta``."""
+
+    k_cache: Any
+    v_cache: Any
+    k_meta: Any
+    v_meta: Any
+
+    def regions(self) -> list:
+        """All four as whole regions, for a block whose page indices are data."""
+        return [whole(b) for b in (self.k_cache, self.v_cache, self.k_meta, self.v_meta)]
+
+
+def whole(buffer):
+    """The region that covers all of ``buffer``."""
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Strided:
+    """A matched argument with free strides, waiting to be viewed with strides of known alignment.
+
+    TVM splits a vector access whose address it cannot prove aligned, and knows nothing of a free
+    stride; the view's strides say what the caller guarantees. All arguments have to be matched
+    before the first view is declared.
+    """
+
+    buffer: Any
+    strides: list
+
+    def view(self):
+        """Declare the view."""
+        matched = self.buffer
+        return T.decl_buffer(
+            matched.shape,
+            matched.dtype,
+            data=matched.data,
+            strides=self.strides,
+            align=matched.data_alignment,
+        )
+
+
+def _strided(handle, shape: tuple, dtype: str, strides: list, align: int, unit: int) -> Strided:
+    """Match a handle whose strides are variables or constants; variables are multiples of unit."""
+    known = [s if isinstance(s, int) else s // unit * unit for s in strides]
+    buffer = T.match_buffer(handle, shape, dtype, strides=strides, align=align)
+    return Strided(buffer, known)
+
+
+def match_caches(spec: CacheSpec, handles: tuple, pages) -> list[Strided]:
+    """Match the cache handles: any page stride, compact inside a page.
+
+    Compact pages turn every address inside a page into one base and constants; a free page stride
+    admits views of one page buffer.
+    """
+    matched = []
+    for handle, (name, (shape, dtype)) in zip(handles, spec.tensor_shapes(1).items(), strict=True):
+        _, outer, inner, last = shape
+        # Rows of codes are read 16 bytes at a time; a pair of K scales as one word.
+        unit = 16 if dtype == "uint8" else (2 if name == "k_meta" else 1)
+        align = 16 if dtype == "uint8" else unit * (4 if dtype == "float32" else 2)
+        strides = [T.int64(), inner * last, last, 1]
+        matched.append(_strided(handle, (pages, outer, inner, last), dtype, strides, align, unit))
+    return matched
+
+
+def view_caches(matched: list[Strided]) -> Caches:
+    """Declare the views of `match_caches`."""
+    return Caches(*[m.view() for m in matched])
+
+
+def match_rows(
+    handle, tokens, heads: int, head_dim: int, dtype: str, *, free_heads: bool = False
+) -> Strided:
+    """Match rows ``[tokens, heads, D]`` with a free token stride (and, on request, head stride)."""
+    strides = [T.int64(), T.int64() if free_heads else head_dim, 1]
+    unit = 16 // (4 if dtype == "float32" else 2)
+    return _strided(handle, (tokens, heads, head_dim), dtype, strides, 16, unit)
+
+
+def row_index(spec: CacheSpec, page, offset, head):
+    """Indices of coordinate ``j`` of the row at ``offset`` of ``page``, as a function of ``j``."""
+    if spec.layout == "bshd":
+        return lambda j: [page, offset, head, j]
+    return lambda j: [page, head, offset, j]
+
+
+def slot_row(spec: CacheSpec, slot, head):
+    """`row_index` of a slot (page * PS + offset)."""
+    return row_index(spec, slot // spec.page_size, slot % spec.page_size, head)
+
+
+def page_slot(spec: CacheSpec, table, sequence, position):
+    """Slot of a position of a sequence, through the block table."""
+    page = T.cast(table[sequence, position // spec.page_size], "int64")
+    return page * spec.page_size + T.cast(position % spec.page_size, "int64")
+
+
+def store_slot(slot, value, reads: list) -> None:
+    """Block ``slot``: keep the slot of a row, which every later block of it addresses by."""
+    with I.sblock("slot"):
+        I.reads(*reads)
+        I.writes(slot[0])
+        I.buffer_store(slot, value, [0])
