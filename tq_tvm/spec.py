@@ -33,6 +33,7 @@ from tq_tvm.errors import UnsupportedSpecError
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "FUNCTIONS",
     "HEAD_DIMS",
     "K4V2",
     "LAYOUTS",
@@ -52,6 +53,16 @@ HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("bshd", "bhsd")
+
+FUNCTIONS = {
+    "rotate": "rotate",
+    "fill_slots": "fill",
+    "fill_table": "fill",
+    "flatten": "flatten",
+    "flatten_unrotated": "flatten",
+    "decode": "decode",
+}
+"""Functions of a library, each with the kernel that it is a form of."""
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _DTYPE_SLUG = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
