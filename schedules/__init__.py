@@ -1,1 +1,180 @@
-"""Search spaces: what MetaSchedule may decide about each kernel."""
+"""Search spaces: what MetaSchedule may decide about each kernel, and how decisions become code.
+
+``rotate``, ``fill`` and ``flatten`` are schedulable blocks: a trace found on a function of static
+shape is replayed on the dynamic function that ships. ``decode`` samples the parameters of its
+factory on an anchor function, and the factory makes the kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tvm
+from tvm.s_tir import Schedule, Trace
+from tvm.tirx import PrimFunc
+
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.kernels import FUNCTIONS
+from tq_tvm.kernels.decode import decode as decode_kernel
+from tq_tvm.kernels.fill import fill_slots, fill_table
+from tq_tvm.kernels.flatten import flatten as flatten_kernel
+from tq_tvm.kernels.rotate import rotate as rotate_kernel
+from tq_tvm.schedules import decode, fill, flatten, rotate
+from tq_tvm.schedules.decisions import fixed, sampled
+from tq_tvm.schedules.rows import ROW_MULTIPLE
+from tq_tvm.spec import CacheSpec
+
+__all__ = [
+    "Instance",
+    "candidate",
+    "default",
+    "instantiate",
+    "search_module",
+    "space",
+    "unscheduled",
+]
+
+_SPACES: dict[str, Any] = {"rotate": rotate, "fill": fill, "flatten": flatten, "decode": decode}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """A kernel ready to compile, and the decisions in it."""
+
+    func: PrimFunc
+    config: dict[str, int]
+    launch: dict[str, int]
+    tuned: bool
+
+
+def unscheduled(
+    function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None = None
+) -> PrimFunc:
+    """The TensorIR of a row kernel before any schedule; ``shape`` fixes its sizes."""
+    sizes: dict[str, Any] = {"row_multiple": ROW_MULTIPLE[kind], **(shape or {})}
+    if "pages" in sizes:
+        sizes["num_pages"] = sizes.pop("pages")
+    if function == "rotate":
+        return rotate_kernel(spec, **sizes)
+    if function == "fill_slots":
+        return fill_slots(spec, **sizes)
+    if function == "fill_table":
+        return fill_table(spec, **sizes)
+    if function in ("flatten", "flatten_unrotated"):
+        return flatten_kernel(spec, unrotated=function == "flatten_unrotated", **sizes)
+    raise UnsupportedSpecError(
+        f"unscheduled: function must be one of {', '.join(FUNCTIONS)} but decode, got {function!r}"
+    )
+
+
+def _identity(function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None) -> str:
+    sizes = ",".join(f"{k}={v}" for k, v in sorted((shape or {}).items()))
+    return f"{function}/{kind}/{spec.label}/{sizes}"
+
+
+def search_module(
+    function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None
+) -> tvm.IRModule:
+    """What MetaSchedule searches: the function with static sizes, or an anchor that stands for it."""
+    if function == "decode":
+        func = decode.anchor(_identity(function, spec, kind, shape))
+    else:
+        func = unscheduled(function, spec, kind, shape)
+    return tvm.IRModule({"main": func})
+
+
+def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], None]:
+    """The search space of a function: samples every decision."""
+
+    def apply(sch: Schedule) -> None:
+        _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, sampled(sch))
+
+    return apply
+
+
+def default(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], None]:
+    """Hand-picked decisions, correct on every supported target."""
+    module = _SPACES[FUNCTIONS[function]]
+
+    def apply(sch: Schedule) -> None:
+        module.apply(sch, function, spec, kind, fixed(module.DEFAULTS[kind]))
+
+    return apply
+
+
+def candidate(mod: tvm.IRModule) -> tvm.IRModule:
+    """What to compile for a scheduled `search_module`: itself, or the kernel of an anchor.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        The anchor's decisions exclude each other.
+    """
+    (func,) = mod.functions.values()
+    identity = (func.attrs or {}).get("tq_tvm.anchor")
+    if identity is None:
+        return mod
+    function, kind, label, _ = str(identity).split("/")
+    spec = CacheSpec.parse(label)
+    config = decode.decisions(Schedule(mod))
+    reason = decode.rejected(spec, kind, config)
+    if reason is not None:
+        raise UnsupportedSpecError(f"{function}: decisions {config} must be feasible: {reason}")
+    return tvm.IRModule({"main": decode_kernel(spec, kind, config)})
+
+
+def _trace_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+    """Names and values of a trace's sampled decisions."""
+    names: list[tuple[str, Any]] = []
+
+    def record(name: str, options: Any) -> int:
+        names.append((name, options))
+        return options[0]
+
+    probe = Schedule(search_module(function, spec, kind, None))
+    _SPACES[FUNCTIONS[function]].apply(probe, function, spec, kind, record)
+    picked = [int(v) for i, v in trace.decisions.items() if i.kind.name == "SampleCategorical"]
+    return {n: int(options[i]) for (n, options), i in zip(names, picked, strict=True)}
+
+
+def instantiate(
+    function: str,
+    spec: CacheSpec,
+    kind: str,
+    trace: Trace | None,
+    shape: dict[str, int] | None = None,
+    symbol: str = "main",
+) -> Instance:
+    """Turn decisions into a kernel: a record's trace, or the defaults where ``trace`` is None.
+
+    With ``shape`` None the result is the dynamic function that ships.
+    """
+    sch = Schedule(search_module(function, spec, kind, shape))
+    module = _SPACES[FUNCTIONS[function]]
+    if trace is None:
+        default(function, spec, kind)(sch)
+    else:
+        trace.apply_to_schedule(sch, remove_postproc=True)
+    if function == "decode":
+        config = decode.decisions(sch)
+        func = decode_kernel(spec, kind, config)
+        launch = decode.launch(spec, kind, config)
+    else:
+        func = sch.mod["main"]
+        launch = {}
+        if trace is None:
+            offered: dict[str, int] = {}
+            pick = fixed(module.DEFAULTS[kind])
+
+            def record(name: str, options: Any) -> Any:
+                offered[name] = int(pick(name, options))  # type: ignore[call-overload]
+                return offered[name]
+
+            probe = Schedule(search_module(function, spec, kind, shape))
+            module.apply(probe, function, spec, kind, record)
+            config = offered
+        else:
+            config = _trace_config(trace, function, spec, kind)
+    return Instance(func.with_attr("global_symbol", symbol), config, launch, trace is not None)

@@ -71,7 +71,6 @@ class DecodeConfig:
     depth: int
     min_ctas: int
     query_in_shared: int
-    waves: int
 
 
 def shared_bytes(config: DecodeConfig, head_dim: int) -> int:

@@ -1,0 +1,114 @@
+"""The search space of ``decode``: parameters of the kernel's factory, sampled on an anchor.
+
+================  ==================================================================
+decision (CUDA)   what it trades
+================  ==================================================================
+warps             tokens of a split walk through a CTA in parallel, against the
+                  merge at its end and the shared memory that it takes
+tile              tokens a warp handles at a time: fewer page look-ups, maxima and
+                  votes a token, against registers
+depth             tiles fetched ahead: latency hidden, against registers
+min_ctas          CTAs an SM must hold, so the compiler's register cap: occupancy
+                  against spills
+query_in_shared   query fragments in shared memory instead of registers
+================  ==================================================================
+
+================  ==================================================================
+decision (CPU)    what it trades
+================  ==================================================================
+tile              tokens between two updates of the softmax state: fewer rescales,
+                  against cache footprint
+vector            SIMD width of decoding and of the products
+unroll            the loop over the group's heads unrolled: code size against reuse
+                  of a decoded row in registers
+================  ==================================================================
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.s_tir import Schedule
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels.decode_cuda import DecodeConfig, shared_bytes
+from tq_tvm.schedules.decisions import Decide
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["DEFAULTS", "OPTIONS", "anchor", "apply", "launch", "rejected"]
+
+OPTIONS = {
+    "cuda": {
+        "warps": [2, 4, 8],
+        "tile": [32, 64],
+        "depth": [0, 1],
+        "min_ctas": [1, 2, 3, 4],
+        "query_in_shared": [0, 1],
+    },
+    "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1]},
+}
+
+DEFAULTS = {
+    "cuda": {"warps": 4, "tile": 32, "depth": 0, "min_ctas": 2, "query_in_shared": 1},
+    "llvm": {"tile": 32, "vector": 16, "unroll": 0},
+}
+
+_BLOCK = "decisions"
+_PREFIX = "tq_"
+_STATIC_SHARED = 48 * 1024
+
+
+def anchor(identity: str) -> PrimFunc:
+    """A function that stands for one workload; its block carries the sampled decisions.
+
+    ``identity`` (function, kind, spec and sizes) makes anchors of different workloads different.
+    """
+
+    @T.prim_func(s_tir=True)
+    def main(a: T.Buffer((1,), "float32")):
+        T.func_attr({"tq_tvm.anchor": identity})
+        with T.sblock("decisions"):
+            T.reads()
+            T.writes(a[0])
+            a[0] = T.float32(0)
+
+    return main
+
+
+def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
+    """Write every decision onto the anchor's block."""
+    block = sch.get_sblock(_BLOCK)
+    for name, options in OPTIONS[kind].items():
+        sch.annotate(block, _PREFIX + name, decide(name, options))
+
+
+def decisions(sch: Schedule) -> dict[str, int]:
+    """Read the decisions back."""
+    annotations = sch.get(sch.get_sblock(_BLOCK)).annotations
+    return {k.removeprefix(_PREFIX): int(v) for k, v in annotations.items() if k.startswith(_PREFIX)}
+
+
+def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
+    """Why a point of the space is not worth compiling, or None."""
+    if kind != "cuda":
+        return None
+    used = shared_bytes(DecodeConfig(**config), spec.head_dim)
+    if used > _STATIC_SHARED:
+        return f"{used} bytes of shared memory exceed {_STATIC_SHARED}"
+    if config["warps"] * config["min_ctas"] > 24:
+        return "fewer than 85 registers a thread"
+    return None
+
+
+def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:
+    """What the caller needs to choose a number of splits.
+
+    ``ctas_per_sm`` CTAs are resident at once; a split shorter than ``min_tokens`` costs more in
+    merging than it gains in parallelism (measured on an H200: 1 x 8192 takes 17 us with 16 splits
+    of 512 tokens and 24 us with 48).
+    """
+    if kind != "cuda":
+        return {"ctas_per_sm": 1, "min_tokens": 256}
+    return {
+        "ctas_per_sm": config["min_ctas"],
+        "min_tokens": max(512, config["warps"] * config["tile"]),
+    }

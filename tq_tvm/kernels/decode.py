@@ -1,0 +1,60 @@
+r"""``decode``: attention of one new token a sequence over its packed pages.
+
+Equation
+    q' = q H / sqrt(D), k and v the dequantised rows (``tq_tvm.spec``), still rotated::
+
+        out = (softmax(sm_scale q' k^T) v) H / sqrt(D)
+
+    computed as online softmax over splits of the context, each of which leaves m = max of the
+    logits (in units of log2), l = sum 2^(logit - m) and o = sum 2^(logit - m) v; then merged.
+
+Buffers
+    ===========  ========================================  =======  =====================
+    name         shape                                     dtype    use
+    ===========  ========================================  =======  =====================
+    q            [B, HQ, D]                                dtype    in
+    k_cache      [P, PS, HK, D/2], free page stride        uint8    in
+    v_cache      [P, PS, HK, D/4], free page stride        uint8    in
+    k_meta       [P, PS, HK, 2], free page stride          dtype    in
+    v_meta       [P, PS, HK, 1], free page stride          dtype    in
+    block_table  [B, MB]                                   int32    in
+    seq_lens     [B]                                       int32    in
+    workspace    [W], W >= B HQ num_splits (D + 2)         float32  scratch: o, then (m, l)
+    out          [B, HQ, D]                                dtype    out
+    num_splits   scalar                                    int32    in
+    sm_scale     scalar                                    float32  in
+    ===========  ========================================  =======  =====================
+
+Static: format, D, HQ, HK, PS, dtype, layout. Dynamic: B, P, MB, lengths, strides, splits.
+
+Tail
+    Tokens past a sequence's end are masked, scales included. An empty sequence gives zeros.
+
+Numerics
+    float32 softmax and sums. On a GPU K, its centroids and q enter integer products with 16 bits,
+    weights and V's levels are halves: the error is that of rounding the output.
+
+Cost of one token and KV head (k4v2, D = 128): 102 bytes read; see ``decode_cuda`` for operations.
+
+The structure carries a softmax state from tile to tile, so its decisions are parameters of a
+factory: a search samples them on an anchor function (``schedules/decode.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels.decode_cpu import DecodeCpuConfig, decode_cpu
+from tq_tvm.kernels.decode_cuda import DecodeConfig, decode_cuda
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["decode"]
+
+
+def decode(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
+    """The TensorIR of ``decode`` for a target kind and one value of each decision."""
+    if kind == "cuda":
+        return decode_cuda(spec, DecodeConfig(**decisions))
+    return decode_cpu(spec, DecodeCpuConfig(**decisions))
