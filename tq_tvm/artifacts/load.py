@@ -1,0 +1,202 @@
+"""Load the compiled variants of a kernel function, once a process.
+
+Only apache-tvm-ffi and the driver are needed; the compiler is not imported.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import dataclasses
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm_ffi
+
+from tq_tvm import env, targets
+from tq_tvm.artifacts.locate import locate
+from tq_tvm.artifacts.manifest import LIBRARY_NAME, Manifest
+from tq_tvm.artifacts.verify import verify_file
+from tq_tvm.errors import ArtifactCorruptError
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["LoadedFunction", "LoadedVariant", "clear_cache", "load"]
+
+_log = logging.getLogger("tq_tvm")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedVariant:
+    """One variant, ready to be called; the other fields are those of its manifest entry."""
+
+    call: Callable[..., None]
+    symbol: str
+    size: int
+    tuned: bool
+    workload: str | None
+    us: float | None
+    config: Mapping[str, int]
+    launch: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedFunction:
+    """All variants of a function, by size, and where they come from.
+
+    Parameters
+    ----------
+    variants
+        In ascending order of ``size``.
+    directory, manifest
+        The library.
+    processors
+        What runs in parallel on the device: multiprocessors of a GPU, threads of the CPU kernels.
+    """
+
+    function: str
+    variants: tuple[LoadedVariant, ...]
+    directory: Path
+    manifest: Manifest
+    processors: int
+
+    def nearest(self, size: int) -> LoadedVariant:
+        """The variant tuned nearest to ``size``, in log(size)."""
+        # Halfway between two sizes in logarithms is their geometric mean.
+        middles = [
+            math.sqrt(a.size * b.size)
+            for a, b in zip(self.variants, self.variants[1:], strict=False)
+        ]
+        return self.variants[bisect.bisect_left(middles, size)]
+
+
+_lock = threading.RLock()
+_functions: dict[tuple[str, CacheSpec, torch.device], LoadedFunction] = {}
+_modules: dict[tuple[Path, str], Any] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunction:
+    """The variants of a kernel function for a spec on a device.
+
+    The search, the check of the digest and the load happen at the first call with these arguments;
+    do that before a CUDA graph is captured.
+
+    Parameters
+    ----------
+    function
+        ``rotate``, ``fill_slots``, ``fill_table``, ``flatten``, ``flatten_unrotated``, ``decode``.
+    spec
+        Its specialisation.
+    device
+        Where the tensors are.
+
+    Raises
+    ------
+    ArtifactNotFoundError
+        No library serves it; the message lists every candidate with the reason.
+    ArtifactCorruptError
+        The library is not the one that its manifest describes.
+    UnsupportedSpecError
+        The device is neither an NVIDIA GPU nor a CPU.
+    """
+    key = (function, spec, device)
+    loaded = _functions.get(key)
+    if loaded is None:
+        with _lock:
+            loaded = _functions.get(key)
+            if loaded is None:
+                loaded = _functions[key] = _load(function, spec, device)
+    return loaded
+
+
+def clear_cache() -> None:
+    """Forget what was loaded, so that the search path is read again; libraries stay mapped."""
+    with _lock:
+        _functions.clear()
+
+
+def _load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunction:
+    target = targets.detect(device)
+    directory, manifest = locate(function, spec, target)
+    _warn_if_other_gpu(manifest.target, target)
+    module = _load_module(directory, manifest)
+    variants = []
+    for variant in sorted(manifest.functions[function], key=lambda v: v.size):
+        try:
+            call = module[variant.symbol]
+        except AttributeError as error:
+            raise ArtifactCorruptError(
+                f"load: {directory / LIBRARY_NAME} must have the symbol {variant.symbol}, got none; "
+                f"run `{manifest.build_command}` to build it again"
+            ) from error
+        variants.append(
+            LoadedVariant(
+                call=call,
+                symbol=variant.symbol,
+                size=variant.size,
+                tuned=variant.tuned,
+                workload=variant.workload,
+                us=variant.us,
+                config=variant.config,
+                launch=variant.launch,
+            )
+        )
+    _log.info("%s of %s on %s: %s", function, spec.label, device, directory)
+    return LoadedFunction(function, tuple(variants), directory, manifest, _processors(device))
+
+
+def _load_module(directory: Path, manifest: Manifest) -> Any:
+    path, record = directory / LIBRARY_NAME, manifest.files[LIBRARY_NAME]
+    key = (path.resolve(), record.sha256)
+    module = _modules.get(key)
+    if module is None:
+        for name, other in manifest.files.items():
+            verify_file(directory / name, other, manifest.build_command)
+        try:
+            module = tvm_ffi.load_module(str(path))
+        except Exception as error:
+            raise ArtifactCorruptError(
+                f"load: {path} must be a library of this platform, got: {error}; "
+                f"run `{manifest.build_command}` to build it again"
+            ) from error
+        if manifest.target.kind == "llvm":
+            _set_threads(path)
+        _modules[key] = module
+    return module
+
+
+def _set_threads(path: Path) -> None:
+    """Size the thread pool of a CPU library; one without parallel loops has none."""
+    set_num_threads = getattr(ctypes.CDLL(str(path)), "tq_tvm_set_num_threads", None)
+    if set_num_threads is not None:
+        set_num_threads(ctypes.c_int(_cpu_threads()))
+
+
+def _cpu_threads() -> int:
+    return env.num_threads() or torch.get_num_threads()
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _cpu_threads()
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _warn_if_other_gpu(target: targets.TargetInfo, device: targets.TargetInfo) -> None:
+    pair = (target.name, device.name)
+    if target.kind != "cuda" or target.name == device.name or pair in _warned:
+        return
+    _warned.add(pair)
+    _log.warning(
+        "Kernels tuned on %s run on %s, of the same architecture (%s); "
+        "`tq-tvm tune --target %s` finds better ones.",
+        target.name,
+        device.name,
+        device.arch,
+        device.name,
+    )

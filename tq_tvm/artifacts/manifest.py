@@ -1,0 +1,184 @@
+"""``manifest.json``: what one library says about itself.
+
+A library is a directory ``<root>/<target name>/<spec label>`` with a ``manifest.json`` and the
+files that it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from tq_tvm.errors import ArtifactCorruptError
+from tq_tvm.spec import CacheSpec
+from tq_tvm.targets import TargetInfo
+
+__all__ = [
+    "FORMAT",
+    "LIBRARY_NAME",
+    "MANIFEST_NAME",
+    "FileRecord",
+    "Manifest",
+    "Variant",
+    "build_command",
+]
+
+FORMAT = 1
+"""Version of the manifest's fields; a library with a newer one is not loaded."""
+
+MANIFEST_NAME = "manifest.json"
+LIBRARY_NAME = "kernels.so"
+
+
+def build_command(target: str, spec: str) -> str:
+    """The command that builds the library of a target name and a spec label."""
+    return f"tq-tvm build --target {target} --spec {spec}"
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """Digest and size of one file of a library."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """The record of an existing file."""
+        data = path.read_bytes()
+        return cls(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """One compiled kernel of a function, and the decisions that it was compiled with.
+
+    Parameters
+    ----------
+    symbol
+        Name in the library.
+    size
+        Problem size that it was tuned at; a call takes the variant nearest in log(size).
+    tuned
+        Whether ``config`` comes from a tuning record, not from the default schedule.
+    workload
+        Label of the tuned workload.
+    us
+        Time that the record was kept for, in microseconds.
+    config
+        Decisions, by name.
+    launch
+        Numbers that the caller needs to choose scalar arguments.
+    """
+
+    symbol: str
+    size: int
+    tuned: bool
+    workload: str | None = None
+    us: float | None = None
+    config: dict[str, int] = {}
+    launch: dict[str, int] = {}
+
+
+class _Header(msgspec.Struct, frozen=True):
+    format: int
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """Everything in ``manifest.json``.
+
+    Parameters
+    ----------
+    spec
+        Label of the `CacheSpec` that the kernels are specialised for.
+    target
+        Device that they are compiled for.
+    files
+        Digest and size of each file beside the manifest, by name.
+    functions
+        Variants of each kernel function, by name.
+    versions, flags
+        What compiled the library, and how.
+    format
+        Version of these fields.
+    """
+
+    spec: str
+    target: TargetInfo
+    files: dict[str, FileRecord]
+    functions: dict[str, list[Variant]]
+    versions: dict[str, str] = {}
+    flags: list[str] = []
+    format: int = FORMAT
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """The spec that ``spec`` names."""
+        return CacheSpec.parse(self.spec)
+
+    @property
+    def build_command(self) -> str:
+        """The command that builds this library again."""
+        return build_command(self.target.name, self.spec)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(tuned variants, all variants) of each function."""
+        return {
+            name: (sum(v.tuned for v in variants), len(variants))
+            for name, variants in self.functions.items()
+        }
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read the manifest in ``directory``.
+
+        Raises
+        ------
+        ArtifactCorruptError
+            The manifest is missing, malformed, or of a newer format.
+        """
+        path = directory / MANIFEST_NAME
+        command = build_command(directory.parent.name, directory.name)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ArtifactCorruptError(
+                f"manifest: {path} must be a readable file, got {error.strerror}; run `{command}`"
+            ) from error
+        try:
+            version = msgspec.json.decode(data, type=_Header).format
+            if version != FORMAT:
+                raise ArtifactCorruptError(
+                    f"manifest: format of {path} must be {FORMAT}, got {version}; update tq_tvm, "
+                    f"or run `{command}` to build the library with this version"
+                )
+            manifest = msgspec.json.decode(data, type=cls)
+            manifest._check(directory)
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+            raise ArtifactCorruptError(
+                f"manifest: {path} must be a manifest of format {FORMAT}, got {error}; "
+                f"run `{command}`"
+            ) from error
+        return manifest
+
+    def write(self, directory: Path) -> Path:
+        """Write ``manifest.json`` into ``directory`` in one step, and return its path."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / MANIFEST_NAME
+        partial = path.with_name(f".{MANIFEST_NAME}.{os.getpid()}")
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+        partial.replace(path)
+        return path
+
+    def _check(self, directory: Path) -> None:
+        """What the types alone do not say, as a ValueError."""
+        CacheSpec.parse(self.spec)
+        for name in self.files:
+            if name != Path(name).name:
+                raise ValueError(f"the file name {name!r}, which is a path")
+        if LIBRARY_NAME not in self.files:
+            raise ValueError(f"no digest of {LIBRARY_NAME}")
+        for name, variants in self.functions.items():
+            if not variants or any(v.size < 1 for v in variants):
+                raise ValueError(f"no variant, or one without a size, of function {name!r}")

@@ -1,0 +1,105 @@
+"""Environment variables and the directories they choose: the only reader of ``os.environ``.
+
+Every function reads the environment when it is called.
+
+==========================  =======================================================================
+variable                    meaning
+==========================  =======================================================================
+``TQ_TVM_ARTIFACT_DIR``     directories of libraries (``os.pathsep`` between them); if set, no other
+                            place is searched
+``TQ_TVM_CACHE_DIR``        where files of this user go, instead of the platform's cache directory
+``TQ_TVM_NUM_THREADS``      threads of the CPU kernels, instead of torch's number
+``TQ_TVM_LOG_LEVEL``        level of the ``tq_tvm`` logger: DEBUG, INFO, WARNING (default) or ERROR
+==========================  =======================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from tq_tvm._version import __version__
+from tq_tvm.errors import ArgumentValueError
+
+__all__ = [
+    "LOG_LEVELS",
+    "artifact_dirs",
+    "cache_dir",
+    "log_level",
+    "num_threads",
+    "prebuilt_dir",
+    "user_artifact_dir",
+]
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def cache_dir() -> Path:
+    """Directory of everything that this package writes for the current user."""
+    chosen = os.environ.get("TQ_TVM_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("tq_tvm"))
+
+
+def prebuilt_dir() -> Path:
+    """Directory of the libraries that come inside the package; a wheel may have none."""
+    return Path(__file__).parent / "artifacts" / "prebuilt"
+
+
+def user_artifact_dir() -> Path:
+    """Where libraries built on this machine go: of one version of the package only.
+
+    The first directory of ``TQ_TVM_ARTIFACT_DIR`` if it is set, so that what is built is found.
+    """
+    chosen = _chosen_artifact_dirs()
+    return chosen[0] if chosen else cache_dir() / "artifacts" / __version__
+
+
+def artifact_dirs() -> tuple[Path, ...]:
+    """Every directory that is searched for libraries, in order."""
+    chosen = _chosen_artifact_dirs()
+    if chosen:
+        return chosen
+    prebuilt = prebuilt_dir()
+    return (*((prebuilt,) if prebuilt.is_dir() else ()), user_artifact_dir())
+
+
+def num_threads() -> int | None:
+    """Threads of the CPU kernels; None leaves the choice to the caller.
+
+    Raises
+    ------
+    ArgumentValueError
+        ``TQ_TVM_NUM_THREADS`` is not a positive integer.
+    """
+    text = os.environ.get("TQ_TVM_NUM_THREADS")
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentValueError(
+            f"env: TQ_TVM_NUM_THREADS must be a positive integer, got {text!r}; correct or unset it"
+        )
+    return int(text)
+
+
+def log_level() -> str:
+    """Level of the ``tq_tvm`` logger, one of `LOG_LEVELS`.
+
+    Raises
+    ------
+    ArgumentValueError
+        ``TQ_TVM_LOG_LEVEL`` names no level.
+    """
+    level = os.environ.get("TQ_TVM_LOG_LEVEL", "WARNING").upper()
+    if level not in LOG_LEVELS:
+        raise ArgumentValueError(
+            f"env: TQ_TVM_LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}, got {level!r}; "
+            "correct or unset it"
+        )
+    return level
+
+
+def _chosen_artifact_dirs() -> tuple[Path, ...]:
+    text = os.environ.get("TQ_TVM_ARTIFACT_DIR", "")
+    return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)

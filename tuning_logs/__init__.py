@@ -1,0 +1,1 @@
+"""Committed tuning records, one folder a target: ``<target>/<kernel>/``, as package data."""
