@@ -29,6 +29,7 @@ from tq_tvm.spec import CacheSpec
 __all__ = [
     "Instance",
     "candidate",
+    "candidate_launch",
     "default",
     "instantiate",
     "search_module",
@@ -104,6 +105,22 @@ def default(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], N
     return apply
 
 
+def _anchored(mod: tvm.IRModule) -> tuple[str, CacheSpec, dict[str, int]] | None:
+    """Kind, spec and decisions of a scheduled anchor; None for any other function."""
+    (func,) = mod.functions.values()
+    identity = (func.attrs or {}).get("tq_tvm.anchor")
+    if identity is None:
+        return None
+    _, kind, label, _ = str(identity).split("/")
+    return kind, CacheSpec.parse(label), decode.decisions(Schedule(mod))
+
+
+def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
+    """Launch numbers of a `candidate`, see ``tq_tvm.splits``."""
+    anchored = _anchored(mod)
+    return {} if anchored is None else decode.launch(*anchored)
+
+
 def candidate(mod: tvm.IRModule) -> tvm.IRModule:
     """What to compile for a scheduled `search_module`: itself, or the kernel of an anchor.
 
@@ -112,16 +129,13 @@ def candidate(mod: tvm.IRModule) -> tvm.IRModule:
     UnsupportedSpecError
         The anchor's decisions exclude each other.
     """
-    (func,) = mod.functions.values()
-    identity = (func.attrs or {}).get("tq_tvm.anchor")
-    if identity is None:
+    anchored = _anchored(mod)
+    if anchored is None:
         return mod
-    function, kind, label, _ = str(identity).split("/")
-    spec = CacheSpec.parse(label)
-    config = decode.decisions(Schedule(mod))
+    kind, spec, config = anchored
     reason = decode.rejected(spec, kind, config)
     if reason is not None:
-        raise UnsupportedSpecError(f"{function}: decisions {config} must be feasible: {reason}")
+        raise UnsupportedSpecError(f"decode: decisions {config} must be feasible: {reason}")
     return tvm.IRModule({"main": decode_kernel(spec, kind, config)})
 
 
@@ -160,7 +174,7 @@ def instantiate(
     if function == "decode":
         config = decode.decisions(sch)
         func = decode_kernel(spec, kind, config)
-        launch = decode.launch(spec, kind, config)
+        launch = decode.launch(kind, spec, config)
     else:
         func = sch.mod["main"]
         launch = {}

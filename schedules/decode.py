@@ -99,7 +99,7 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     return None
 
 
-def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:
+def launch(kind: str, spec: CacheSpec, config: dict[str, int]) -> dict[str, int]:
     """What the caller needs to choose a number of splits.
 
     ``ctas_per_sm`` CTAs are resident at once; a split shorter than ``min_tokens`` costs more in

@@ -1,1 +1,45 @@
-"""stub"""
+"""TurboQuant KV cache kernels: TVM generates them, torch calls them.
+
+Importing the package never imports the compiler.
+"""
+
+from tq_tvm._version import __version__
+from tq_tvm.errors import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    ArtifactCorruptError,
+    ArtifactNotFoundError,
+    BuildError,
+    TQError,
+    TuningLogError,
+    UnsupportedSpecError,
+)
+from tq_tvm.ops import (
+    PagedKVCache,
+    fill_kv_cache,
+    flatten_kv_cache,
+    hadamard_rotate,
+    paged_decode,
+    paged_decode_workspace_size,
+)
+from tq_tvm.spec import CacheSpec, QuantPolicy
+
+__all__ = [
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "ArtifactCorruptError",
+    "ArtifactNotFoundError",
+    "BuildError",
+    "CacheSpec",
+    "PagedKVCache",
+    "QuantPolicy",
+    "TQError",
+    "TuningLogError",
+    "UnsupportedSpecError",
+    "__version__",
+    "fill_kv_cache",
+    "flatten_kv_cache",
+    "hadamard_rotate",
+    "paged_decode",
+    "paged_decode_workspace_size",
+]

@@ -98,7 +98,7 @@ _ARCH_SPECIFIC = {(9, 0), (10, 0)}
 
 
 def canonical_gpu_name(name: str) -> str:
-    """The target name of a GPU's marketing name.
+    """Turn a GPU's marketing name into a target name.
 
     >>> canonical_gpu_name("NVIDIA H100 80GB HBM3")
     'nvidia_h100'
@@ -110,7 +110,7 @@ def canonical_gpu_name(name: str) -> str:
 
 
 def get_target(name: str) -> TargetInfo:
-    """The target of a name in `TARGETS`.
+    """Look up a name in `TARGETS`.
 
     Raises
     ------
@@ -141,14 +141,14 @@ def cpu_features() -> frozenset[str]:
 
 
 def missing_cpu_features(arch: str) -> list[str]:
-    """What this CPU lacks to run code of a CPU level (``TargetInfo.arch``); empty if nothing."""
+    """List what this CPU lacks to run code of a CPU level (``TargetInfo.arch``)."""
     if arch not in CPU_LEVELS or not _is_x86_64():
         return [] if arch == _machine() else [arch]
     return sorted(CPU_LEVELS[arch] - cpu_features())
 
 
 def detect(device: torch.device | str | None = None) -> TargetInfo:
-    """The target of a device: its entry in `TARGETS`, or one derived from the device.
+    """Find the target of a device: its entry in `TARGETS`, or one derived from the device.
 
     Parameters
     ----------
@@ -185,7 +185,8 @@ def _detect_gpu(index: int) -> TargetInfo:
         return TARGETS[name]
     capability = (properties.major, properties.minor)
     arch = f"sm_{properties.major}{properties.minor}" + "a" * (capability in _ARCH_SPECIFIC)
-    attrs = _cuda_attrs(properties.shared_memory_per_block_optin, properties.L2_cache_size)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    attrs = _cuda_attrs(shared or properties.shared_memory_per_block, properties.L2_cache_size)
     return TargetInfo(name, "cuda", arch, attrs)
 
 

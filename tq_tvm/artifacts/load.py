@@ -8,6 +8,8 @@ from __future__ import annotations
 import bisect
 import ctypes
 import dataclasses
+import functools
+import itertools
 import logging
 import math
 import threading
@@ -44,9 +46,9 @@ class LoadedVariant:
     launch: Mapping[str, int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoadedFunction:
-    """All variants of a function, by size, and where they come from.
+    """All variants of a function, by size, and where they come from. Hashed by identity.
 
     Parameters
     ----------
@@ -64,14 +66,15 @@ class LoadedFunction:
     manifest: Manifest
     processors: int
 
+    @functools.cached_property
+    def _middles(self) -> list[float]:
+        """Halfway between neighbouring sizes in logarithms: their geometric means."""
+        sizes = [variant.size for variant in self.variants]
+        return [math.sqrt(a * b) for a, b in itertools.pairwise(sizes)]
+
     def nearest(self, size: int) -> LoadedVariant:
-        """The variant tuned nearest to ``size``, in log(size)."""
-        # Halfway between two sizes in logarithms is their geometric mean.
-        middles = [
-            math.sqrt(a.size * b.size)
-            for a, b in zip(self.variants, self.variants[1:], strict=False)
-        ]
-        return self.variants[bisect.bisect_left(middles, size)]
+        """Return the variant tuned nearest to ``size``, in log(size)."""
+        return self.variants[bisect.bisect_left(self._middles, size)]
 
 
 _lock = threading.RLock()
@@ -81,7 +84,7 @@ _warned: set[tuple[str, str]] = set()
 
 
 def load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunction:
-    """The variants of a kernel function for a spec on a device.
+    """Return the variants of a kernel function for a spec on a device.
 
     The search, the check of the digest and the load happen at the first call with these arguments;
     do that before a CUDA graph is captured.
@@ -131,8 +134,8 @@ def _load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunctio
             call = module[variant.symbol]
         except AttributeError as error:
             raise ArtifactCorruptError(
-                f"load: {directory / LIBRARY_NAME} must have the symbol {variant.symbol}, got none; "
-                f"run `{manifest.build_command}` to build it again"
+                f"load: {directory / LIBRARY_NAME} must have the symbol {variant.symbol}, "
+                f"got none; run `{manifest.build_command}` to build it again"
             ) from error
         variants.append(
             LoadedVariant(

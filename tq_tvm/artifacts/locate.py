@@ -88,7 +88,9 @@ def locate(function: str, spec: CacheSpec, device: TargetInfo) -> tuple[Path, Ma
         No library is accepted, and the manifest of one that might be cannot be read.
     """
     judged = candidates(function, spec, device)
-    unreadable = [c for c in judged if c.corrupt and c.directory.parent.name == device.name]
+    unreadable = [
+        c for c in judged if c.corrupt and _may_serve(c.directory, function, spec, device)
+    ]
     if judged and judged[0].reason is None:
         best = judged[0]
         assert best.manifest is not None
@@ -143,7 +145,9 @@ def _judge(
     except ArtifactCorruptError as error:
         return Candidate(directory, None, str(error), corrupt=True)
     target_rank, reason = _judge_target(manifest.target, device)
-    reason = reason or _judge_spec(manifest, function, spec)
+    reason = reason or _judge_spec(manifest.cache_spec, function, spec)
+    if reason is None and function not in manifest.functions:
+        reason = f"it has no function {function}"
     return Candidate(
         directory, manifest, reason, rank=(target_rank, root_index, manifest.spec != spec.label)
     )
@@ -174,19 +178,22 @@ def _judge_target(target: TargetInfo, device: TargetInfo) -> tuple[int, str | No
     return 0, f"it is for {_described(target)}, not for {_described(device)}"
 
 
-def _judge_spec(manifest: Manifest, function: str, spec: CacheSpec) -> str | None:
-    try:
-        theirs = manifest.cache_spec
-    except UnsupportedSpecError as error:
-        return str(error)
+def _judge_spec(theirs: CacheSpec, function: str, spec: CacheSpec) -> str | None:
     differ = [
         f"{name} {getattr(theirs, name)}, not {getattr(spec, name)}"
         for name in _FIELDS[function]
         if getattr(theirs, name) != getattr(spec, name)
     ]
-    if differ:
-        return f"it has {'; '.join(differ)}"
-    return None if function in manifest.functions else f"it has no function {function}"
+    return f"it has {'; '.join(differ)}" if differ else None
+
+
+def _may_serve(directory: Path, function: str, spec: CacheSpec, device: TargetInfo) -> bool:
+    """Judge by the directory's names, for a manifest that cannot be read."""
+    try:
+        theirs = CacheSpec.parse(directory.name)
+    except UnsupportedSpecError:
+        return False
+    return directory.parent.name == device.name and _judge_spec(theirs, function, spec) is None
 
 
 def _described(target: TargetInfo) -> str:

@@ -34,7 +34,7 @@ LIBRARY_NAME = "kernels.so"
 
 
 def build_command(target: str, spec: str) -> str:
-    """The command that builds the library of a target name and a spec label."""
+    """Return the command that builds the library of a target name and a spec label."""
     return f"tq-tvm build --target {target} --spec {spec}"
 
 
@@ -46,7 +46,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """The record of an existing file."""
+        """Describe an existing file."""
         data = path.read_bytes()
         return cls(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
 
@@ -172,7 +172,7 @@ class Manifest(msgspec.Struct, frozen=True):
         return path
 
     def _check(self, directory: Path) -> None:
-        """What the types alone do not say, as a ValueError."""
+        """Raise a ValueError for what the types alone do not say."""
         CacheSpec.parse(self.spec)
         for name in self.files:
             if name != Path(name).name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tq_tvm.artifacts.manifest import MANIFEST_NAME, FileRecord, Manifest
+from tq_tvm.artifacts.manifest import LIBRARY_NAME, MANIFEST_NAME, FileRecord, Manifest
 from tq_tvm.errors import ArtifactCorruptError
 
 __all__ = ["check_present", "library_directories", "verify_all", "verify_directory", "verify_file"]
@@ -15,11 +15,9 @@ _VERIFIED: set[tuple[Path, str]] = set()
 
 
 def library_directories(root: Path) -> list[Path]:
-    """Directories of libraries below ``root``, in order of their names."""
-    if not root.is_dir():
-        return []
-    manifests = root.glob(f"*/*/{MANIFEST_NAME}")
-    return sorted(p.parent for p in manifests if not p.parent.name.startswith("."))
+    """Directories below ``root`` with a library or a manifest, in order of their names."""
+    files = (*root.glob(f"*/*/{MANIFEST_NAME}"), *root.glob(f"*/*/{LIBRARY_NAME}"))
+    return sorted({path.parent for path in files if not path.parent.name.startswith(".")})
 
 
 def check_present(directory: Path, manifest: Manifest) -> None:

@@ -25,7 +25,7 @@ from tq_tvm.targets import TargetInfo
 __all__ = ["CompileResult", "compile_library", "tvm_target"]
 
 _CPU_RUNTIME = Path(__file__).with_name("cpu_runtime.cpp")
-_CXX_FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-pthread"]
+_CXX_FLAGS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-pthread"]
 _NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -120,5 +120,6 @@ def _compile_cpu(
     cxx = _tool("g++", "link CPU kernels")
     objects = scratch / "kernels.o"
     built.write_to_file(str(objects), "o")
-    _run([cxx, *_CXX_FLAGS, str(objects), str(_CPU_RUNTIME), "-o", str(path)])
+    include = tvm_ffi.libinfo.find_include_path()
+    _run([cxx, *_CXX_FLAGS, "-I", include, str(objects), str(_CPU_RUNTIME), "-o", str(path)])
     return CompileResult([f"-mcpu={target.arch}", *_CXX_FLAGS], {"cxx": _version(cxx)})

@@ -1,0 +1,1 @@
+"""The search: workloads, valid inputs, MetaSchedule's parts, progress and the database."""

@@ -1,0 +1,164 @@
+"""One library of a spec: every kernel function, each in its tuned variants or in the default one."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+import filelock
+from tvm.s_tir import Trace
+from tvm.tirx import PrimFunc
+
+from tq_tvm._version import __version__
+from tq_tvm.artifacts.manifest import LIBRARY_NAME, FileRecord, Manifest, Variant, build_command
+from tq_tvm.build.compile import compile_library
+from tq_tvm.errors import TuningLogError
+from tq_tvm.kernels import FUNCTIONS
+from tq_tvm.schedules import Instance, instantiate
+from tq_tvm.spec import CacheSpec
+from tq_tvm.targets import TargetInfo
+
+__all__ = ["RecordLike", "Records", "build_library"]
+
+
+class RecordLike(Protocol):
+    """One kept record: `tq_tvm.tuning.database.Record` without importing the tuner."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def trace(self) -> Trace: ...
+    @property
+    def us(self) -> float: ...
+
+
+class Records(Protocol):
+    """Where records are looked up: `tq_tvm.tuning.database.TuningLog`."""
+
+    def lookup(self, function: str, spec: CacheSpec) -> list[RecordLike]:
+        """Records of a function that serve ``spec``, one a workload."""
+        ...
+
+
+def build_library(
+    spec: CacheSpec, target: TargetInfo, out_root: Path, records: Records | None
+) -> Path:
+    """Compile every function of ``spec`` into ``<out_root>/<target name>/<spec label>``.
+
+    A function with records gets a variant for each; one without gets the default schedule. The
+    directory appears, or replaces the one that was there, only when it is complete.
+
+    Returns
+    -------
+    The directory.
+
+    Raises
+    ------
+    BuildError
+        A compiler is missing or failed.
+    TuningLogError
+        A record cannot be replayed on the kernel of this version.
+    """
+    functions: dict[str, PrimFunc] = {}
+    variants = {
+        function: _variants(function, spec, target, records, functions) for function in FUNCTIONS
+    }
+    parent = Path(out_root) / target.name
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{spec.label}.", dir=parent))
+    try:
+        library = scratch / LIBRARY_NAME
+        compiled = compile_library(functions, target, library)
+        manifest = Manifest(
+            spec=spec.label,
+            target=target,
+            files={LIBRARY_NAME: FileRecord.of(library)},
+            functions=variants,
+            versions={**_versions(), **compiled.versions},
+            flags=compiled.flags,
+        )
+        manifest.write(scratch)
+        scratch.chmod(0o755)
+        final = parent / spec.label
+        with filelock.FileLock(parent / f".{spec.label}.lock"):
+            _replace(scratch, final)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return final
+
+
+def _variants(
+    function: str,
+    spec: CacheSpec,
+    target: TargetInfo,
+    records: Records | None,
+    functions: dict[str, PrimFunc],
+) -> list[Variant]:
+    """Variants of one function; adds what they call to ``functions``, equal kernels once."""
+    found = records.lookup(function, spec) if records is not None else []
+    variants: list[Variant] = []
+    for record in sorted(found, key=lambda r: r.size):
+        symbol = f"tq_{function}_{len(variants)}"
+        instance = _replay(function, spec, target, record, symbol)
+        same = next((v for v in variants if v.config == instance.config), None)
+        if same is None:
+            functions[symbol] = instance.func
+        else:
+            symbol = same.symbol
+        variants.append(
+            Variant(
+                symbol=symbol,
+                size=record.size,
+                tuned=True,
+                workload=record.label,
+                us=record.us,
+                config=instance.config,
+                launch=instance.launch,
+            )
+        )
+    if variants:
+        return variants
+    symbol = f"tq_{function}_0"
+    instance = instantiate(function, spec, target.kind, None, symbol=symbol)
+    functions[symbol] = instance.func
+    return [
+        Variant(symbol, size=1, tuned=False, config=instance.config, launch=instance.launch)
+    ]
+
+
+def _replay(
+    function: str, spec: CacheSpec, target: TargetInfo, record: RecordLike, symbol: str
+) -> Instance:
+    try:
+        return instantiate(function, spec, target.kind, record.trace, symbol=symbol)
+    except Exception as error:
+        raise TuningLogError(
+            f"build_library: record {record.label} of {function} for {target.name} must replay on "
+            f"{spec.label}, got: {error}; run `tq-tvm tune --target {target.name} "
+            f"--kernel {FUNCTIONS[function]}`, or `{build_command(target.name, spec.label)} "
+            "--no-records` for the default schedule"
+        ) from error
+
+
+def _replace(scratch: Path, final: Path) -> None:
+    """Put ``scratch`` where ``final`` is; a directory cannot be replaced in one step."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    scratch.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _versions() -> Mapping[str, str]:
+    return {
+        "tq_tvm": __version__,
+        "apache-tvm": metadata.version("apache-tvm"),
+        "apache-tvm-ffi": metadata.version("apache-tvm-ffi"),
+    }

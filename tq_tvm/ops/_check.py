@@ -1,0 +1,275 @@
+"""Checks of arguments: one function for each kind, none of which waits for the GPU.
+
+Messages follow ``<operation>: <argument> must be <expected>, got <actual>; <what to do>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from tq_tvm.errors import ArgumentTypeError, ArgumentValueError, UnsupportedSpecError
+from tq_tvm.spec import LAYOUTS, CacheSpec, get_format
+
+__all__ = [
+    "CACHE_NAMES",
+    "as_tensor",
+    "as_tensors",
+    "cache_spec",
+    "canonical",
+    "check_alignment",
+    "check_caches",
+    "check_compact",
+    "check_device",
+    "check_dtype",
+    "check_index",
+    "check_last_axis",
+    "check_model_dtype",
+    "check_shape",
+    "check_table_arguments",
+    "dtype_name",
+    "fail",
+    "make_spec",
+    "misaligned_caches",
+]
+
+CACHE_NAMES = ("k_cache", "v_cache", "k_meta", "v_meta")
+
+
+def fail(op: str, argument: str, expected: str, actual: object, todo: str) -> NoReturn:
+    """Raise an `ArgumentValueError` in the one form of messages."""
+    raise ArgumentValueError(f"{op}: {argument} must be {expected}, got {actual}; {todo}")
+
+
+def as_tensor(op: str, name: str, value: Any) -> torch.Tensor:
+    """Return a torch tensor as it is, any other object with ``__dlpack__`` as one on its memory."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if hasattr(value, "__dlpack__"):
+        return torch.from_dlpack(value)
+    raise ArgumentTypeError(
+        f"{op}: {name} must be a torch tensor or an object with __dlpack__, "
+        f"got {type(value).__name__}; convert it first"
+    )
+
+
+def as_tensors(op: str, names: Sequence[str], values: Sequence[Any]) -> Sequence[torch.Tensor]:
+    """`as_tensor` of several arguments."""
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            return [as_tensor(op, n, v) for n, v in zip(names, values, strict=True)]
+    return values
+
+
+def check_device(op: str, tensors: dict[str, torch.Tensor]) -> torch.device:
+    """Check that all tensors are on one device, a GPU or the CPU; return it."""
+    name, first = next(iter(tensors.items()))
+    if first.device.type not in ("cpu", "cuda"):
+        fail(op, name, "on an NVIDIA GPU or the CPU", first.device, "move all arguments there")
+    for other, tensor in tensors.items():
+        if tensor.device != first.device:
+            fail(op, other, f"on {first.device} like {name}", tensor.device, "move it there")
+    return first.device
+
+
+def check_dtype(op: str, name: str, tensor: torch.Tensor, *allowed: torch.dtype) -> None:
+    """Check that the dtype is one of ``allowed``."""
+    if tensor.dtype not in allowed:
+        expected = " or ".join(map(dtype_name, allowed))
+        raise ArgumentTypeError(
+            f"{op}: {name} must be {expected}, got {dtype_name(tensor.dtype)}; convert it"
+        )
+
+
+def check_model_dtype(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Check that kernels are generated for the dtype on the tensor's device."""
+    if tensor.device.type == "cpu":
+        check_dtype(op, name, tensor, torch.float16, torch.bfloat16, torch.float32)
+    else:
+        check_dtype(op, name, tensor, torch.float16, torch.bfloat16)
+
+
+def check_shape(
+    op: str, name: str, tensor: torch.Tensor, symbols: str, expected: Sequence[int | None]
+) -> None:
+    """Check for the shape ``expected``, where None admits any extent; ``symbols`` spells it."""
+    shape = tensor.shape
+    if len(shape) != len(expected) or any(
+        e is not None and e != s for e, s in zip(expected, shape, strict=True)
+    ):
+        extents = ", ".join("any" if e is None else str(e) for e in expected)
+        fail(
+            op,
+            name,
+            f"of shape {symbols} = [{extents}]",
+            list(shape),
+            "pass a tensor of that shape",
+        )
+
+
+def check_last_axis(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Check that values along the last axis are adjacent."""
+    if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        fail(
+            op,
+            name,
+            "contiguous along its last axis",
+            f"strides {list(tensor.stride())}",
+            "pass a tensor of that layout",
+        )
+
+
+def check_compact(op: str, name: str, tensor: torch.Tensor, first: int = 0) -> None:
+    """Check that axes from ``first`` on are compact; strides of those before are free."""
+    check_last_axis(op, name, tensor)
+    expected = 1
+    for axis in range(tensor.ndim - 1, first - 1, -1):
+        if tensor.shape[axis] > 1 and tensor.stride(axis) != expected:
+            what = "contiguous" if first == 0 else f"contiguous inside axis {first - 1}"
+            fail(
+                op,
+                name,
+                what,
+                f"shape {list(tensor.shape)} with strides {list(tensor.stride())}",
+                "pass a tensor of that layout",
+            )
+        expected *= tensor.shape[axis]
+
+
+def check_alignment(
+    op: str, name: str, tensor: torch.Tensor, bytes_: int, free_axes: int = 0
+) -> None:
+    """Check the address, and the steps along the first ``free_axes`` axes, for alignment."""
+    if tensor.numel() == 0:
+        return
+    todo = f"start it at a multiple of {bytes_} bytes"
+    if tensor.data_ptr() % bytes_:
+        fail(op, name, f"aligned to {bytes_} bytes", f"address {tensor.data_ptr():#x}", todo)
+    for axis in range(free_axes):
+        step = tensor.stride(axis) * tensor.element_size()
+        if tensor.shape[axis] > 1 and step % bytes_:
+            what = f"aligned to {bytes_} bytes at every index of axis {axis}"
+            fail(op, name, what, f"a stride of {step} bytes", "pad the stride")
+
+
+def canonical(tensor: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Give axes from ``first`` on that have size 1 the strides of a compact tensor.
+
+    Such an axis may have any stride in torch; a kernel insists on the compact one.
+    """
+    strides = list(tensor.stride())
+    expected = 1
+    for axis in range(tensor.ndim - 1, first - 1, -1):
+        strides[axis] = expected
+        expected *= tensor.shape[axis]
+    if strides == list(tensor.stride()):
+        return tensor
+    return tensor.as_strided(tensor.shape, strides)
+
+
+def make_spec(op: str, **fields: Any) -> CacheSpec:
+    """Make the spec of a call; one without kernels is an error that names the operation."""
+    try:
+        return CacheSpec(**fields)
+    except UnsupportedSpecError as error:
+        message = str(error).removeprefix("CacheSpec: ")
+        raise UnsupportedSpecError(f"{op}: {message}; no kernel is generated for that") from error
+
+
+def cache_spec(
+    op: str,
+    k_cache: torch.Tensor,
+    head_dim: int,
+    num_q_heads: int | None,
+    dtype: torch.dtype,
+    layout: str,
+    policy: int,
+) -> CacheSpec:
+    """Derive the spec from the key cache and the model's rows.
+
+    ``num_q_heads`` None stands for the number of KV heads, where queries do not matter.
+    """
+    if layout not in LAYOUTS:
+        fail(op, "layout", " or ".join(map(repr, LAYOUTS)), repr(layout), "name the axis order")
+    try:
+        fmt = get_format(policy)
+    except UnsupportedSpecError as error:
+        message = str(error).removeprefix("get_format: name ")
+        raise UnsupportedSpecError(
+            f"{op}: policy {message}; pass QuantPolicy.TURBO_QUANT"
+        ) from None
+    if k_cache.ndim != 4:
+        symbols = "[P, PS, HK, D/2]" if layout == "bshd" else "[P, HK, PS, D/2]"
+        check_shape(op, "k_cache", k_cache, symbols, (None,) * 4)
+    page_size, heads = k_cache.shape[1:3] if layout == "bshd" else k_cache.shape[1:3][::-1]
+    return make_spec(
+        op,
+        head_dim=head_dim,
+        num_q_heads=heads if num_q_heads is None else num_q_heads,
+        num_kv_heads=heads,
+        page_size=page_size,
+        dtype=dtype_name(dtype),
+        layout=layout,
+        format=fmt.name,
+    )
+
+
+def check_caches(
+    op: str, spec: CacheSpec, caches: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Check the four cache tensors; return them with `canonical` strides."""
+    caches = tuple(caches)
+    inner = "PS, HK" if spec.layout == "bshd" else "HK, PS"
+    shapes = spec.tensor_shapes(caches[0].shape[0])
+    for name, last, tensor in zip(CACHE_NAMES, ("D/2", "D/4", "2", "1"), caches, strict=True):
+        shape, dtype = shapes[name]
+        check_dtype(op, name, tensor, getattr(torch, dtype))
+        check_shape(op, name, tensor, f"[P, {inner}, {last}]", shape)
+        check_compact(op, name, tensor, first=1)
+        # Codes are read 16 bytes at a time, the two scales of a key as one word.
+        aligned = {"k_meta": 2 * tensor.element_size(), "v_meta": tensor.element_size()}
+        check_alignment(op, name, tensor, aligned.get(name, 16), free_axes=1)
+    return tuple(canonical(tensor, first=1) for tensor in caches)
+
+
+def check_index(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    symbols: str,
+    expected: Sequence[int | None],
+    dtype: torch.dtype,
+) -> None:
+    """Check a compact tensor of integers."""
+    check_dtype(op, name, tensor, dtype)
+    check_shape(op, name, tensor, symbols, expected)
+    check_compact(op, name, tensor)
+    check_alignment(op, name, tensor, tensor.element_size())
+
+
+def check_table_arguments(
+    op: str, block_table: torch.Tensor, seq_lens: torch.Tensor, batch: int | None = None
+) -> None:
+    """Check ``block_table`` [B, MB] and ``seq_lens`` [B]; B is ``batch`` if that is given."""
+    check_index(op, "block_table", block_table, "[B, MB]", (batch, None), torch.int32)
+    check_index(op, "seq_lens", seq_lens, "[B]", (block_table.shape[0],), torch.int32)
+
+
+def misaligned_caches(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, k_meta: torch.Tensor, v_meta: torch.Tensor
+) -> int:
+    """Return nonzero if `check_caches` has to look closer at addresses; kernels do not."""
+    size = k_meta.element_size()
+    try:
+        codes = k_cache.data_ptr() | v_cache.data_ptr() | k_cache.stride(0) | v_cache.stride(0)
+        pairs = k_meta.data_ptr() | k_meta.stride(0) * size
+    except IndexError:  # a scalar
+        return 1
+    return codes & 15 | pairs & (2 * size - 1) | v_meta.data_ptr() & (size - 1)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` for ``torch.float16``."""
+    return str(dtype).removeprefix("torch.")

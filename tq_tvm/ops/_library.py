@@ -1,0 +1,73 @@
+"""Registration with torch.library, and the way a call takes to its kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["call_kernel", "destination_op"]
+
+_Body = TypeVar("_Body", bound=Callable[..., None])
+
+
+def destination_op(name: str, mutates: Sequence[str]) -> Callable[[_Body], _Body]:
+    """Register a function that writes into its arguments as the torch op ``tq_tvm::<name>``.
+
+    In eager mode the decorated function is called as it is: the dispatcher costs more than a
+    kernel. Under ``torch.compile`` the registered op is called; its fake implementation does
+    nothing, because there is no result. All checks are in the body, so they run in both.
+
+    Parameters
+    ----------
+    name
+        Name in the namespace ``tq_tvm``.
+    mutates
+        Arguments that the function writes.
+    """
+
+    def decorate(body: _Body) -> _Body:
+        op = torch.library.custom_op(f"tq_tvm::{name}", body, mutates_args=mutates)
+        op.register_fake(_no_result)
+
+        @functools.wraps(body)
+        def call(*args: Any) -> None:
+            if torch.compiler.is_compiling():
+                op(*args)
+            else:
+                body(*args)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def call_kernel(
+    kernel: Callable[..., None],
+    tensors: tuple[torch.Tensor, ...],
+    scalars: tuple[int | float, ...],
+    check: Callable[[], tuple[torch.Tensor, ...]],
+) -> None:
+    """Call a kernel; let ``check`` explain the arguments that it refuses.
+
+    A kernel compares dtypes, shapes, strides and devices itself before it launches anything, so
+    the Python checks, which say it in the caller's words, need not run before each call.
+
+    Parameters
+    ----------
+    kernel, tensors, scalars
+        The function of the library and its arguments.
+    check
+        Raises the error that describes the arguments, or returns them with other strides on axes
+        of size 1, on which a kernel insists.
+    """
+    try:
+        kernel(*tensors, *scalars)
+    except (TypeError, ValueError):
+        kernel(*check(), *scalars)
+
+
+def _no_result(*args: Any, **kwargs: Any) -> None:
+    return None

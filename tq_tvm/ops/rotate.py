@@ -1,0 +1,97 @@
+"""``rotate``: the torch call `hadamard_rotate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tq_tvm.artifacts import LoadedFunction, load
+from tq_tvm.ops import _check
+from tq_tvm.ops._library import call_kernel, destination_op
+
+__all__ = ["hadamard_rotate"]
+
+_OP = "hadamard_rotate"
+_loaded: dict[tuple, LoadedFunction] = {}
+
+
+def hadamard_rotate(x: Any, *, out: Any = None) -> Any:
+    """Rotate rows: ``out = x H / sqrt(D)``, H the Walsh-Hadamard matrix. It is its own inverse.
+
+    Parameters
+    ----------
+    x
+        ``[..., D]``, contiguous, float16 or bfloat16 (on the CPU also float32), D = 64, 128 or 256.
+        A torch tensor, or any object with ``__dlpack__``.
+    out
+        Where the result goes: shape, dtype and device of ``x``. It may be ``x`` itself, not a
+        tensor that overlaps it otherwise.
+
+    Returns
+    -------
+    ``out``, or a new tensor.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        A wrong dtype, shape, stride, alignment (16 bytes) or device.
+    UnsupportedSpecError
+        No kernel is generated for this D.
+    ArtifactNotFoundError, ArtifactCorruptError
+        No library serves the call.
+
+    Notes
+    -----
+    One launch on torch's current stream. It can be captured in a CUDA graph after one call outside
+    of it; with ``out`` nothing is allocated. There is no gradient.
+
+    Examples
+    --------
+    >>> x = torch.randn(4, 8, 128)
+    >>> torch.allclose(hadamard_rotate(hadamard_rotate(x)), x, atol=1e-5)
+    True
+    """
+    source = _check.as_tensor(_OP, "x", x)
+    result = torch.empty_like(source) if out is None else _check.as_tensor(_OP, "out", out)
+    _rotate(source, result)
+    return result if out is None else out
+
+
+@destination_op("rotate", mutates=["out"])
+def _rotate(x: torch.Tensor, out: torch.Tensor) -> None:
+    key = (x.shape[-1:], x.dtype, x.device)
+    loaded = _loaded.get(key)
+    x_at, out_at = x.data_ptr(), out.data_ptr()
+    compact = x.is_contiguous() and out.is_contiguous() and x.shape == out.shape
+    if loaded is None or not x.is_cuda or not compact or (x_at | out_at) & 15:
+        _check_arguments(x, out)
+    size = x.numel()
+    if size == 0:
+        return
+    if x_at != out_at and abs(x_at - out_at) < size * x.element_size():
+        actual = f"a start {out_at - x_at} bytes after it"
+        _check.fail(_OP, "out", "x itself or apart from it", actual, "pass another tensor")
+    if loaded is None:
+        fields = {"head_dim": x.shape[-1], "dtype": _check.dtype_name(x.dtype)}
+        spec = _check.make_spec(_OP, num_q_heads=1, num_kv_heads=1, **fields)
+        loaded = _loaded[key] = load("rotate", spec, x.device)
+    rows = (size // x.shape[-1], x.shape[-1])
+    tensors = (x.view(rows), out.view(rows))
+    call_kernel(loaded.nearest(size).call, tensors, (), lambda: _check_arguments(x, out))
+
+
+def _check_arguments(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    tensors = {"x": x, "out": out}
+    _check.check_device(_OP, tensors)
+    _check.check_model_dtype(_OP, "x", x)
+    if x.ndim == 0:
+        _check.fail(_OP, "x", "of shape [..., D]", "a scalar", "pass rows")
+    head_dim, dtype = x.shape[-1], _check.dtype_name(x.dtype)
+    _check.make_spec(_OP, head_dim=head_dim, dtype=dtype, num_q_heads=1, num_kv_heads=1)
+    _check.check_dtype(_OP, "out", out, x.dtype)
+    _check.check_shape(_OP, "out", out, "that of x", x.shape)
+    for name, tensor in tensors.items():
+        _check.check_compact(_OP, name, tensor)
+        _check.check_alignment(_OP, name, tensor, 16)
+    return x.reshape(-1, head_dim), out.view(-1, head_dim)

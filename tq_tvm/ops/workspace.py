@@ -1,0 +1,84 @@
+"""How many splits ``decode`` makes of a context, and the workspace that they need."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
+from tq_tvm.errors import ArgumentValueError, ArtifactCorruptError
+from tq_tvm.spec import CacheSpec
+from tq_tvm.splits import LAUNCH_KEYS, num_splits, workspace_floats
+
+__all__ = ["choose_launch", "count_splits", "paged_decode_workspace_size"]
+
+
+def paged_decode_workspace_size(
+    spec: CacheSpec, batch: int, max_context: int, device: torch.device | str
+) -> int:
+    """Bytes of workspace that serve every `paged_decode` of a size.
+
+    Parameters
+    ----------
+    spec
+        The cache's spec, with the number of query heads.
+    batch
+        Largest B.
+    max_context
+        Largest context in tokens: MB * PS of the widest block table, or the largest
+        ``max_seq_len`` where that is always passed.
+    device
+        Where `paged_decode` will run; its library says how contexts are split.
+
+    Returns
+    -------
+    Bytes, enough for each smaller batch and context too.
+
+    Raises
+    ------
+    ArgumentValueError
+        ``batch`` or ``max_context`` is negative.
+    ArtifactNotFoundError, ArtifactCorruptError
+        No library serves the spec on this device.
+    """
+    for name, value in (("batch", batch), ("max_context", max_context)):
+        if value < 0:
+            raise ArgumentValueError(
+                f"paged_decode_workspace_size: {name} must be at least 0, got {value}; "
+                "pass the largest size"
+            )
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    loaded = load("decode", spec, device)
+    # A smaller batch gets more splits, and may get another variant.
+    floats = (
+        workspace_floats(spec, b, count_splits(loaded, variant, spec, b, max_context))
+        for variant in loaded.variants
+        for b in range(1, batch + 1)
+    )
+    return 4 * max(floats, default=0)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_launch(
+    loaded: LoadedFunction, spec: CacheSpec, batch: int, context: int
+) -> tuple[LoadedVariant, int]:
+    """Choose the variant for a problem, and the number of splits."""
+    variant = loaded.nearest(max(batch * spec.num_kv_heads * context * spec.head_dim, 1))
+    return variant, count_splits(loaded, variant, spec, batch, context)
+
+
+def count_splits(
+    loaded: LoadedFunction, variant: LoadedVariant, spec: CacheSpec, batch: int, context: int
+) -> int:
+    """`num_splits` of a variant on the device that it is loaded for."""
+    missing = [name for name in LAUNCH_KEYS if variant.launch.get(name, 0) < 1]
+    if missing:
+        raise ArtifactCorruptError(
+            f"load: launch of {variant.symbol} in {loaded.directory} must have positive "
+            f"{', '.join(missing)}, got {dict(variant.launch)}; "
+            f"run `{loaded.manifest.build_command}` to build it again"
+        )
+    return num_splits(spec, batch, context, variant.launch, loaded.processors)

@@ -1,0 +1,165 @@
+"""Build and run candidates: MetaSchedule's LocalBuilder, and a runner that checks before it times.
+
+A candidate is compiled exactly as it ships (``tq_tvm.build.compile``), in worker processes. It is
+run in one worker, which keeps a workload's inputs between candidates and is replaced if a candidate
+crashes or hangs. A candidate with a wrong result is a failure, however fast.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tq_tvm import _fast_stack as _fast_stack
+
+# isort: split
+import torch
+import tvm
+import tvm_ffi
+from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
+from tvm.support.popen_pool import PopenPoolExecutor
+
+from tq_tvm import schedules
+from tq_tvm.bench.timing import time_us
+from tq_tvm.build.compile import compile_library
+from tq_tvm.targets import TargetInfo, get_target
+from tq_tvm.tuning.inputs import Case, make_case
+from tq_tvm.tuning.workloads import Workload
+
+__all__ = ["check_and_time", "make_builder", "make_runner"]
+
+_BUILD_SECONDS = 180
+_RUN_SECONDS = 60
+_SYMBOL = "main"
+
+
+def _worker_init() -> None:
+    """Import what every build needs, with the cheap ``inspect.stack``."""
+    from tq_tvm import _fast_stack as _fast_stack  # isort: skip
+    import tvm.s_tir.tensor_intrin as _intrin  # noqa: F401
+
+
+def _build(target_name: str, directory: str, mod: Any, target: Any, params: Any) -> str:
+    """Compile one candidate in a worker; returns the library's path."""
+    (func,) = schedules.candidate(mod).functions.values()
+    # A directory of its own: MetaSchedule removes the one that the library is in.
+    path = Path(tempfile.mkdtemp(dir=directory)) / "kernel.so"
+    compile_library({_SYMBOL: func}, get_target(target_name), path)
+    path.with_suffix(".json").write_text(json.dumps(schedules.candidate_launch(mod)))
+    return str(path)
+
+
+def _export(path: Any) -> str:
+    """`_build` has written the library already."""
+    return str(path)
+
+
+def make_builder(target: TargetInfo, directory: Path) -> ms.builder.LocalBuilder:
+    """A builder with a worker for each core but one."""
+    return ms.builder.LocalBuilder(
+        max_workers=max(1, (os.cpu_count() or 2) - 1),
+        timeout_sec=_BUILD_SECONDS,
+        f_build=functools.partial(_build, target.name, str(directory)),
+        f_export=_export,
+        initializer=_worker_init,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _case(workload: Workload, device: str) -> Case:
+    return make_case(workload, torch.device(device))
+
+
+def check_and_time(
+    call: Callable[..., None], case: Case, launch: dict[str, int], device: torch.device
+) -> tuple[float, float]:
+    """(time in us, relative error) of a compiled kernel; raises if its results are wrong."""
+    arguments = case.arguments(launch)
+    case.poison()
+    call(*arguments)
+    error = case.check()
+    us = time_us(lambda: call(*arguments), device, launches=30, seconds=2.0)
+    return us, error
+
+
+def _run(path: str, workload: Workload, device: str) -> tuple[float, float]:
+    """Run one candidate in the worker."""
+    launch = json.loads(Path(path).with_suffix(".json").read_text())
+    call = tvm_ffi.load_module(path)[_SYMBOL]
+    return check_and_time(call, _case(workload, device), launch, torch.device(device))
+
+
+@derived_object
+class _Future(ms.runner.PyRunnerFuture):
+    """The pending result of one candidate."""
+
+    def __init__(self, future: Any, report: Callable[[float | None, str | None], None]) -> None:
+        super().__init__()
+        self._future = future
+        self._report = report
+
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return bool(self._future.done())
+
+    def result(self) -> ms.runner.RunnerResult:
+        """Wait for the result."""
+        try:
+            us, _ = self._future.result()
+        except Exception as error:
+            self._report(None, f"{type(error).__name__}: {error}")
+            return ms.runner.RunnerResult(None, str(error))
+        self._report(us, None)
+        return ms.runner.RunnerResult([us * 1e-6], None)
+
+
+@derived_object
+class _Runner(ms.runner.PyRunner):
+    """Runs candidates one after another in a worker process."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: str,
+        report: Callable[[float | None, str | None], None],
+    ) -> None:
+        super().__init__()
+        self._workload = workload
+        self._device = device
+        self._report = report
+        self._pool = PopenPoolExecutor(
+            max_workers=1, timeout=_RUN_SECONDS, initializer=_worker_init
+        )
+
+    def run(self, runner_inputs: list[Any]) -> list[Any]:
+        """Submit the candidates that were built."""
+        return [
+            _Future(
+                self._pool.submit(_run, str(item.artifact_path), self._workload, self._device),
+                self._report,
+            )
+            for item in runner_inputs
+        ]
+
+
+def make_runner(
+    workload: Workload,
+    device: str,
+    report: Callable[[float | None, str | None], None],
+) -> Any:
+    """A runner for one workload; ``report(us, error)`` is called for each candidate that was run."""
+    return _Runner(workload, device, report)
+
+
+def tvm_module(workload: Workload, target: TargetInfo) -> tvm.IRModule:
+    """The module that is searched for a workload, normalised as MetaSchedule stores it."""
+    mod = schedules.search_module(
+        workload.function, workload.spec, target.kind, dict(workload.shape)
+    )
+    return ms.tune_context._normalize_mod(mod)

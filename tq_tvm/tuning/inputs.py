@@ -1,0 +1,209 @@
+"""Valid inputs for a workload, and the check of its outputs against the reference.
+
+Page tables are permutations, lengths fill them, outputs start as NaN or 0xCD so that a value that
+was never written cannot pass for a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from tq_tvm import reference
+from tq_tvm.errors import TQError
+from tq_tvm.spec import CacheSpec
+from tq_tvm.splits import num_splits, workspace_floats
+from tq_tvm.tuning.workloads import Workload
+
+__all__ = ["Case", "WrongResultError", "make_case"]
+
+_TIE = 1e-4
+"""Distance from a decision, in standard deviations, below which two float32 programs may differ."""
+
+_CHECKED_SEQUENCES = 2
+_CHECKED_TOKENS = 1024
+_SENTINEL = 0xCD
+
+
+class WrongResultError(TQError, AssertionError):
+    """A kernel computed something else than the reference."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Arguments of a workload in ABI order, given a kernel's launch numbers, and their check."""
+
+    arguments: Callable[[dict[str, int]], list]
+    poison: Callable[[], None]
+    check: Callable[[], float]
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative error (Frobenius) that rounding of inputs, scales and outputs can explain."""
+    return {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+
+
+def _relative(name: str, got: torch.Tensor, want: torch.Tensor) -> float:
+    error = ((got.float() - want).norm() / want.norm()).item()
+    if not error <= _tolerance(got.dtype):
+        raise WrongResultError(
+            f"{name}: relative error must be at most {_tolerance(got.dtype)}, got {error}"
+        )
+    return error
+
+
+def _random_caches(spec: CacheSpec, pages: int, device: torch.device) -> list[torch.Tensor]:
+    """Random codes with scales as Gaussian rows have them."""
+    tensors = []
+    root = spec.head_dim**0.5
+    for name, (shape, dtype) in spec.tensor_shapes(pages).items():
+        if dtype == "uint8":
+            tensor = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        else:
+            tensor = torch.rand(shape, device=device) * 0.2 * root + 0.9 * root
+            if name == "k_meta":
+                tensor[..., 1] = tensor[..., 1] * (0.18 / root / root)
+            tensor = tensor.to(getattr(torch, dtype))
+        tensors.append(tensor)
+    return tensors
+
+
+def _table(workload: Workload, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A permuted block table and full lengths."""
+    shape = workload.shape
+    pages = torch.randperm(shape["pages"], device=device).int()
+    table = pages[: shape["batch"] * shape["table_width"]].view(shape["batch"], -1).contiguous()
+    context = shape["table_width"] * workload.spec.page_size
+    return table, torch.full((shape["batch"],), context, dtype=torch.int32, device=device)
+
+
+def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
+    """Inputs of a workload on a device."""
+    torch.manual_seed(seed)
+    makers = {"rotate": _rotate, "fill": _fill, "flatten": _flatten, "decode": _decode}
+    return makers[workload.kernel](workload, device)
+
+
+def _rotate(workload: Workload, device: torch.device) -> Case:
+    spec = workload.spec
+    dtype = getattr(torch, spec.dtype)
+    x = torch.randn(workload.shape["n"], spec.head_dim, device=device).to(dtype)
+    y = torch.empty_like(x)
+
+    def check() -> float:
+        rows = slice(None, None, max(1, len(x) // _CHECKED_TOKENS))
+        return _relative("rotate", y[rows], reference.hadamard_rotate(x[rows]))
+
+    return Case(lambda launch: [x, y], lambda: y.fill_(float("nan")), check)
+
+
+def _fill(workload: Workload, device: torch.device) -> Case:
+    spec, tokens = workload.spec, workload.shape["tokens"]
+    dtype = getattr(torch, spec.dtype)
+    k, v = (
+        torch.randn(tokens, spec.num_kv_heads, spec.head_dim, device=device).to(dtype)
+        for _ in range(2)
+    )
+    caches = [
+        torch.empty(shape, dtype=getattr(torch, name), device=device)
+        for shape, name in spec.tensor_shapes(workload.shape["pages"]).values()
+    ]
+    if workload.function == "fill_slots":
+        capacity = workload.shape["pages"] * spec.page_size
+        slots = torch.randperm(capacity, device=device)[:tokens]
+        where = [slots]
+    else:
+        table, lengths = _table(workload, device)
+        starts = torch.arange(len(lengths) + 1, device=device).int() * lengths[0].item()
+        starts = starts.int()
+        slots = reference.token_slots(table, lengths, starts, spec.page_size)
+        where = [table, lengths, starts]
+
+    def poison() -> None:
+        for cache in caches:
+            cache.fill_(_SENTINEL if cache.dtype == torch.uint8 else float("nan"))
+
+    def check() -> float:
+        chosen = torch.arange(0, tokens, max(1, tokens // _CHECKED_TOKENS), device=device)
+        at, offset = slots[chosen] // spec.page_size, slots[chosen] % spec.page_size
+        worst = 0.0
+        fmt = spec.cache_format
+        for rows, codec, cache, meta in (
+            (k, fmt.key, caches[0], caches[2]),
+            (v, fmt.value, caches[1], caches[3]),
+        ):
+            if spec.layout == "bhsd":
+                cache, meta = cache.transpose(1, 2), meta.transpose(1, 2)
+            rotated = reference.hadamard_rotate(rows[chosen])
+            packed, scales = reference.encode_rows(rotated, codec)
+            got = reference.unpack_codes(cache[at, offset], codec.bits)
+            differ = got != reference.unpack_codes(packed, codec.bits)
+            if bool((differ & (reference.boundary_distance(rotated, codec) > _TIE)).any()):
+                raise WrongResultError(f"fill: codes of {codec.name} must equal the reference's")
+            worst = max(worst, _relative("fill scales", meta[at, offset], scales))
+        return worst
+
+    return Case(lambda launch: [k, v, *caches, *where], poison, check)
+
+
+def _flatten(workload: Workload, device: torch.device) -> Case:
+    spec, tokens = workload.spec, workload.shape["tokens"]
+    dtype = getattr(torch, spec.dtype)
+    caches = _random_caches(spec, workload.shape["pages"], device)
+    table, lengths = _table(workload, device)
+    starts = (lengths.cumsum(0) - lengths).int()
+    out = [
+        torch.empty(tokens, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device)
+        for _ in range(2)
+    ]
+
+    def poison() -> None:
+        for tensor in out:
+            tensor.fill_(float("nan"))
+
+    def check() -> float:
+        worst = 0.0
+        for b in {0, len(lengths) - 1}:
+            begin, count = int(starts[b]), int(lengths[b])
+            want = reference.sequence_rows(spec, *caches, table[b], count)
+            for got, rows in zip(out, want, strict=True):
+                if workload.function == "flatten_unrotated":
+                    rows = reference.hadamard_rotate(rows)
+                worst = max(worst, _relative("flatten", got[begin : begin + count], rows))
+        return worst
+
+    return Case(lambda launch: [*caches, table, lengths, starts, *out], poison, check)
+
+
+def _decode(workload: Workload, device: torch.device) -> Case:
+    spec, batch = workload.spec, workload.shape["batch"]
+    dtype = getattr(torch, spec.dtype)
+    caches = _random_caches(spec, workload.shape["pages"], device)
+    table, lengths = _table(workload, device)
+    q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device=device).to(dtype)
+    out = torch.empty_like(q)
+    scale = spec.head_dim**-0.5
+    context = int(lengths[0])
+
+    def arguments(launch: dict[str, int]) -> list:
+        splits = num_splits(spec, batch, context, launch, _processors(device))
+        floats = workspace_floats(spec, batch, splits)
+        workspace = torch.full((floats,), float("nan"), device=device)
+        return [q, *caches, table, lengths, workspace, out, splits, scale]
+
+    def check() -> float:
+        chosen = sorted({0, batch - 1})[:_CHECKED_SEQUENCES]
+        want = reference.paged_decode(
+            spec, q[chosen], *caches, table[chosen], lengths[chosen], sm_scale=scale
+        )
+        return _relative("decode", out[chosen], want)
+
+    return Case(arguments, lambda: out.fill_(float("nan")), check)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return torch.get_num_threads()

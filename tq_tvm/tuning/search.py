@@ -1,0 +1,236 @@
+"""Search one workload: MetaSchedule proposes, workers build and run, the best that ships is kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import datetime
+import importlib.metadata
+import logging
+import platform
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tq_tvm import _fast_stack as _fast_stack
+
+# isort: split
+import torch
+import tvm_ffi
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+
+from tq_tvm import env, schedules
+from tq_tvm._version import __version__
+from tq_tvm.build.compile import compile_library, tvm_target
+from tq_tvm.errors import TuningLogError
+from tq_tvm.targets import TargetInfo, detect
+from tq_tvm.tuning.candidates import check_and_time, make_builder, make_runner, tvm_module
+from tq_tvm.tuning.database import Entry, Metadata, save_record
+from tq_tvm.tuning.inputs import make_case
+from tq_tvm.tuning.progress import Progress
+from tq_tvm.tuning.strategy import Exhaustive, RedrawDecision, space_size
+from tq_tvm.tuning.workloads import Workload
+
+__all__ = ["tune"]
+
+_log = logging.getLogger("tq_tvm")
+
+_FINALISTS = 3
+"""Best records of a search that are built as they ship and timed beside the default."""
+
+
+def _work_dir(workload: Workload, target: TargetInfo, fresh: bool) -> Path:
+    directory = env.cache_dir() / "tuning" / target.name / workload.label
+    if fresh:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def tune(
+    workload: Workload,
+    target: TargetInfo,
+    device: torch.device,
+    *,
+    trials: int = 96,
+    seconds: float = 600.0,
+    seed: int = 1,
+    fresh: bool = False,
+    logs: Path | None = None,
+) -> Entry | None:
+    """Search a workload on the local device and keep the best record, if it beats the default.
+
+    Every measured candidate goes to a database in the cache directory: a search that was stopped,
+    by Ctrl-C or by its budget, keeps what it found and goes on from there the next time.
+
+    Parameters
+    ----------
+    workload, target, device
+        What to search, and where; ``device`` must be a ``target``.
+    trials, seconds
+        Budgets. A space of at most ``trials`` points is searched exhaustively; of a larger one an
+        evolutionary search measures ``trials``, guided by XGBoost (on an anchor function, which has
+        no features, at random).
+    seed
+        Seed of inputs and search.
+    fresh
+        Forget what an earlier search measured.
+    logs
+        Directory of tuning logs; None takes those of the package.
+
+    Returns
+    -------
+    The kept record's summary, or None where nothing beat the default.
+
+    Raises
+    ------
+    TuningLogError
+        The device is another target, or no candidate was right.
+    """
+    if detect(device).kind != target.kind or (
+        target.kind == "cuda" and detect(device).name != target.name
+    ):
+        raise TuningLogError(
+            f"tune: device must be a {target.name}, got a {detect(device).name}; "
+            f"run `tq-tvm tune --target {detect(device).name}`"
+        )
+    # The bar tells what MetaSchedule's tables would; its log files stay in the work directory.
+    logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
+    work_dir = _work_dir(workload, target, fresh)
+    mod = tvm_module(workload, target)
+    space = schedules.space(workload.function, workload.spec, target.kind)
+    probe = Schedule(mod)
+    space(probe)
+    points = space_size(probe)
+    progress = Progress(workload.label, min(points, trials))
+    deadline = time.monotonic() + seconds
+    exhaustive = points <= trials
+    with tempfile.TemporaryDirectory(prefix="tq_tvm_tune_") as scratch:
+        try:
+            ms.tir_integration.tune_tir(
+                mod,
+                tvm_target(target),
+                str(work_dir),
+                max_trials_global=min(points, trials),
+                num_trials_per_iter=min(points, trials, 64 if exhaustive else 32),
+                builder=make_builder(target, Path(scratch)),
+                runner=make_runner(workload, str(device), progress.report),
+                space=ms.space_generator.ScheduleFn(
+                    space,
+                    sch_rules=[],
+                    postprocs=[ms.postproc.VerifyGPUCode()] if target.kind == "cuda" else [],
+                    mutator_probs={RedrawDecision(): 1.0},
+                ),
+                strategy=Exhaustive(deadline) if exhaustive else "evolutionary",
+                cost_model="random" if exhaustive or workload.kernel == "decode" else "xgb",
+                num_tuning_cores=1,
+                seed=seed,
+            )
+        except KeyboardInterrupt:
+            _log.warning("tune: interrupted; keeping the best of %d trials", progress.trials)
+        finally:
+            progress.close()
+    return _keep_best(workload, target, device, work_dir, progress, seed, logs)
+
+
+def _keep_best(
+    workload: Workload,
+    target: TargetInfo,
+    device: torch.device,
+    work_dir: Path,
+    progress: Progress,
+    seed: int,
+    logs: Path | None,
+) -> Entry | None:
+    """Build the finalists as they ship, check and time them beside the default."""
+    database = ms.database.JSONDatabase(work_dir=str(work_dir))
+    found = database.get_top_k(
+        database.commit_workload(tvm_module(workload, target)), _FINALISTS
+    )
+    if not found:
+        raise TuningLogError(
+            f"tune: {workload.label} must have a candidate with right results, got none of "
+            f"{progress.trials}; the last one failed with: {progress.last_error}"
+        )
+    traces = [None, *[record.trace for record in found]]
+    instances = [
+        schedules.instantiate(workload.function, workload.spec, target.kind, trace)
+        for trace in traces
+    ]
+    case = make_case(workload, device, seed)
+    measured: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory(prefix="tq_tvm_final_") as scratch:
+        paths = [Path(scratch) / f"{i}.so" for i in range(len(instances))]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            jobs = [
+                pool.submit(compile_library, {"main": instance.func}, target, path)
+                for instance, path in zip(instances, paths, strict=True)
+            ]
+            versions = [job.result().versions for job in jobs][0]
+        for instance, path in zip(instances, paths, strict=True):
+            call = tvm_ffi.load_module(str(path))["main"]
+            measured.append(check_and_time(call, case, instance.launch, device))
+    (default_us, _), *rest = measured
+    best = min(range(len(rest)), key=lambda i: rest[i][0])
+    us, error = rest[best]
+    _log.info("%s: %.1f us, default %.1f us", workload.label, us, default_us)
+    if us >= default_us:
+        _log.warning(
+            "%s: nothing beat the default (%.1f us against %.1f us); no record kept",
+            workload.label,
+            us,
+            default_us,
+        )
+        return None
+    entry = Entry(
+        workload=workload.label,
+        function=workload.function,
+        spec=workload.spec.label,
+        shape=dict(workload.shape),
+        size=workload.size,
+        us=round(us, 3),
+        default_us=round(default_us, 3),
+        search_us=round(float(found[best].run_secs[0]) * 1e6, 3),
+        trials=progress.trials,
+        failures=progress.failures,
+        max_error=error,
+        config=instances[best + 1].config,
+    )
+    save_record(entry, found[best].trace, target, _metadata(target, device, versions, seed), logs)
+    return entry
+
+
+def _metadata(
+    target: TargetInfo, device: torch.device, tools: dict[str, str], seed: int
+) -> Metadata:
+    names = ("apache-tvm", "apache-tvm-ffi", "torch", "xgboost-cpu")
+    versions: dict[str, Any] = {"tq_tvm": __version__, **tools}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "none"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        versions["cuda"] = str(torch.version.cuda)
+    else:
+        name = _cpu_name()
+    return Metadata(
+        target=target.name,
+        device=name,
+        arch=target.arch,
+        versions=versions,
+        date=datetime.date.today().isoformat(),
+        seed=seed,
+    )
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return platform.processor() or platform.machine()

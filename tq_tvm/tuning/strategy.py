@@ -1,0 +1,144 @@
+"""Which candidates are measured: all of a small space, an evolutionary sample of a large one.
+
+Both skip what the database already has, so an interrupted search goes on where it stopped, and both
+stop at a deadline.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tvm.ir.utils import derived_object
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+from tvm.s_tir.meta_schedule.arg_info import ArgInfo
+from tvm.s_tir.meta_schedule.search_strategy import MeasureCandidate, PySearchStrategy
+
+__all__ = ["Exhaustive", "RedrawDecision", "space_size"]
+
+
+def _sampled(trace: Any) -> list[Any]:
+    return [inst for inst in trace.insts if inst.kind.name == "SampleCategorical"]
+
+
+def _decided(trace: Any) -> tuple[int, ...]:
+    """Index of every sampled decision."""
+    return tuple(
+        int(v) for inst, v in trace.decisions.items() if inst.kind.name == "SampleCategorical"
+    )
+
+
+def space_size(sch: Schedule) -> int:
+    """Points in the space that ``sch`` was sampled from."""
+    return math.prod(len(inst.attrs[0]) for inst in _sampled(sch.trace))
+
+
+@derived_object
+class Exhaustive(PySearchStrategy):
+    """Every point of the space, in an order that spreads over it."""
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__()
+        self._deadline = deadline
+        self._pending: Iterator[Any] = iter(())
+        self._batch = 1
+        self._context: Any = None
+
+    def _initialize_with_tune_context(self, context: Any) -> None:
+        self._context = context
+
+    def pre_tuning(
+        self,
+        max_trials: int,
+        num_trials_per_iter: int,
+        design_spaces: list[Any],
+        database: Any = None,
+        cost_model: Any = None,
+    ) -> None:
+        """Enumerate what the database does not have."""
+        self._batch = int(num_trials_per_iter)
+        seen = set()
+        if database is not None:
+            workload = database.commit_workload(self._context.mod)
+            for record in database.get_top_k(workload, 1 << 20):
+                seen.add(_decided(record.trace))
+        self._pending = iter(
+            [
+                (space.trace, point)
+                for space in design_spaces
+                for point in _points(space.trace)
+                if point not in seen
+            ]
+        )
+
+    def post_tuning(self) -> None:
+        """Nothing to release."""
+
+    def generate_measure_candidates(self) -> list[Any] | None:
+        """The next batch, or None when all are done or the time is up."""
+        if time.monotonic() > self._deadline:
+            return None
+        batch = []
+        for trace, point in self._pending:
+            sch = Schedule(self._context.mod)
+            for inst_index, decision in enumerate(point):
+                trace = trace.with_decision(
+                    _sampled(trace)[inst_index], decision, remove_postproc=True
+                )
+            trace.apply_to_schedule(sch, remove_postproc=True)
+            postprocs = self._context.space_generator.postprocs or []
+            if all(p.apply(sch) for p in postprocs):
+                batch.append(
+                    MeasureCandidate(sch, ArgInfo.from_entry_func(sch.mod, remove_preproc=True))
+                )
+            if len(batch) == self._batch:
+                break
+        return batch or None
+
+    def notify_runner_results(self, measure_candidates: list[Any], results: list[Any]) -> None:
+        """Enumeration does not learn."""
+
+    def clone(self) -> Exhaustive:
+        """A fresh strategy with the same deadline."""
+        return Exhaustive(self._deadline)
+
+
+def _points(trace: Any) -> list[tuple[int, ...]]:
+    """All points of a space; a stride coprime to their number visits distant ones first."""
+    points = list(itertools.product(*[range(len(i.attrs[0])) for i in _sampled(trace)]))
+    stride = next(s for s in range(max(1, len(points) * 5 // 8), 0, -1) if _coprime(s, len(points)))
+    return [points[i * stride % len(points)] for i in range(len(points))]
+
+
+def _coprime(a: int, b: int) -> bool:
+    return math.gcd(a, b) == 1
+
+
+@derived_object
+class RedrawDecision(ms.mutator.PyMutator):
+    """Draw one categorical decision anew: the step of the evolutionary search.
+
+    MetaSchedule's own mutators know tile sizes and annotations, not plain categorical samples.
+    """
+
+    def _initialize_with_tune_context(self, context: Any) -> None:
+        """Decisions are all in the trace."""
+
+    def apply(self, trace: Any, seed: Any) -> Any:
+        """Return the trace with another value of one decision, or None if there is no choice."""
+        open_decisions = [i for i in _sampled(trace) if len(i.attrs[0]) > 1]
+        if not open_decisions:
+            return None
+        draw = random.Random(int(seed))
+        inst = draw.choice(open_decisions)
+        others = [i for i in range(len(inst.attrs[0])) if i != int(trace.decisions[inst])]
+        return trace.with_decision(inst, draw.choice(others), remove_postproc=True)
+
+    def clone(self) -> RedrawDecision:
+        """A mutator has no state."""
+        return RedrawDecision()

@@ -1,0 +1,87 @@
+"""The workloads that are searched, and why each one.
+
+A record is found at one size and serves the sizes nearest to it (in log size).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.targets import TargetInfo
+
+__all__ = ["Workload", "workloads"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One function at one size.
+
+    ``shape`` holds the sizes of ``tq_tvm.schedules.search_module``; ``context`` and ``new_tokens``
+    say what the sequences look like inside them.
+    """
+
+    function: str
+    spec: CacheSpec
+    shape: dict[str, int] = dataclasses.field(hash=False)
+    why: str
+
+    @property
+    def kernel(self) -> str:
+        """Kernel that the function is a form of."""
+        return FUNCTIONS[self.function]
+
+    @property
+    def label(self) -> str:
+        """A slug of function, sizes and spec."""
+        sizes = "_".join(f"{k}{v}" for k, v in self.shape.items())
+        return f"{self.function}-{sizes}-{self.spec.label}"
+
+    @property
+    def size(self) -> int:
+        """Problem size by which a variant is chosen at run time."""
+        heads, dim = self.spec.num_kv_heads, self.spec.head_dim
+        if self.function == "rotate":
+            return self.shape["n"] * dim
+        if self.function == "decode":
+            context = self.shape["table_width"] * self.spec.page_size
+            return self.shape["batch"] * heads * context * dim
+        return self.shape["tokens"] * heads * dim
+
+
+def _batch(spec: CacheSpec, batch: int, context: int) -> dict[str, int]:
+    width = -(-context // spec.page_size)
+    return {"batch": batch, "pages": batch * width, "table_width": width}
+
+
+def _tokens(spec: CacheSpec, batch: int, context: int) -> dict[str, int]:
+    return {"tokens": batch * context, **_batch(spec, batch, context)}
+
+
+def workloads(spec: CacheSpec, target: TargetInfo) -> list[Workload]:
+    """Workloads of a spec: on a GPU sizes of serving, on a CPU sizes that take milliseconds."""
+    if target.kind == "cuda":
+        large, small = 4 << 20, 4096
+        prefill, append, gather = (8, 2048), 64, (16, 4096)
+        decodes = [
+            (64, 8192, "every SM busy: bandwidth and instructions"),
+            (1, 8192, "one sequence: splits, latency and the merge"),
+        ]
+    else:
+        large, small = 65536, 512
+        prefill, append, gather = (2, 256), 8, (2, 512)
+        decodes = [(2, 1024, "a small batch")]
+    return [
+        Workload("rotate", spec, {"n": large}, "larger than the L2: bandwidth"),
+        Workload("rotate", spec, {"n": small}, "one launch: latency"),
+        Workload(
+            "fill_slots",
+            spec,
+            {"tokens": append, "pages": append},
+            "one new token a sequence: latency",
+        ),
+        Workload("fill_table", spec, _tokens(spec, *prefill), "prefill chunks: bandwidth"),
+        Workload("flatten", spec, _tokens(spec, *gather), "prefill over a packed past"),
+        Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
+        *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
+    ]
