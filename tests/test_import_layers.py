@@ -29,7 +29,7 @@ ALLOWED = {
     "reference": BASE,
     "kernels": COMPILER,
     "schedules": COMPILER,
-    "tuning": COMPILER | {"schedules", "tuning_logs", "build"},
+    "tuning": COMPILER | {"schedules", "tuning_logs", "build", "bench"},
     "build": COMPILER | {"schedules", "tuning_logs", "tuning", "artifacts"},
     "artifacts": BASE,
     "ops": RUN,

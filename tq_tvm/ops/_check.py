@@ -111,7 +111,7 @@ def check_shape(
 
 def check_last_axis(op: str, name: str, tensor: torch.Tensor) -> None:
     """Check that values along the last axis are adjacent."""
-    if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    if tensor.numel() and tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         fail(
             op,
             name,
@@ -124,6 +124,8 @@ def check_last_axis(op: str, name: str, tensor: torch.Tensor) -> None:
 def check_compact(op: str, name: str, tensor: torch.Tensor, first: int = 0) -> None:
     """Check that axes from ``first`` on are compact; strides of those before are free."""
     check_last_axis(op, name, tensor)
+    if tensor.numel() == 0:
+        return
     expected = 1
     for axis in range(tensor.ndim - 1, first - 1, -1):
         if tensor.shape[axis] > 1 and tensor.stride(axis) != expected:

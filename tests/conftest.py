@@ -1,0 +1,55 @@
+"""Devices and libraries: the same tests run on the CPU and, where there is one, on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tq_tvm.targets import detect
+
+
+def _gpu_reason() -> str | None:
+    return None if torch.cuda.is_available() else "no CUDA GPU on this machine"
+
+
+@pytest.fixture(
+    scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=str
+)
+def device(request) -> torch.device:
+    if request.param == "cuda":
+        if _gpu_reason():
+            pytest.skip(_gpu_reason())
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def library_root(tmp_path_factory):
+    """Where libraries of this session are built; ``TQ_TVM_ARTIFACT_DIR`` brings built ones."""
+    chosen = os.environ.get("TQ_TVM_ARTIFACT_DIR")
+    return chosen, tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="session")
+def library(library_root):
+    """Make sure that a library of a spec is found on a device: ``library(spec, device)``."""
+    chosen, root = library_root
+    built = set()
+
+    def ensure(spec, device) -> None:
+        if device.type == "cuda" and spec.dtype == "float32":
+            pytest.skip("float32 kernels are for the CPU")
+        if chosen is not None or (spec, device.type) in built:
+            return
+        pytest.importorskip("tvm", reason="the compiler is not installed; set TQ_TVM_ARTIFACT_DIR")
+        from tq_tvm.build.library import build_library
+
+        build_library(spec, detect(device), root)
+        built.add((spec, device.type))
+        os.environ["TQ_TVM_ARTIFACT_DIR"] = str(root)
+
+    yield ensure
+    if chosen is None:
+        os.environ.pop("TQ_TVM_ARTIFACT_DIR", None)
