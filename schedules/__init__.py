@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
+from tq_tvm.schedules import decode, fill, flatten, rotate
+from tq_tvm.schedules.decisions import fixed, sampled
+from tq_tvm.schedules.rows import ROW_MULTIPLE
 from tvm.s_tir import Schedule, Trace
 from tvm.tirx import PrimFunc
 
@@ -21,9 +24,6 @@ from tq_tvm.kernels.decode import decode as decode_kernel
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
 from tq_tvm.kernels.rotate import rotate as rotate_kernel
-from tq_tvm.schedules import decode, fill, flatten, rotate
-from tq_tvm.schedules.decisions import fixed, sampled
-from tq_tvm.schedules.rows import ROW_MULTIPLE
 from tq_tvm.spec import CacheSpec
 
 __all__ = [

@@ -26,12 +26,12 @@ unroll            the loop over the group's heads unrolled: code size against re
 
 from __future__ import annotations
 
-from tvm.script import tirx as T
+from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
+from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.decode_cuda import DecodeConfig, shared_bytes
-from tq_tvm.schedules.decisions import Decide
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["DEFAULTS", "OPTIONS", "anchor", "apply", "launch", "rejected"]
@@ -84,7 +84,9 @@ def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Deci
 def decisions(sch: Schedule) -> dict[str, int]:
     """Read the decisions back."""
     annotations = sch.get(sch.get_sblock(_BLOCK)).annotations
-    return {k.removeprefix(_PREFIX): int(v) for k, v in annotations.items() if k.startswith(_PREFIX)}
+    return {
+        k.removeprefix(_PREFIX): int(v) for k, v in annotations.items() if k.startswith(_PREFIX)
+    }
 
 
 def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:

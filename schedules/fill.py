@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tq_tvm.schedules.decisions import Decide
+from tq_tvm.schedules.rows import RowBlocks, schedule_cpu, schedule_cuda
 from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.blocks import stage_names
-from tq_tvm.schedules.decisions import Decide
-from tq_tvm.schedules.rows import RowBlocks, schedule_cpu, schedule_cuda
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["DEFAULTS", "apply"]
@@ -24,9 +24,7 @@ def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Deci
     scaled = [side for side, codec in sides.items() if codec.residual_sign]
     names = RowBlocks(
         row_loads=[f"{s}_load" for s in sides],
-        shared=[
-            name for s in sides for name in (f"{s}_widen", *stage_names(s, spec.head_dim))
-        ],
+        shared=[name for s in sides for name in (f"{s}_widen", *stage_names(s, spec.head_dim))],
         private=[f"{s}_code" for s in sides],
         packs=[f"{s}_pack" for s in sides],
         code_stores=[f"{s}_store" for s in sides],

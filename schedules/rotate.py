@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from tq_tvm.schedules.decisions import Decide
+from tq_tvm.schedules.rows import RowBlocks, schedule_cpu, schedule_cuda
 from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.blocks import stage_names
-from tq_tvm.schedules.decisions import Decide
-from tq_tvm.schedules.rows import RowBlocks, schedule_cpu, schedule_cuda
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["DEFAULTS", "apply"]

@@ -25,9 +25,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
-from tq_tvm.schedules.decisions import Decide
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["ROW_MULTIPLE", "RowBlocks", "schedule_cpu", "schedule_cuda"]

@@ -134,7 +134,12 @@ class CacheFormat:
 
 
 K4V2 = CacheFormat(
-    name="k4v2", policy=QuantPolicy.TURBO_QUANT, version=1, key=QJL4, value=MSE2, rotation="hadamard"
+    name="k4v2",
+    policy=QuantPolicy.TURBO_QUANT,
+    version=1,
+    key=QJL4,
+    value=MSE2,
+    rotation="hadamard",
 )
 FORMATS = {K4V2.name: K4V2}
 

@@ -41,9 +41,7 @@ def torch_error(spec, q, batch, want):
         if length:
             k, v = (
                 reference.hadamard_rotate(t).to(q.dtype).transpose(0, 1)[None]
-                for t in reference.sequence_rows(
-                    spec, *batch.caches, batch.block_table[b], length
-                )
+                for t in reference.sequence_rows(spec, *batch.caches, batch.block_table[b], length)
             )
             heads = q[b].view(1, spec.num_q_heads, 1, spec.head_dim)
             out[b] = F.scaled_dot_product_attention(heads, k, v, enable_gqa=True)[0, :, 0]
@@ -179,9 +177,10 @@ def test_traces_without_graph_break(library, device):
     q = queries(spec, batch, device)
 
     def step(q):
-        return paged_decode(
-            q, *batch.caches, batch.block_table, batch.seq_lens, layout=spec.layout
-        ) * 2
+        return (
+            paged_decode(q, *batch.caches, batch.block_table, batch.seq_lens, layout=spec.layout)
+            * 2
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     assert torch.equal(compiled(q), step(q))

@@ -79,7 +79,9 @@ def capture(call: Callable[[], object]) -> Callable[[], None]:
 
 def copy_tb_per_s(device: torch.device) -> float:
     """Copy bandwidth, bytes read plus bytes written, of a buffer several times the L2."""
-    source = torch.empty(1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
+    source = torch.empty(
+        1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device
+    )
     source.zero_()
     target = torch.empty_like(source)
     us = time_us(lambda: target.copy_(source), device, launches=30)

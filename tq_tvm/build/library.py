@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Protocol
 
 import filelock
-from tvm.s_tir import Trace
 from tvm.tirx import PrimFunc
 
 from tq_tvm._version import __version__
@@ -21,38 +18,35 @@ from tq_tvm.kernels import FUNCTIONS
 from tq_tvm.schedules import Instance, instantiate
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import TargetInfo
+from tq_tvm.tuning.database import TunedRecord, find_records
 
-__all__ = ["RecordLike", "Records", "build_library"]
-
-
-class RecordLike(Protocol):
-    """One kept record: `tq_tvm.tuning.database.Record` without importing the tuner."""
-
-    @property
-    def label(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def trace(self) -> Trace: ...
-    @property
-    def us(self) -> float: ...
-
-
-class Records(Protocol):
-    """Where records are looked up: `tq_tvm.tuning.database.TuningLog`."""
-
-    def lookup(self, function: str, spec: CacheSpec) -> list[RecordLike]:
-        """Records of a function that serve ``spec``, one a workload."""
-        ...
+__all__ = ["build_library"]
 
 
 def build_library(
-    spec: CacheSpec, target: TargetInfo, out_root: Path, records: Records | None
+    spec: CacheSpec,
+    target: TargetInfo,
+    root: Path,
+    *,
+    use_records: bool = True,
+    logs: Path | None = None,
 ) -> Path:
-    """Compile every function of ``spec`` into ``<out_root>/<target name>/<spec label>``.
+    """Compile every function of ``spec`` into ``<root>/<target name>/<spec label>``.
 
     A function with records gets a variant for each; one without gets the default schedule. The
-    directory appears, or replaces the one that was there, only when it is complete.
+    directory appears, or replaces the one that was there, only when it is complete. No GPU is
+    needed.
+
+    Parameters
+    ----------
+    spec, target
+        What to specialise for, and where it will run.
+    root
+        Directory of artifacts.
+    use_records
+        False builds every function with the default schedule.
+    logs
+        Directory of tuning logs; None takes those of the package.
 
     Returns
     -------
@@ -63,13 +57,20 @@ def build_library(
     BuildError
         A compiler is missing or failed.
     TuningLogError
-        A record cannot be replayed on the kernel of this version.
+        The log is malformed, for another target, or a record no longer fits the kernel.
     """
     functions: dict[str, PrimFunc] = {}
     variants = {
-        function: _variants(function, spec, target, records, functions) for function in FUNCTIONS
+        function: _variants(
+            function,
+            spec,
+            target,
+            find_records(function, spec, target, logs) if use_records else [],
+            functions,
+        )
+        for function in FUNCTIONS
     }
-    parent = Path(out_root) / target.name
+    parent = Path(root) / target.name
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{spec.label}.", dir=parent))
     try:
@@ -97,13 +98,12 @@ def _variants(
     function: str,
     spec: CacheSpec,
     target: TargetInfo,
-    records: Records | None,
+    records: list[TunedRecord],
     functions: dict[str, PrimFunc],
 ) -> list[Variant]:
     """Variants of one function; adds what they call to ``functions``, equal kernels once."""
-    found = records.lookup(function, spec) if records is not None else []
     variants: list[Variant] = []
-    for record in sorted(found, key=lambda r: r.size):
+    for record in sorted(records, key=lambda r: r.size):
         symbol = f"tq_{function}_{len(variants)}"
         instance = _replay(function, spec, target, record, symbol)
         same = next((v for v in variants if v.config == instance.config), None)
@@ -116,7 +116,7 @@ def _variants(
                 symbol=symbol,
                 size=record.size,
                 tuned=True,
-                workload=record.label,
+                workload=record.workload,
                 us=record.us,
                 config=instance.config,
                 launch=instance.launch,
@@ -127,19 +127,17 @@ def _variants(
     symbol = f"tq_{function}_0"
     instance = instantiate(function, spec, target.kind, None, symbol=symbol)
     functions[symbol] = instance.func
-    return [
-        Variant(symbol, size=1, tuned=False, config=instance.config, launch=instance.launch)
-    ]
+    return [Variant(symbol, size=1, tuned=False, config=instance.config, launch=instance.launch)]
 
 
 def _replay(
-    function: str, spec: CacheSpec, target: TargetInfo, record: RecordLike, symbol: str
+    function: str, spec: CacheSpec, target: TargetInfo, record: TunedRecord, symbol: str
 ) -> Instance:
     try:
         return instantiate(function, spec, target.kind, record.trace, symbol=symbol)
     except Exception as error:
         raise TuningLogError(
-            f"build_library: record {record.label} of {function} for {target.name} must replay on "
+            f"build_library: record {record.workload} of {function} for {target.name} must replay on "
             f"{spec.label}, got: {error}; run `tq-tvm tune --target {target.name} "
             f"--kernel {FUNCTIONS[function]}`, or `{build_command(target.name, spec.label)} "
             "--no-records` for the default schedule"
@@ -156,7 +154,7 @@ def _replace(scratch: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _versions() -> Mapping[str, str]:
+def _versions() -> dict[str, str]:
     return {
         "tq_tvm": __version__,
         "apache-tvm": metadata.version("apache-tvm"),

@@ -58,9 +58,7 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
         return [page, offset, head, j] if bshd else [page, head, offset, j]
 
     def key_value(code, residual):
-        return select(T.bitwise_and(code, 7), key_levels) + T.Select(
-            code >= 8, residual, -residual
-        )
+        return select(T.bitwise_and(code, 7), key_levels) + T.Select(code >= 8, residual, -residual)
 
     @T.inline
     def butterflies(x, y, row):
@@ -158,9 +156,7 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
                             partial[v] = T.float32(0)
                         for jo in T.unroll(D // VEC):
                             for v in T.vectorized(VEC):
-                                partial[v] = (
-                                    partial[v] + query[i, jo * VEC + v] * row[jo * VEC + v]
-                                )
+                                partial[v] = partial[v] + query[i, jo * VEC + v] * row[jo * VEC + v]
                         dot = T.float32(0)
                         for v in T.unroll(VEC):
                             dot = dot + partial[v]

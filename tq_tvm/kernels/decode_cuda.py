@@ -426,43 +426,69 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                             xt: T.let = T.shift_right(xs, _u32(16))
                             yt: T.let = T.shift_right(ys, _u32(16))
                             T.ptx[_S8](
-                                acc[0, 0], acc[0, 1], acc[0, 2], acc[0, 3],
+                                acc[0, 0],
+                                acc[0, 1],
+                                acc[0, 2],
+                                acc[0, 3],
                                 _prmt(_u32(high[0]), _u32(high[1]), xs),
                                 _prmt(_u32(high[0]), _u32(high[1]), ys),
                                 _prmt(_u32(high[0]), _u32(high[1]), xt),
                                 _prmt(_u32(high[0]), _u32(high[1]), yt),
-                                frag[0], frag[1],
-                                acc[0, 0], acc[0, 1], acc[0, 2], acc[0, 3],
+                                frag[0],
+                                frag[1],
+                                acc[0, 0],
+                                acc[0, 1],
+                                acc[0, 2],
+                                acc[0, 3],
                             )
                             T.ptx[_S8](
-                                acc[1, 0], acc[1, 1], acc[1, 2], acc[1, 3],
+                                acc[1, 0],
+                                acc[1, 1],
+                                acc[1, 2],
+                                acc[1, 3],
                                 _prmt(_u32(high[0]), _u32(high[1]), xs),
                                 _prmt(_u32(high[0]), _u32(high[1]), ys),
                                 _prmt(_u32(high[0]), _u32(high[1]), xt),
                                 _prmt(_u32(high[0]), _u32(high[1]), yt),
-                                frag[4], frag[5],
-                                acc[1, 0], acc[1, 1], acc[1, 2], acc[1, 3],
+                                frag[4],
+                                frag[5],
+                                acc[1, 0],
+                                acc[1, 1],
+                                acc[1, 2],
+                                acc[1, 3],
                             )
                             T.ptx[_S8](
-                                acc[1, 0], acc[1, 1], acc[1, 2], acc[1, 3],
+                                acc[1, 0],
+                                acc[1, 1],
+                                acc[1, 2],
+                                acc[1, 3],
                                 _prmt(_u32(low[0]), _u32(low[1]), xs),
                                 _prmt(_u32(low[0]), _u32(low[1]), ys),
                                 _prmt(_u32(low[0]), _u32(low[1]), xt),
                                 _prmt(_u32(low[0]), _u32(low[1]), yt),
-                                frag[0], frag[1],
-                                acc[1, 0], acc[1, 1], acc[1, 2], acc[1, 3],
+                                frag[0],
+                                frag[1],
+                                acc[1, 0],
+                                acc[1, 1],
+                                acc[1, 2],
+                                acc[1, 3],
                             )
                             for part in T.unroll(2):
                                 T.ptx[_U8](
-                                    acc[2 + part, 0], acc[2 + part, 1],
-                                    acc[2 + part, 2], acc[2 + part, 3],
+                                    acc[2 + part, 0],
+                                    acc[2 + part, 1],
+                                    acc[2 + part, 2],
+                                    acc[2 + part, 3],
                                     T.bitwise_and(T.shift_left(xk, _u32(4)), _u32(0x80808080)),
                                     T.bitwise_and(T.shift_left(yk, _u32(4)), _u32(0x80808080)),
                                     T.bitwise_and(xk, _u32(0x80808080)),
                                     T.bitwise_and(yk, _u32(0x80808080)),
-                                    frag[4 * part + 2], frag[4 * part + 3],
-                                    acc[2 + part, 0], acc[2 + part, 1],
-                                    acc[2 + part, 2], acc[2 + part, 3],
+                                    frag[4 * part + 2],
+                                    frag[4 * part + 3],
+                                    acc[2 + part, 0],
+                                    acc[2 + part, 1],
+                                    acc[2 + part, 2],
+                                    acc[2 + part, 3],
                                 )
 
                         it: T.int32 = first + warp
@@ -591,11 +617,20 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                                             )
                                 for ot in T.unroll(OT):
                                     T.ptx[_F16](
-                                        o[ot, 0], o[ot, 1], o[ot, 2], o[ot, 3],
-                                        A[0, 2 * ot], A[0, 2 * ot + 1],
-                                        A[1, 2 * ot], A[1, 2 * ot + 1],
-                                        weight[2 * ks], weight[2 * ks + 1],
-                                        o[ot, 0], o[ot, 1], o[ot, 2], o[ot, 3],
+                                        o[ot, 0],
+                                        o[ot, 1],
+                                        o[ot, 2],
+                                        o[ot, 3],
+                                        A[0, 2 * ot],
+                                        A[0, 2 * ot + 1],
+                                        A[1, 2 * ot],
+                                        A[1, 2 * ot + 1],
+                                        weight[2 * ks],
+                                        weight[2 * ks + 1],
+                                        o[ot, 0],
+                                        o[ot, 1],
+                                        o[ot, 2],
+                                        o[ot, 3],
                                     )
                             for stage in T.unroll(DEPTH):
                                 for i in T.unroll(NI):
@@ -679,9 +714,7 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         for i in T.unroll(EL):
                             x2[i] = x2[i] + f * WS[(row3 * num_splits + s) * D + lane2 * EL + i]
                     butterflies(x2, y2, lane2)
-                    inverse2 = T.Select(
-                        sum3 > T.float32(0), T.float32(RSQRT) / sum3, T.float32(0)
-                    )
+                    inverse2 = T.Select(sum3 > T.float32(0), T.float32(RSQRT) / sum3, T.float32(0))
                     for i in T.unroll(EL):
                         OUT[T.truncdiv(row3, HQ), T.truncmod(row3, HQ), lane2 * EL + i] = T.cast(
                             x2[i] * inverse2, dtype

@@ -149,9 +149,7 @@ def fill_table(
             T.And(vr // hk < total, T.cast(token, "int32") < starts[sequences]),
             position >= 0,
         )
-        value = T.if_then_else(
-            in_range, pages.page_slot(spec, table, b, position), T.int64(-1)
-        )
+        value = T.if_then_else(in_range, pages.page_slot(spec, table, b, position), T.int64(-1))
         pages.store_slot(slot, value, [pages.whole(t) for t in (table, lens, starts)] + [found[0]])
         _emit_row(spec, k, v, caches, token, vr % hk, slot)
 
@@ -191,7 +189,10 @@ def fill_table(
             with T.sblock("row"):
                 vr = T.axis.spatial(blocks.padded(n * hk, row_multiple), i)
                 T.reads(
-                    pages.whole(K), pages.whole(V), pages.whole(BT), pages.whole(SL),
+                    pages.whole(K),
+                    pages.whole(V),
+                    pages.whole(BT),
+                    pages.whole(SL),
                     pages.whole(QS),
                 )
                 T.writes(caches.regions())

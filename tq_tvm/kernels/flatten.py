@@ -98,9 +98,7 @@ def flatten(
         )
         pages.store_slot(slot, value, [pages.whole(t) for t in (table, lens, starts)] + [found[0]])
         place = (row, vr % hk, total)
-        _emit_side(
-            "k", spec, fmt.key, unrotated, caches.k_cache, caches.k_meta, k_out, slot, place
-        )
+        _emit_side("k", spec, fmt.key, unrotated, caches.k_cache, caches.k_meta, k_out, slot, place)
         _emit_side(
             "v", spec, fmt.value, unrotated, caches.v_cache, caches.v_meta, v_out, slot, place
         )

@@ -28,9 +28,7 @@ def token_slots(
     return torch.cat(slots) if slots else torch.empty(0, dtype=torch.long)
 
 
-def _position_slots(
-    table: torch.Tensor, positions: torch.Tensor, page_size: int
-) -> torch.Tensor:
+def _position_slots(table: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
     pages = table[positions.clamp(min=0) // page_size].long()
     return torch.where(positions < 0, -1, pages * page_size + positions % page_size)
 

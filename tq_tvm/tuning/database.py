@@ -196,9 +196,7 @@ def save_record(
         fresh.mkdir()
         database = _database(fresh)
         for item, item_trace in kept:
-            mod = _normalised(
-                item.function, CacheSpec.parse(item.spec), target.kind, item.shape
-            )
+            mod = _normalised(item.function, CacheSpec.parse(item.spec), target.kind, item.shape)
             workload = database.commit_workload(mod)
             database.commit_tuning_record(
                 ms.database.TuningRecord(

@@ -148,9 +148,7 @@ def _keep_best(
 ) -> Entry | None:
     """Build the finalists as they ship, check and time them beside the default."""
     database = ms.database.JSONDatabase(work_dir=str(work_dir))
-    found = database.get_top_k(
-        database.commit_workload(tvm_module(workload, target)), _FINALISTS
-    )
+    found = database.get_top_k(database.commit_workload(tvm_module(workload, target)), _FINALISTS)
     if not found:
         raise TuningLogError(
             f"tune: {workload.label} must have a candidate with right results, got none of "
