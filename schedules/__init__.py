@@ -78,7 +78,7 @@ def _identity(function: str, spec: CacheSpec, kind: str, shape: dict[str, int] |
 def search_module(
     function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None
 ) -> tvm.IRModule:
-    """What MetaSchedule searches: the function with static sizes, or an anchor that stands for it."""
+    """What MetaSchedule searches: the function of static sizes, or an anchor in its place."""
     if function == "decode":
         func = decode.anchor(_identity(function, spec, kind, shape))
     else:

@@ -13,7 +13,9 @@ __all__ = ["Decide", "fixed", "sampled"]
 class Decide(Protocol):
     """Chooses one of ``options`` for the decision called ``name``."""
 
-    def __call__(self, name: str, options: Sequence[int]) -> object: ...
+    def __call__(self, name: str, options: Sequence[int]) -> object:
+        """Return the choice, as a schedule takes it."""
+        ...
 
 
 def sampled(sch: Schedule) -> Decide:

@@ -1,6 +1,6 @@
 """Every error that tq_tvm raises on purpose.
 
-Messages follow one form: ``<operation>: <argument> must be <expected>, got <actual>; <what to do>``.
+Messages: ``<operation>: <argument> must be <expected>, got <actual>; <what to do>``.
 Argument errors are also ``ValueError`` or ``TypeError``, so that a caller can catch those alone.
 """
 

@@ -214,7 +214,8 @@ class CacheSpec:
         ):
             if value not in allowed:
                 raise UnsupportedSpecError(
-                    f"CacheSpec: {name} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+                    f"CacheSpec: {name} must be one of {', '.join(map(str, allowed))}, "
+                    f"got {value!r}"
                 )
         if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:
             raise UnsupportedSpecError(

@@ -1,4 +1,4 @@
-"""Into how many parts ``decode`` splits a context: shapes decide, lengths never leave the device."""
+"""Into how many parts ``decode`` splits a context: shapes decide, lengths stay on the device."""
 
 from __future__ import annotations
 

@@ -77,7 +77,9 @@ def test_append_one_token_and_chunks(library, device, spec):
     """New tokens go behind what a sequence already has, in a ragged mix of counts."""
     library(spec, device)
     batch = make_batch(spec, device)
-    counts = torch.tensor([min(n, c) for n, c in zip(batch.seq_lens.tolist(), [1, 1, 3] * 4)])
+    counts = torch.tensor(
+        [min(n, c) for n, c in zip(batch.seq_lens.tolist(), [1, 1, 3] * 4, strict=False)]
+    )
     starts = torch.cat([torch.zeros(1), counts.cumsum(0)]).int().to(device)
     k, v = _new_rows(spec, int(counts.sum()), device)
     fill_kv_cache(

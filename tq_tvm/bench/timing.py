@@ -31,7 +31,7 @@ def time_us(
     warmup: int = 3,
     seconds: float = 10.0,
 ) -> float:
-    """Median time of ``call`` in microseconds, L2 cold; fewer launches where ``seconds`` run out."""
+    """Median time of ``call`` in us, L2 cold; fewer launches where ``seconds`` run out."""
     for _ in range(warmup):
         call()
     flush = _flush_buffer(device)

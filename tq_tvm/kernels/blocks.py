@@ -214,7 +214,7 @@ def load_bytes(prefix: str, src, index: Index, codec: Codec, head_dim: int):
 
 
 def decode_row(prefix: str, packed, scales, codec: Codec, head_dim: int):
-    """Turn packed bytes and scales into the rotated row, float32 ``[M, PARTS]``: block ``value``."""
+    """Turn packed bytes and scales into a rotated row, float32 ``[M, PARTS]``: block ``value``."""
     m_extent = head_dim // PARTS
     groups = PARTS // codec.codes_per_byte
     sigma = head_dim**-0.5

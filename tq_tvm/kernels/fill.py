@@ -83,7 +83,7 @@ def _emit_row(spec: CacheSpec, k, v, caches: pages.Caches, token, head, slot) ->
 def fill_slots(
     spec: CacheSpec, *, row_multiple: int, tokens: int | None = None, num_pages: int | None = None
 ) -> PrimFunc:
-    """The TensorIR of ``fill`` by slot mapping; ``tokens`` and ``num_pages`` fix a search's shapes."""
+    """The TensorIR of ``fill`` by slot mapping; the sizes fix a search's shapes."""
     d, dtype, hk = spec.head_dim, spec.dtype, spec.num_kv_heads
 
     def emit(k, v, caches, slot_mapping, vr, total):

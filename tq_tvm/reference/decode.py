@@ -1,4 +1,4 @@
-"""``decode``: out = (softmax(sm_scale q' k^T) v) H / sqrt(D), q' = q H / sqrt(D), k and v rotated."""
+"""``decode``: out = (softmax(sm_scale q' k^T) v) H / sqrt(D), q' = q H / sqrt(D)."""
 
 from __future__ import annotations
 

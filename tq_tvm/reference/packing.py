@@ -1,4 +1,4 @@
-"""Packed codes: value ``j + i * D / n`` of a row sits at bit ``i * bits`` of byte ``j``, n = 8 / bits.
+"""Packed codes: value ``j + i * D / n`` is at bit ``i * bits`` of byte ``j``, n = 8 / bits.
 
 The first byte of a 4-bit row holds values 0 and D/2, the first byte of a 2-bit row values 0, D/4,
 D/2 and 3D/4.

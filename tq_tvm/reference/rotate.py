@@ -1,4 +1,4 @@
-"""``rotate``: y = x H / sqrt(D), H the Sylvester Walsh-Hadamard matrix, which is its own inverse."""
+"""``rotate``: y = x H / sqrt(D), H the Sylvester Walsh-Hadamard matrix, its own inverse."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def make_runner(
     device: str,
     report: Callable[[float | None, str | None], None],
 ) -> Any:
-    """A runner for one workload; ``report(us, error)`` is called for each candidate that was run."""
+    """A runner for one workload; ``report(us, error)`` is called for each candidate."""
     return _Runner(workload, device, report)
 
 

@@ -8,6 +8,7 @@ folder's target is checked here.
 
 from __future__ import annotations
 
+import importlib.resources
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,7 +23,7 @@ from tq_tvm import _fast_stack as _fast_stack
 from tvm.s_tir import Trace
 from tvm.s_tir import meta_schedule as ms
 
-from tq_tvm import schedules, tuning_logs
+from tq_tvm import schedules
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
@@ -73,7 +74,7 @@ class TunedRecord(msgspec.Struct, frozen=True):
 
 def logs_root() -> Path:
     """Directory of the logs that come with the package."""
-    return Path(next(iter(tuning_logs.__path__)))
+    return Path(str(importlib.resources.files("tq_tvm.tuning_logs")))
 
 
 def _normalised(function: str, spec: CacheSpec, kind: str, shape: dict[str, int]) -> Any:

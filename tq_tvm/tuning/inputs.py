@@ -26,6 +26,8 @@ _CHECKED_SEQUENCES = 2
 _CHECKED_TOKENS = 1024
 _SENTINEL = 0xCD
 
+_Caches = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 class WrongResultError(TQError, AssertionError):
     """A kernel computed something else than the reference."""
@@ -54,7 +56,7 @@ def _relative(name: str, got: torch.Tensor, want: torch.Tensor) -> float:
     return error
 
 
-def _random_caches(spec: CacheSpec, pages: int, device: torch.device) -> list[torch.Tensor]:
+def _random_caches(spec: CacheSpec, pages: int, device: torch.device) -> _Caches:
     """Random codes with scales as Gaussian rows have them."""
     tensors = []
     root = spec.head_dim**0.5
@@ -67,7 +69,8 @@ def _random_caches(spec: CacheSpec, pages: int, device: torch.device) -> list[to
                 tensor[..., 1] = tensor[..., 1] * (0.18 / root / root)
             tensor = tensor.to(getattr(torch, dtype))
         tensors.append(tensor)
-    return tensors
+    k_cache, v_cache, k_meta, v_meta = tensors
+    return k_cache, v_cache, k_meta, v_meta
 
 
 def _table(workload: Workload, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +99,10 @@ def _rotate(workload: Workload, device: torch.device) -> Case:
         rows = slice(None, None, max(1, len(x) // _CHECKED_TOKENS))
         return _relative("rotate", y[rows], reference.hadamard_rotate(x[rows]))
 
-    return Case(lambda launch: [x, y], lambda: y.fill_(float("nan")), check)
+    def poison() -> None:
+        y.fill_(float("nan"))
+
+    return Case(lambda launch: [x, y], poison, check)
 
 
 def _fill(workload: Workload, device: torch.device) -> Case:
@@ -200,7 +206,10 @@ def _decode(workload: Workload, device: torch.device) -> Case:
         )
         return _relative("decode", out[chosen], want)
 
-    return Case(arguments, lambda: out.fill_(float("nan")), check)
+    def poison() -> None:
+        out.fill_(float("nan"))
+
+    return Case(arguments, poison, check)
 
 
 def _processors(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Search one workload: MetaSchedule proposes, workers build and run, the best that ships is kept."""
+"""Search one workload: MetaSchedule proposes, workers build and run, the best is kept."""
 
 from __future__ import annotations
 
@@ -164,11 +164,13 @@ def _keep_best(
     with tempfile.TemporaryDirectory(prefix="tq_tvm_final_") as scratch:
         paths = [Path(scratch) / f"{i}.so" for i in range(len(instances))]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            jobs = [
-                pool.submit(compile_library, {"main": instance.func}, target, path)
-                for instance, path in zip(instances, paths, strict=True)
-            ]
-            versions = [job.result().versions for job in jobs][0]
+            built = list(
+                pool.map(
+                    lambda instance, path: compile_library({"main": instance.func}, target, path),
+                    instances,
+                    paths,
+                )
+            )
         for instance, path in zip(instances, paths, strict=True):
             call = tvm_ffi.load_module(str(path))["main"]
             measured.append(check_and_time(call, case, instance.launch, device))
@@ -198,7 +200,9 @@ def _keep_best(
         max_error=error,
         config=instances[best + 1].config,
     )
-    save_record(entry, found[best].trace, target, _metadata(target, device, versions, seed), logs)
+    save_record(
+        entry, found[best].trace, target, _metadata(target, device, built[0].versions, seed), logs
+    )
     return entry
 
 
