@@ -13,7 +13,7 @@ from typing import Any
 
 import tvm
 from tq_tvm.schedules import decode, fill, flatten, rotate
-from tq_tvm.schedules.decisions import fixed, sampled
+from tq_tvm.schedules.decisions import sampled
 from tq_tvm.schedules.rows import ROW_MULTIPLE
 from tvm.s_tir import Schedule, Trace
 from tvm.tirx import PrimFunc
@@ -34,6 +34,7 @@ __all__ = [
     "instantiate",
     "search_module",
     "space",
+    "trace_config",
     "unscheduled",
 ]
 
@@ -96,11 +97,11 @@ def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], Non
 
 
 def default(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], None]:
-    """Hand-picked decisions, correct on every supported target."""
+    """The point of the space with the hand-picked decisions, correct on every target."""
     module = _SPACES[FUNCTIONS[function]]
 
     def apply(sch: Schedule) -> None:
-        module.apply(sch, function, spec, kind, fixed(module.DEFAULTS[kind]))
+        module.apply(sch, function, spec, kind, sampled(sch, module.DEFAULTS[kind]))
 
     return apply
 
@@ -139,8 +140,8 @@ def candidate(mod: tvm.IRModule) -> tvm.IRModule:
     return tvm.IRModule({"main": decode_kernel(spec, kind, config)})
 
 
-def _trace_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
-    """Names and values of a trace's sampled decisions."""
+def trace_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+    """Names and values of the decisions of a trace from `space` or `default`."""
     names: list[tuple[str, Any]] = []
 
     def record(name: str, options: Any) -> int:
@@ -166,29 +167,17 @@ def instantiate(
     With ``shape`` None the result is the dynamic function that ships.
     """
     sch = Schedule(search_module(function, spec, kind, shape))
-    module = _SPACES[FUNCTIONS[function]]
     if trace is None:
         default(function, spec, kind)(sch)
     else:
         trace.apply_to_schedule(sch, remove_postproc=True)
+    tuned = trace is not None
     if function == "decode":
         config = decode.decisions(sch)
         func = decode_kernel(spec, kind, config)
         launch = decode.launch(kind, spec, config)
     else:
+        config = trace_config(trace or sch.trace, function, spec, kind)
         func = sch.mod["main"]
         launch = {}
-        if trace is None:
-            offered: dict[str, int] = {}
-            pick = fixed(module.DEFAULTS[kind])
-
-            def record(name: str, options: Any) -> Any:
-                offered[name] = int(pick(name, options))  # type: ignore[call-overload]
-                return offered[name]
-
-            probe = Schedule(search_module(function, spec, kind, shape))
-            module.apply(probe, function, spec, kind, record)
-            config = offered
-        else:
-            config = _trace_config(trace, function, spec, kind)
-    return Instance(func.with_attr("global_symbol", symbol), config, launch, trace is not None)
+    return Instance(func.with_attr("global_symbol", symbol), config, launch, tuned)

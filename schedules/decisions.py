@@ -1,4 +1,4 @@
-"""Where a schedule's numbers come from: sampled by MetaSchedule, or the hand-picked defaults."""
+"""Where a schedule's numbers come from: MetaSchedule's samples, or given values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tvm.s_tir import Schedule
 
-__all__ = ["Decide", "fixed", "sampled"]
+__all__ = ["Decide", "sampled"]
 
 
 class Decide(Protocol):
@@ -18,20 +18,17 @@ class Decide(Protocol):
         ...
 
 
-def sampled(sch: Schedule) -> Decide:
-    """Every decision is a `sample_categorical` instruction of the trace, in order of request."""
+def sampled(sch: Schedule, values: Mapping[str, int] | None = None) -> Decide:
+    """Make every decision a `sample_categorical` instruction of the trace, in order of request.
+
+    With ``values`` the outcome is theirs, or the nearest option below where that is not on offer.
+    """
 
     def decide(name: str, options: Sequence[int]) -> object:
-        return sch.sample_categorical(list(options), [1.0 / len(options)] * len(options))
-
-    return decide
-
-
-def fixed(values: Mapping[str, int]) -> Decide:
-    """The value of ``values``, or the nearest option below it where that one is not offered."""
-
-    def decide(name: str, options: Sequence[int]) -> object:
-        below = [o for o in options if o <= values[name]]
-        return max(below) if below else min(options)
+        decision = None
+        if values is not None:
+            below = [o for o in options if o <= values[name]]
+            decision = options.index(max(below) if below else min(options))
+        return sch.sample_categorical(list(options), [1.0 / len(options)] * len(options), decision)
 
     return decide

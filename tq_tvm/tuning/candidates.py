@@ -19,7 +19,6 @@ from tq_tvm import _fast_stack as _fast_stack
 
 # isort: split
 import torch
-import tvm
 import tvm_ffi
 from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
@@ -155,11 +154,3 @@ def make_runner(
 ) -> Any:
     """A runner for one workload; ``report(us, error)`` is called for each candidate."""
     return _Runner(workload, device, report)
-
-
-def tvm_module(workload: Workload, target: TargetInfo) -> tvm.IRModule:
-    """The module that is searched for a workload, normalised as MetaSchedule stores it."""
-    mod = schedules.search_module(
-        workload.function, workload.spec, target.kind, dict(workload.shape)
-    )
-    return ms.tune_context._normalize_mod(mod)

@@ -9,6 +9,7 @@ folder's target is checked here.
 from __future__ import annotations
 
 import importlib.resources
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from filelock import FileLock
 from tq_tvm import _fast_stack as _fast_stack
 
 # isort: split
+import tvm
 from tvm.s_tir import Trace
 from tvm.s_tir import meta_schedule as ms
 
@@ -29,7 +31,16 @@ from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
 from tq_tvm.targets import TargetInfo
 
-__all__ = ["Entry", "Metadata", "TunedRecord", "find_records", "logs_root", "save_record"]
+__all__ = [
+    "Entry",
+    "Metadata",
+    "TunedRecord",
+    "entries",
+    "find_records",
+    "logs_root",
+    "save_record",
+    "search_workload",
+]
 
 _SUMMARY = "summary.json"
 _METADATA = "metadata.json"
@@ -77,10 +88,19 @@ def logs_root() -> Path:
     return Path(str(importlib.resources.files("tq_tvm.tuning_logs")))
 
 
-def _normalised(function: str, spec: CacheSpec, kind: str, shape: dict[str, int]) -> Any:
-    return ms.tune_context._normalize_mod(
-        schedules.search_module(function, spec, kind, dict(shape))
-    )
+def search_workload(function: str, spec: CacheSpec, kind: str, shape: dict[str, int]) -> Any:
+    """The module that is searched for a workload, as MetaSchedule stores it."""
+    mod = schedules.search_module(function, spec, kind, dict(shape))
+    return ms.tune_context._normalize_mod(_without_spans(mod))
+
+
+def _without_spans(mod: Any) -> Any:
+    """Drop source locations: they are most of a stored module, and name the builder's paths."""
+    graph = json.loads(tvm.ir.save_json(mod))
+    for node in graph["nodes"]:
+        if isinstance(node.get("data"), dict) and "span" in node["data"]:
+            node["data"]["span"] = 0
+    return tvm.ir.load_json(json.dumps(graph))
 
 
 def _database(directory: Path) -> Any:
@@ -151,7 +171,7 @@ def find_records(
     database = _database(directory)
     records = []
     for entry in chosen:
-        mod = _normalised(function, CacheSpec.parse(entry.spec), target.kind, entry.shape)
+        mod = search_workload(function, CacheSpec.parse(entry.spec), target.kind, entry.shape)
         found = (
             database.get_top_k(database.commit_workload(mod), 1)
             if database.has_workload(mod)
@@ -197,7 +217,9 @@ def save_record(
         fresh.mkdir()
         database = _database(fresh)
         for item, item_trace in kept:
-            mod = _normalised(item.function, CacheSpec.parse(item.spec), target.kind, item.shape)
+            mod = search_workload(
+                item.function, CacheSpec.parse(item.spec), target.kind, item.shape
+            )
             workload = database.commit_workload(mod)
             database.commit_tuning_record(
                 ms.database.TuningRecord(

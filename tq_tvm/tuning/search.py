@@ -26,18 +26,19 @@ from tq_tvm._version import __version__
 from tq_tvm.build.compile import compile_library, tvm_target
 from tq_tvm.errors import TuningLogError
 from tq_tvm.targets import TargetInfo, detect
-from tq_tvm.tuning.candidates import check_and_time, make_builder, make_runner, tvm_module
-from tq_tvm.tuning.database import Entry, Metadata, save_record
+from tq_tvm.tuning.candidates import check_and_time, make_builder, make_runner
+from tq_tvm.tuning.cost_model import DecisionModel
+from tq_tvm.tuning.database import Entry, Metadata, save_record, search_workload
 from tq_tvm.tuning.inputs import make_case
 from tq_tvm.tuning.progress import Progress
-from tq_tvm.tuning.strategy import Exhaustive, RedrawDecision, space_size
+from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
 from tq_tvm.tuning.workloads import Workload
 
 __all__ = ["tune"]
 
 _log = logging.getLogger("tq_tvm")
 
-_FINALISTS = 3
+_FINALISTS = 4
 """Best records of a search that are built as they ship and timed beside the default."""
 
 
@@ -59,8 +60,11 @@ def tune(
     seed: int = 1,
     fresh: bool = False,
     logs: Path | None = None,
-) -> Entry | None:
-    """Search a workload on the local device and keep the best record, if it beats the default.
+) -> Entry:
+    """Search a workload on the local device and keep the best record.
+
+    The finalists and the default schedule are built as they ship, checked and timed together; where
+    none of them is faster than the default, the record says that the default is the best.
 
     Every measured candidate goes to a database in the cache directory: a search that was stopped,
     by Ctrl-C or by its budget, keeps what it found and goes on from there the next time.
@@ -71,8 +75,7 @@ def tune(
         What to search, and where; ``device`` must be a ``target``.
     trials, seconds
         Budgets. A space of at most ``trials`` points is searched exhaustively; of a larger one an
-        evolutionary search measures ``trials``, guided by XGBoost (on an anchor function, which has
-        no features, at random).
+        evolutionary search measures ``trials``, guided by XGBoost.
     seed
         Seed of inputs and search.
     fresh
@@ -82,12 +85,14 @@ def tune(
 
     Returns
     -------
-    The kept record's summary, or None where nothing beat the default.
+    The kept record's summary.
 
     Raises
     ------
     TuningLogError
         The device is another target, or no candidate was right.
+    KeyboardInterrupt
+        After Ctrl-C, once the best record so far is kept.
     """
     if detect(device).kind != target.kind or (
         target.kind == "cuda" and detect(device).name != target.name
@@ -99,7 +104,7 @@ def tune(
     # The bar tells what MetaSchedule's tables would; its log files stay in the work directory.
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
     work_dir = _work_dir(workload, target, fresh)
-    mod = tvm_module(workload, target)
+    mod = _searched(workload, target)
     space = schedules.space(workload.function, workload.spec, target.kind)
     probe = Schedule(mod)
     space(probe)
@@ -107,6 +112,7 @@ def tune(
     progress = Progress(workload.label, min(points, trials))
     deadline = time.monotonic() + seconds
     exhaustive = points <= trials
+    interrupted = False
     with tempfile.TemporaryDirectory(prefix="tq_tvm_tune_") as scratch:
         try:
             ms.tir_integration.tune_tir(
@@ -114,7 +120,7 @@ def tune(
                 tvm_target(target),
                 str(work_dir),
                 max_trials_global=min(points, trials),
-                num_trials_per_iter=min(points, trials, 64 if exhaustive else 32),
+                num_trials_per_iter=min(points, trials, 32),
                 builder=make_builder(target, Path(scratch)),
                 runner=make_runner(workload, str(device), progress.report),
                 space=ms.space_generator.ScheduleFn(
@@ -125,16 +131,30 @@ def tune(
                     postprocs=[],
                     mutator_probs={RedrawDecision(): 1.0},
                 ),
-                strategy=Exhaustive(deadline) if exhaustive else "evolutionary",
-                cost_model="random" if exhaustive or workload.kernel == "decode" else "xgb",
+                strategy=Exhaustive(deadline) if exhaustive else Evolutionary(deadline),
+                cost_model=_cost_model(workload, exhaustive, seed),
                 num_tuning_cores=1,
                 seed=seed,
             )
         except KeyboardInterrupt:
+            interrupted = True
             _log.warning("tune: interrupted; keeping the best of %d trials", progress.trials)
         finally:
             progress.close()
-    return _keep_best(workload, target, device, work_dir, progress, seed, logs)
+    entry = _keep_best(workload, target, device, work_dir, progress, seed, logs)
+    if interrupted:
+        raise KeyboardInterrupt
+    return entry
+
+
+def _cost_model(workload: Workload, exhaustive: bool, seed: int) -> Any:
+    if exhaustive:
+        return "random"  # nothing asks it
+    return DecisionModel(seed) if workload.kernel == "decode" else "xgb"
+
+
+def _searched(workload: Workload, target: TargetInfo) -> Any:
+    return search_workload(workload.function, workload.spec, target.kind, workload.shape)
 
 
 def _keep_best(
@@ -145,16 +165,18 @@ def _keep_best(
     progress: Progress,
     seed: int,
     logs: Path | None,
-) -> Entry | None:
+) -> Entry:
     """Build the finalists as they ship, check and time them beside the default."""
     database = ms.database.JSONDatabase(work_dir=str(work_dir))
-    found = database.get_top_k(database.commit_workload(tvm_module(workload, target)), _FINALISTS)
+    found = database.get_top_k(database.commit_workload(_searched(workload, target)), _FINALISTS)
     if not found:
         raise TuningLogError(
             f"tune: {workload.label} must have a candidate with right results, got none of "
             f"{progress.trials}; the last one failed with: {progress.last_error}"
         )
-    traces = [None, *[record.trace for record in found]]
+    unchanged = Schedule(_searched(workload, target))
+    schedules.default(workload.function, workload.spec, target.kind)(unchanged)
+    traces = [unchanged.trace, *[record.trace for record in found]]
     instances = [
         schedules.instantiate(workload.function, workload.spec, target.kind, trace)
         for trace in traces
@@ -174,18 +196,11 @@ def _keep_best(
         for instance, path in zip(instances, paths, strict=True):
             call = tvm_ffi.load_module(str(path))["main"]
             measured.append(check_and_time(call, case, instance.launch, device))
-    (default_us, _), *rest = measured
-    best = min(range(len(rest)), key=lambda i: rest[i][0])
-    us, error = rest[best]
+    # The default comes first: a tie is its own.
+    best = min(range(len(measured)), key=lambda i: measured[i][0])
+    us, error = measured[best]
+    default_us = measured[0][0]
     _log.info("%s: %.1f us, default %.1f us", workload.label, us, default_us)
-    if us >= default_us:
-        _log.warning(
-            "%s: nothing beat the default (%.1f us against %.1f us); no record kept",
-            workload.label,
-            us,
-            default_us,
-        )
-        return None
     entry = Entry(
         workload=workload.label,
         function=workload.function,
@@ -194,14 +209,14 @@ def _keep_best(
         size=workload.size,
         us=round(us, 3),
         default_us=round(default_us, 3),
-        search_us=round(float(found[best].run_secs[0]) * 1e6, 3),
+        search_us=round(float(found[0].run_secs[0]) * 1e6, 3),
         trials=progress.trials,
         failures=progress.failures,
         max_error=error,
-        config=instances[best + 1].config,
+        config=instances[best].config,
     )
     save_record(
-        entry, found[best].trace, target, _metadata(target, device, built[0].versions, seed), logs
+        entry, traces[best], target, _metadata(target, device, built[0].versions, seed), logs
     )
     return entry
 

@@ -19,7 +19,7 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
 from tvm.s_tir.meta_schedule.search_strategy import MeasureCandidate, PySearchStrategy
 
-__all__ = ["Exhaustive", "RedrawDecision", "space_size"]
+__all__ = ["Evolutionary", "Exhaustive", "RedrawDecision", "space_size"]
 
 
 def _sampled(trace: Any) -> list[Any]:
@@ -106,6 +106,55 @@ class Exhaustive(PySearchStrategy):
     def clone(self) -> Exhaustive:
         """A fresh strategy with the same deadline."""
         return Exhaustive(self._deadline)
+
+
+@derived_object
+class Evolutionary(PySearchStrategy):
+    """MetaSchedule's evolutionary search, ended by a deadline."""
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__()
+        self._deadline = deadline
+        self._search = ms.search_strategy.EvolutionarySearch(
+            # The spaces have tens to thousands of points; MetaSchedule's defaults are for millions.
+            population_size=128,
+            genetic_num_iters=3,
+            init_min_unmeasured=8,
+        )
+
+    def _initialize_with_tune_context(self, context: Any) -> None:
+        self._search._initialize_with_tune_context(context)
+
+    def pre_tuning(
+        self,
+        max_trials: int,
+        num_trials_per_iter: int,
+        design_spaces: list[Any],
+        database: Any = None,
+        cost_model: Any = None,
+    ) -> None:
+        """Start the search."""
+        self._search.pre_tuning(
+            max_trials, num_trials_per_iter, design_spaces, database, cost_model
+        )
+
+    def post_tuning(self) -> None:
+        """End the search."""
+        self._search.post_tuning()
+
+    def generate_measure_candidates(self) -> list[Any] | None:
+        """The next batch, or None when the search is done or the time is up."""
+        if time.monotonic() > self._deadline:
+            return None
+        return self._search.generate_measure_candidates()
+
+    def notify_runner_results(self, measure_candidates: list[Any], results: list[Any]) -> None:
+        """Tell the search what was measured."""
+        self._search.notify_runner_results(measure_candidates, results)
+
+    def clone(self) -> Evolutionary:
+        """A fresh strategy with the same deadline."""
+        return Evolutionary(self._deadline)
 
 
 def _points(trace: Any) -> list[tuple[int, ...]]:

@@ -1,0 +1,62 @@
+"""XGBoost on the sampled decisions: the cost model for a kernel that its factory makes.
+
+MetaSchedule's own model reads loops and buffers of the scheduled function; an anchor has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm.ir.utils import derived_object
+from tvm.s_tir import meta_schedule as ms
+
+__all__ = ["DecisionModel"]
+
+
+def _features(candidate: Any) -> list[float]:
+    """Index of every categorical decision, in the order of the trace."""
+    return [
+        float(int(value))
+        for inst, value in candidate.sch.trace.decisions.items()
+        if inst.kind.name == "SampleCategorical"
+    ]
+
+
+@derived_object
+class DecisionModel(ms.cost_model.PyCostModel):
+    """Predicts a score, best time over time, from the decisions of what was measured so far."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._features: list[list[float]] = []
+        self._seconds: list[float] = []
+        self._booster: Any = None
+
+    def update(self, context: Any, candidates: list[Any], results: list[Any]) -> None:
+        """Learn from measured candidates; a failed one counts as infinitely slow."""
+        import xgboost
+
+        for candidate, result in zip(candidates, results, strict=True):
+            seconds = [float(s) for s in result.run_secs or []]
+            self._features.append(_features(candidate))
+            self._seconds.append(float(np.median(seconds)) if seconds else float("inf"))
+        best = min(self._seconds)
+        if np.isfinite(best):
+            self._booster = xgboost.XGBRegressor(
+                n_estimators=64, max_depth=4, learning_rate=0.2, n_jobs=1, random_state=self._seed
+            ).fit(np.array(self._features), best / np.array(self._seconds))
+
+    def predict(self, context: Any, candidates: list[Any]) -> np.ndarray:
+        """Scores of candidates: the higher the faster, all equal before anything was measured."""
+        if self._booster is None:
+            return np.zeros(len(candidates), "float64")
+        features = np.array([_features(c) for c in candidates])
+        return np.asarray(self._booster.predict(features), "float64")
+
+    def load(self, path: str) -> None:
+        """Start from nothing: the database is what a search resumes from."""
+
+    def save(self, path: str) -> None:
+        """Keep nothing: see `load`."""
