@@ -44,16 +44,18 @@ class DecisionModel(ms.cost_model.PyCostModel):
             self._seconds.append(float(np.median(seconds)) if seconds else float("inf"))
         best = min(self._seconds)
         if np.isfinite(best):
-            self._booster = xgboost.XGBRegressor(
-                n_estimators=64, max_depth=4, learning_rate=0.2, n_jobs=1, random_state=self._seed
-            ).fit(np.array(self._features), best / np.array(self._seconds))
+            data = xgboost.DMatrix(np.array(self._features), best / np.array(self._seconds))
+            options = {"max_depth": 4, "eta": 0.2, "nthread": 1, "seed": self._seed}
+            self._booster = xgboost.train(options, data, num_boost_round=64)
 
     def predict(self, context: Any, candidates: list[Any]) -> np.ndarray:
         """Scores of candidates: the higher the faster, all equal before anything was measured."""
         if self._booster is None:
             return np.zeros(len(candidates), "float64")
-        features = np.array([_features(c) for c in candidates])
-        return np.asarray(self._booster.predict(features), "float64")
+        import xgboost
+
+        data = xgboost.DMatrix(np.array([_features(c) for c in candidates]))
+        return np.asarray(self._booster.predict(data), "float64")
 
     def load(self, path: str) -> None:
         """Start from nothing: the database is what a search resumes from."""
