@@ -1,1 +1,1 @@
-"""Timing of kernels and of public calls, and the rows of ``bench.json``."""
+"""Times of the calls: `timing` says how, `cases` what, `run` measures, `table` shows."""

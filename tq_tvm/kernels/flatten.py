@@ -15,8 +15,8 @@ Buffers
     block_table  [B, MB]                                   int32   in
     seq_lens     [B]                                       int32   in
     start_loc    [B], first output row of each sequence    int32   in
-    k_out        [N, HK, D], free token and head strides   dtype   out
-    v_out        [N, HK, D], free token and head strides   dtype   out
+    k_out        [N, HK, D], free token stride              dtype   out
+    v_out        [N, HK, D], free token stride              dtype   out
     ===========  ========================================  ======  ===
 
 Static: format, D, HK, PS, dtype, layout, unrotated. Dynamic: N, B >= 1, P, MB, lengths, strides.

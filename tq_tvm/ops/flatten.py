@@ -60,7 +60,7 @@ def flatten_kv_cache(
     policy
         Cache format, by its number.
     out
-        K and V to write into, each ``[N, HK, D]`` with free token and head strides.
+        K and V to write into, each ``[N, HK, D]``; the token stride is free.
 
     Returns
     -------
@@ -156,11 +156,11 @@ def _flatten(
 
 
 def _misaligned_rows(k_out: torch.Tensor, v_out: torch.Tensor) -> int:
-    strides = 0
-    for tensor in (k_out, v_out):
-        for stride in tensor.stride()[:-1]:
-            strides |= stride
-    return (k_out.data_ptr() | v_out.data_ptr() | strides * k_out.element_size()) & 15
+    try:
+        strides = (k_out.stride(0) | v_out.stride(0)) * k_out.element_size()
+    except IndexError:  # a scalar
+        return 1
+    return (k_out.data_ptr() | v_out.data_ptr() | strides) & 15
 
 
 def _check_arguments(
@@ -182,11 +182,12 @@ def _check_arguments(
         _check.check_dtype(_OP, name, tensor, k_meta.dtype)
         shape = (rows, spec.num_kv_heads, spec.head_dim)
         _check.check_shape(_OP, name, tensor, "[N, HK, D]", shape)
-        _check.check_last_axis(_OP, name, tensor)
-        _check.check_alignment(_OP, name, tensor, 16, free_axes=2)
+        _check.check_compact(_OP, name, tensor, first=1)
+        _check.check_alignment(_OP, name, tensor, 16, free_axes=1)
     if device.type == "cpu" and table.shape[0]:
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)
         first = torch.zeros_like(lens)
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
         _values.check_starts(_OP, starts, lens, rows)
-    return spec, (*caches, table, lens, starts, k_out, v_out)
+    rows_out = (_check.canonical(tensor, first=1) for tensor in (k_out, v_out))
+    return spec, (*caches, table, lens, starts, *rows_out)

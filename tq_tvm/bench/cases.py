@@ -1,0 +1,261 @@
+"""What is timed: calls of the public operations on valid inputs, and torch's way of doing the same.
+
+A baseline of torch works on the dense data of the model's dtype: what a server without this cache
+would do in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["Case", "Workload", "make_case", "workloads"]
+
+_SERVED = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+_SCALE_SPREAD = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One row to measure. ``batch`` and ``context`` are (rows, 1) for ``rotate``."""
+
+    kernel: str
+    spec: CacheSpec
+    batch: int
+    context: int
+    graph: bool = False
+    rotate_back: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """The fields of ``bench.json``."""
+        spec = self.spec
+        if self.kernel == "rotate":
+            return {
+                "rows": self.batch,
+                "n": spec.head_dim,
+                "dtype": spec.dtype,
+                "graph": self.graph,
+            }
+        fields: dict[str, Any] = {
+            "batch": self.batch,
+            "context": self.context,
+            "q_heads": spec.num_q_heads,
+            "kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "page_size": spec.page_size,
+            "dtype": spec.dtype,
+            "format": spec.format,
+            "layout": spec.layout,
+            "graph": self.graph,
+        }
+        if self.kernel == "flatten":
+            fields["rotate_back"] = self.rotate_back
+        if self.kernel == "fill":
+            fields["addressing"] = "slot_mapping" if self.context == 1 else "block_table"
+        return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A workload's call, the bytes it has to move, and who else does it.
+
+    ``function`` and ``size`` say which compiled variant serves the call.
+    """
+
+    call: Callable[[], object]
+    bytes: int
+    function: str
+    size: int
+    baselines: dict[str, Callable[[], object]]
+
+
+def workloads(kind: str) -> list[Workload]:
+    """The rows for a kind of target: serving sizes on a GPU, sizes of milliseconds on a CPU."""
+    if kind == "llvm":
+        return [
+            Workload("rotate", _SERVED, 65536, 1),
+            Workload("fill", _SERVED, 2, 512),
+            Workload("fill", _SERVED, 8, 1),
+            Workload("flatten", _SERVED, 2, 1024),
+            Workload("flatten", _SERVED, 2, 1024, rotate_back=True),
+            Workload("decode", _SERVED, 2, 1024),
+            Workload("decode", _SERVED, 4, 4096),
+        ]
+    many_heads = dataclasses.replace(_SERVED, num_q_heads=64)
+    few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
+    return [
+        Workload("decode", _SERVED, 64, 8192),
+        Workload("decode", _SERVED, 16, 32768),
+        Workload("decode", many_heads, 128, 4096),
+        Workload("decode", few_kv_heads, 64, 8192),
+        Workload("decode", _SERVED, 1, 131072),
+        Workload("decode", _SERVED, 64, 1024),
+        Workload("decode", _SERVED, 8, 2048, graph=True),
+        Workload("decode", _SERVED, 1, 8192, graph=True),
+        Workload("decode", _SERVED, 1, 1024, graph=True),
+        Workload("fill", _SERVED, 64, 8192),
+        Workload("fill", _SERVED, 8, 2048),
+        Workload("fill", _SERVED, 64, 1, graph=True),
+        Workload("fill", _SERVED, 256, 1, graph=True),
+        Workload("flatten", _SERVED, 64, 8192),
+        Workload("flatten", _SERVED, 64, 8192, rotate_back=True),
+        Workload("rotate", _SERVED, 4 << 20, 1),
+        Workload("rotate", _SERVED, 4096, 1, graph=True),
+    ]
+
+
+def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
+    """Allocate a workload's tensors on a device."""
+    torch.manual_seed(seed)
+    makers = {"rotate": _rotate, "fill": _fill, "flatten": _flatten, "decode": _decode}
+    return makers[workload.kernel](workload, device)
+
+
+def _rotate(workload: Workload, device: torch.device) -> Case:
+    spec = workload.spec
+    dtype = getattr(torch, spec.dtype)
+    x = torch.randn(workload.batch, spec.head_dim, device=device).to(dtype)
+    out = torch.empty_like(x)
+    return Case(
+        call=lambda: hadamard_rotate(x, out=out),
+        bytes=2 * x.numel() * x.element_size(),
+        function="rotate",
+        size=x.numel(),
+        baselines={"torch copy": lambda: out.copy_(x)},
+    )
+
+
+def _pages(workload: Workload, device: torch.device) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """Number of pages, a permuted block table, and full lengths."""
+    width = -(-workload.context // workload.spec.page_size)
+    pages = workload.batch * width
+    table = torch.randperm(pages, device=device).int().view(workload.batch, width)
+    lengths = torch.full((workload.batch,), workload.context, dtype=torch.int32, device=device)
+    return pages, table, lengths
+
+
+def _random_cache(spec: CacheSpec, pages: int, device: torch.device) -> PagedKVCache:
+    """Codes are uniform, scales those of Gaussian rows: every program takes the same time."""
+    cache = PagedKVCache(spec, pages, device)
+    root = spec.head_dim**0.5
+    for tensor in (cache.k_cache, cache.v_cache):
+        tensor.random_(0, 256)
+    for tensor in (cache.k_meta, cache.v_meta):
+        tensor.uniform_(root * (1 - _SCALE_SPREAD), root * (1 + _SCALE_SPREAD))
+    cache.k_meta[..., 1] *= 0.18 / spec.head_dim
+    return cache
+
+
+def _row_bytes(spec: CacheSpec) -> int:
+    """One K and one V row of the model, and their packed form."""
+    return 2 * spec.head_dim * getattr(torch, spec.dtype).itemsize + spec.bytes_per_token_head
+
+
+def _fill(workload: Workload, device: torch.device) -> Case:
+    spec, tokens = workload.spec, workload.batch * workload.context
+    pages, table, lengths = _pages(workload, device)
+    cache = PagedKVCache(spec, pages, device)
+    shape = (tokens, spec.num_kv_heads, spec.head_dim)
+    dtype = getattr(torch, spec.dtype)
+    k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    starts = torch.arange(workload.batch + 1, device=device, dtype=torch.int32) * workload.context
+    starts = starts.int()
+    capacity = pages * spec.page_size
+    slots = torch.randperm(capacity, device=device)[:tokens]
+    # The same rows into a paged cache of the model's dtype.
+    dense = torch.empty((2, capacity, *shape[1:]), device=device, dtype=dtype)
+
+    def scatter() -> None:
+        dense[0].index_copy_(0, slots, k)
+        dense[1].index_copy_(0, slots, v)
+
+    if workload.context == 1:
+        function = "fill_slots"
+
+        def call() -> None:
+            cache.fill(k, v, slot_mapping=slots)
+
+    else:
+        function = "fill_table"
+
+        def call() -> None:
+            cache.fill(k, v, block_table=table, seq_lens=lengths, q_start_loc=starts)
+
+    return Case(
+        call=call,
+        bytes=tokens * spec.num_kv_heads * _row_bytes(spec),
+        function=function,
+        size=k.numel(),
+        baselines={"torch index_copy, dense": scatter},
+    )
+
+
+def _flatten(workload: Workload, device: torch.device) -> Case:
+    spec, tokens = workload.spec, workload.batch * workload.context
+    pages, table, lengths = _pages(workload, device)
+    cache = _random_cache(spec, pages, device)
+    shape = (tokens, spec.num_kv_heads, spec.head_dim)
+    dtype = getattr(torch, spec.dtype)
+    out = (
+        torch.empty(shape, device=device, dtype=dtype),
+        torch.empty(shape, device=device, dtype=dtype),
+    )
+    starts = (lengths.cumsum(0) - lengths).int()
+    dense = torch.zeros((2, pages, spec.page_size, *shape[1:]), device=device, dtype=dtype)
+    order = table.flatten().long()
+
+    def gather() -> None:
+        for source, target in zip(dense, out, strict=True):
+            torch.index_select(source, 0, order, out=target.view(pages, *source.shape[1:]))
+
+    return Case(
+        call=lambda: cache.flatten(
+            table,
+            lengths,
+            out_tokens=tokens,
+            start_loc=starts,
+            rotate_back=workload.rotate_back,
+            out=out,
+        ),
+        bytes=tokens * spec.num_kv_heads * _row_bytes(spec),
+        function="flatten_unrotated" if workload.rotate_back else "flatten",
+        size=out[0].numel(),
+        baselines={"torch index_select, dense": gather},
+    )
+
+
+def _decode(workload: Workload, device: torch.device) -> Case:
+    spec, batch = workload.spec, workload.batch
+    pages, table, lengths = _pages(workload, device)
+    cache = _random_cache(spec, pages, device)
+    dtype = getattr(torch, spec.dtype)
+    q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device=device, dtype=dtype)
+    out = torch.empty_like(q)
+    size = paged_decode_workspace_size(spec, batch, workload.context, device)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    shape = (2, batch, spec.num_kv_heads, workload.context, spec.head_dim)
+    k, v = torch.randn(shape, device=device, dtype=dtype)
+    query = q.view(batch, spec.num_q_heads, 1, spec.head_dim)
+    return Case(
+        call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace),
+        bytes=batch * workload.context * spec.bytes_per_token + 2 * q.numel() * q.element_size(),
+        function="decode",
+        size=batch * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
+        baselines={
+            "torch sdpa, dense": lambda: F.scaled_dot_product_attention(
+                query, k, v, enable_gqa=True
+            )
+        },
+    )
+
+
+def specs(rows: list[Workload]) -> Iterator[CacheSpec]:
+    """Specs whose libraries the rows need, each once."""
+    yield from dict.fromkeys(row.spec for row in rows)

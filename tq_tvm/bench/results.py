@@ -1,0 +1,63 @@
+"""One row of a benchmark, as ``bench.json`` holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+__all__ = ["Row", "read_rows", "write_rows"]
+
+
+class Row(msgspec.Struct):
+    """Time of one call on one workload.
+
+    Parameters
+    ----------
+    kernel
+        ``rotate``, ``fill``, ``flatten`` or ``decode``.
+    workload
+        Sizes and spec. ``context`` counts the tokens of each sequence; ``graph`` tells whether the
+        call was replayed from a CUDA graph.
+    us
+        Median time of the whole call, L2 cold, in microseconds.
+    bytes
+        What has to be read and written, once.
+    tb_per_s, copy_tb_per_s, fraction_of_copy
+        ``bytes`` over ``us``; the bandwidth of a large copy in the same run; their ratio.
+    tuned
+        Whether a tuning record chose the kernel's decisions.
+    record
+        Label of that record.
+    default_us
+        The same call with the default schedule, in the same run; None if no library had it.
+    baselines
+        Times of other programs that do the same, in the same run.
+    conditions
+        Device, driver and versions.
+    """
+
+    kernel: str
+    workload: dict[str, Any]
+    us: float
+    bytes: int
+    tb_per_s: float
+    copy_tb_per_s: float
+    fraction_of_copy: float
+    tuned: bool
+    record: str | None
+    default_us: float | None
+    baselines: dict[str, float]
+    conditions: dict[str, str]
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a list of rows as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=1) + b"\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read what `write_rows` wrote."""
+    return msgspec.json.decode(path.read_bytes(), type=list[Row])

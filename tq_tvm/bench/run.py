@@ -1,0 +1,137 @@
+"""Time the rows of `tq_tvm.bench.cases`: tuned library, default library and baselines in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from tq_tvm import env, ops
+from tq_tvm._version import __version__
+from tq_tvm.artifacts import load
+from tq_tvm.bench.cases import Workload, make_case
+from tq_tvm.bench.results import Row
+from tq_tvm.bench.timing import capture, copy_tb_per_s, time_us
+from tq_tvm.errors import ArtifactNotFoundError
+
+__all__ = ["conditions", "run_rows"]
+
+_log = logging.getLogger("tq_tvm")
+
+
+@contextlib.contextmanager
+def _libraries(root: Path) -> Iterator[None]:
+    """Let calls find the libraries below ``root`` alone."""
+    name = "TQ_TVM_ARTIFACT_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(root)
+    ops.clear_cache()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+        ops.clear_cache()
+
+
+def _time(call: Callable[[], object], device: torch.device, graph: bool, launches: int) -> float:
+    call()  # loads the library, which a capture must not
+    return time_us(capture(call) if graph else call, device, launches=launches)
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """Say what a time was measured on."""
+    facts = {"tq_tvm": __version__, "torch": torch.__version__, "cache": "L2 cold"}
+    if device.type == "cpu":
+        return {"device": platform.processor() or platform.machine(), **facts} | {
+            "threads": str(env.num_threads() or torch.get_num_threads())
+        }
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = "unknown"
+    return {"device": torch.cuda.get_device_name(device), "driver": driver, **facts}
+
+
+def run_rows(
+    rows: list[Workload],
+    device: torch.device,
+    *,
+    defaults: Path | None = None,
+    launches: int = 50,
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Measure rows one after another.
+
+    Parameters
+    ----------
+    rows
+        What to measure.
+    device
+        Where.
+    defaults
+        Directory of libraries with the default schedules (``tq-tvm build --no-records``); None
+        leaves ``default_us`` out.
+    launches
+        Launches of each median.
+    report
+        Called with every finished row.
+
+    Raises
+    ------
+    ArtifactNotFoundError, ArtifactCorruptError
+        No library serves a row; nothing is skipped.
+    """
+    copy = copy_tb_per_s(device)
+    facts = conditions(device)
+    done = []
+    for workload in rows:
+        case = make_case(workload, device)
+        variant = load(case.function, workload.spec, device).nearest(case.size)
+        us = _time(case.call, device, workload.graph, launches)
+        default_us = None
+        if defaults is not None:
+            with _libraries(defaults):
+                try:
+                    # A workspace sized for one library may be too small for another.
+                    plain = make_case(workload, device)
+                    default_us = _time(plain.call, device, workload.graph, launches)
+                    del plain
+                except ArtifactNotFoundError as error:
+                    _log.warning("no default library: %s", str(error).splitlines()[0])
+        baselines = {
+            name: round(_time(call, device, workload.graph, launches), 3)
+            for name, call in case.baselines.items()
+        }
+        speed = case.bytes / us / 1e6
+        row = Row(
+            kernel=workload.kernel,
+            workload=workload.describe(),
+            us=round(us, 3),
+            bytes=case.bytes,
+            tb_per_s=round(speed, 4),
+            copy_tb_per_s=round(copy, 4),
+            fraction_of_copy=round(speed / copy, 4),
+            tuned=variant.tuned,
+            record=variant.workload,
+            default_us=None if default_us is None else round(default_us, 3),
+            baselines=baselines,
+            conditions=facts,
+        )
+        report(row)
+        done.append(row)
+        del case
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return done
