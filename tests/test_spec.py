@@ -1,0 +1,305 @@
+"""Formats, specs and split counts: numbers that caches on disk and in engines depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.spec import (
+    DTYPES,
+    FORMATS,
+    HEAD_DIMS,
+    K4V2,
+    LAYOUTS,
+    PAGE_SIZES,
+    CacheSpec,
+    QuantPolicy,
+    get_format,
+)
+from tq_tvm.splits import HEAD_TILE, num_splits, workspace_floats
+
+SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+CODECS = [K4V2.key, K4V2.value]
+
+specs = st.builds(
+    lambda head_dim, group, heads, page_size, dtype, layout: CacheSpec(
+        head_dim, group * heads, heads, page_size, dtype, layout
+    ),
+    st.sampled_from(HEAD_DIMS),
+    st.integers(1, 64),
+    st.integers(1, 128),
+    st.sampled_from(PAGE_SIZES),
+    st.sampled_from(DTYPES),
+    st.sampled_from(LAYOUTS),
+)
+
+# A machine under load must not fail a test.
+untimed = settings(deadline=None)
+
+
+def by_name(codec):
+    return codec.name
+
+
+# --- labels
+
+
+@untimed
+@given(specs)
+def test_label_round_trip(spec):
+    assert CacheSpec.parse(spec.label) == spec
+
+
+@untimed
+@given(specs, specs)
+def test_labels_differ_as_specs_do(a, b):
+    assert (a.label == b.label) == (a == b)
+
+
+def test_label_is_spelled_as_documented():
+    """Artifacts and tuning logs on disk are found by this text."""
+    assert SPEC.label == "k4v2_d128_hq32_hk8_p64_bf16_bshd"
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "",
+        "k4v2",
+        "k4v2_d128_hq32_hk8_p64_bf16",
+        "k4v2_d128_hq32_hk8_p64_bf16_bshd_x",
+        "k4v2_d128_hq32_hk8_p64_bf16_bshd\n",
+        " k4v2_d128_hq32_hk8_p64_bf16_bshd",
+        "K4V2_d128_hq32_hk8_p64_bf16_bshd",
+        "k4v2_d128_hq32_hk8_p64_bfloat16_bshd",
+        "k4v2_d-128_hq32_hk8_p64_bf16_bshd",
+        "k4v2_d128_hk8_hq32_p64_bf16_bshd",
+    ],
+)
+def test_parse_rejects_other_text(label):
+    with pytest.raises(UnsupportedSpecError, match=r"parse: label must look like 'k4v2_.*got"):
+        CacheSpec.parse(label)
+
+
+@pytest.mark.parametrize(
+    ("label", "argument"),
+    [
+        ("k9v9_d128_hq32_hk8_p64_bf16_bshd", "name"),
+        ("k4v2_d96_hq32_hk8_p64_bf16_bshd", "head_dim"),
+        ("k4v2_d128_hq32_hk8_p48_bf16_bshd", "page_size"),
+        ("k4v2_d128_hq30_hk8_p64_bf16_bshd", "num_q_heads"),
+    ],
+)
+def test_parse_rejects_what_the_constructor_rejects(label, argument):
+    with pytest.raises(UnsupportedSpecError, match=f"{argument} must be"):
+        CacheSpec.parse(label)
+
+
+# --- rejected values
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("head_dim", 96, "64, 128, 256"),
+        ("head_dim", 0, "64, 128, 256"),
+        ("page_size", 8, "16, 32, 64, 128, 256"),
+        ("page_size", 512, "16, 32, 64, 128, 256"),
+        ("dtype", "float64", "float16, bfloat16, float32"),
+        ("dtype", torch.bfloat16, "float16, bfloat16, float32"),
+        ("layout", "bhdk", "bshd, bhsd"),
+    ],
+)
+def test_values_out_of_a_list(field, value, expected):
+    with pytest.raises(UnsupportedSpecError) as error:
+        dataclasses.replace(SPEC, **{field: value})
+    message = str(error.value)
+    assert message == f"CacheSpec: {field} must be one of {expected}, got {value!r}"
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 0), (32, -8), (33, 8), (4, 8), (8, 3)])
+def test_head_counts(q_heads, kv_heads):
+    with pytest.raises(UnsupportedSpecError, match=f"multiple.*got {q_heads} and {kv_heads}$"):
+        dataclasses.replace(SPEC, num_q_heads=q_heads, num_kv_heads=kv_heads)
+
+
+def test_errors_are_value_errors():
+    with pytest.raises(ValueError, match="head_dim"):
+        dataclasses.replace(SPEC, head_dim=1)
+
+
+def test_is_immutable_and_hashable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SPEC.head_dim = 64
+    assert {SPEC: 1}[CacheSpec.parse(SPEC.label)] == 1
+
+
+@pytest.mark.parametrize("name", ["k4v2", 42, QuantPolicy.TURBO_QUANT])
+def test_format_by_name_and_by_policy(name):
+    assert get_format(name) is K4V2
+
+
+@pytest.mark.parametrize("name", ["42", "K4V2", 8, ""])
+def test_unknown_formats(name):
+    with pytest.raises(UnsupportedSpecError, match=r"must be one of 'k4v2' \(42\), got"):
+        get_format(name)
+    if isinstance(name, str):
+        with pytest.raises(UnsupportedSpecError, match=r"must be one of 'k4v2' \(42\), got"):
+            dataclasses.replace(SPEC, format=name)
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "expected"),
+    [
+        (64, "bfloat16", 54),
+        (128, "bfloat16", 102),
+        (128, "float16", 102),
+        (256, "bfloat16", 198),
+        (128, "float32", 108),
+    ],
+)
+def test_bytes_of_a_token_and_head(head_dim, dtype, expected):
+    """D/2 + D/4 bytes of codes and three scales."""
+    spec = CacheSpec(head_dim, 32, 8, dtype=dtype)
+    assert spec.bytes_per_token_head == expected
+    assert spec.bytes_per_token == 8 * expected
+    assert spec.page_bytes == 64 * 8 * expected
+
+
+def test_compression():
+    assert SPEC.compression == pytest.approx(512 / 102)
+    assert dataclasses.replace(SPEC, dtype="float32").compression == pytest.approx(1024 / 108)
+
+
+@untimed
+@given(specs, st.integers(1, 9))
+def test_bytes_are_those_of_the_tensors(spec, pages):
+    total = sum(
+        math.prod(shape) * getattr(torch, dtype).itemsize
+        for shape, dtype in spec.tensor_shapes(pages).values()
+    )
+    assert total == pages * spec.page_bytes
+
+
+def test_tensor_shapes():
+    assert SPEC.tensor_shapes(7) == {
+        "k_cache": ((7, 64, 8, 64), "uint8"),
+        "v_cache": ((7, 64, 8, 32), "uint8"),
+        "k_meta": ((7, 64, 8, 2), "bfloat16"),
+        "v_meta": ((7, 64, 8, 1), "bfloat16"),
+    }
+    assert list(SPEC.tensor_shapes(1)) == ["k_cache", "v_cache", "k_meta", "v_meta"]
+    bhsd = dataclasses.replace(SPEC, layout="bhsd", dtype="float16").tensor_shapes(7)
+    assert bhsd["k_cache"] == ((7, 8, 64, 64), "uint8")
+    assert bhsd["v_meta"] == ((7, 8, 64, 1), "float16")
+
+
+# --- codebooks
+
+
+def density(x: float) -> float:
+    return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def integral(function, low: float, high: float, steps: int = 4000) -> float:
+    """Simpson's rule."""
+    h = (high - low) / steps
+    inner = sum((4 if i % 2 else 2) * function(low + i * h) for i in range(1, steps))
+    return (function(low) + inner + function(high)) * h / 3
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+def test_codebook_is_sorted_and_symmetric(codec):
+    for table in (codec.centroids, codec.boundaries):
+        assert list(table) == sorted(set(table))
+        assert [-x for x in reversed(table)] == list(table)
+    assert len(codec.centroids) == len(codec.boundaries) + 1
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+def test_boundaries_are_midpoints(codec):
+    """Nearest-neighbour condition of Lloyd-Max, to the digits that the tables have."""
+    for low, high, boundary in zip(
+        codec.centroids, codec.centroids[1:], codec.boundaries, strict=False
+    ):
+        assert boundary == pytest.approx((low + high) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+def test_centroids_are_means_of_their_cells(codec):
+    """Centroid condition of Lloyd-Max: with the one above it makes the quantiser of N(0, 1)."""
+    edges = [-12.0, *codec.boundaries, 12.0]
+    for low, high, centroid in zip(edges, edges[1:], codec.centroids, strict=False):
+        mean = integral(lambda x: x * density(x), low, high) / integral(density, low, high)
+        assert centroid == pytest.approx(mean, abs=1e-4)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+def test_bits_hold_the_codes(codec):
+    assert 2**codec.bits == len(codec.centroids) * (2 if codec.residual_sign else 1)
+    for head_dim in HEAD_DIMS:
+        assert codec.packed_bytes(head_dim) * codec.codes_per_byte == head_dim
+
+
+def test_formats_are_found_by_their_own_name():
+    assert all(fmt.name == name for name, fmt in FORMATS.items())
+
+
+# --- splits
+
+launches = st.fixed_dictionaries(
+    {"ctas_per_sm": st.integers(1, 8), "min_tokens": st.sampled_from([32, 256, 512, 1024])}
+)
+batches = st.integers(1, 512)
+contexts = st.integers(1, 1 << 20)
+processors = st.integers(1, 256)
+
+
+def ctas(spec, batch):
+    return batch * spec.num_kv_heads * math.ceil(spec.group_size / HEAD_TILE)
+
+
+@untimed
+@given(specs, batches, contexts, launches, processors)
+def test_splits_fill_the_device_but_are_not_too_short(spec, batch, context, launch, count):
+    splits = num_splits(spec, batch, context, launch, count)
+    slots = launch["ctas_per_sm"] * count
+    most = math.ceil(context / launch["min_tokens"])
+    assert 1 <= splits <= most
+    assert splits * ctas(spec, batch) >= slots or splits == most
+    # One split fewer would leave a processor idle.
+    assert splits == 1 or (splits - 1) * ctas(spec, batch) < slots
+
+
+@untimed
+@given(specs, batches, contexts, launches, processors)
+def test_splits_are_monotonous(spec, batch, context, launch, count):
+    splits = num_splits(spec, batch, context, launch, count)
+    assert num_splits(spec, batch, context, launch, count + 1) >= splits
+    assert num_splits(spec, batch, context + 1, launch, count) >= splits
+    assert num_splits(spec, batch + 1, context, launch, count) <= splits
+
+
+def test_splits_of_known_cases():
+    launch = {"ctas_per_sm": 2, "min_tokens": 512}
+    assert num_splits(SPEC, 64, 8192, launch, 132) == 1
+    assert num_splits(SPEC, 1, 8192, launch, 132) == 16
+    assert num_splits(SPEC, 1, 1 << 20, launch, 132) == 33
+    assert num_splits(SPEC, 1, 0, launch, 132) == 1
+
+
+@untimed
+@given(specs, batches, st.integers(1, 64))
+def test_workspace_holds_outputs_maxima_and_sums(spec, batch, splits):
+    outputs = batch * spec.num_q_heads * splits * spec.head_dim
+    maxima = sums = batch * spec.num_q_heads * splits
+    assert workspace_floats(spec, batch, splits) == outputs + maxima + sums
