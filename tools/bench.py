@@ -1,6 +1,8 @@
 """Time the calls beside torch: `tq-tvm bench`."""
 
+import sys
+
 from tq_tvm.cli import main
 
 if __name__ == "__main__":
-    main.commands["bench"](prog_name="bench.py")
+    main(["bench", *sys.argv[1:]], prog_name="tq-tvm")

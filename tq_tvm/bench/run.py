@@ -50,7 +50,7 @@ def _time(call: Callable[[], object], device: torch.device, graph: bool, launche
 
 def conditions(device: torch.device) -> dict[str, str]:
     """Say what a time was measured on."""
-    facts = {"tq_tvm": __version__, "torch": torch.__version__, "cache": "L2 cold"}
+    facts = {"tq_tvm": __version__, "torch": str(torch.__version__), "cache": "L2 cold"}
     if device.type == "cpu":
         return {"device": platform.processor() or platform.machine(), **facts} | {
             "threads": str(env.num_threads() or torch.get_num_threads())

@@ -96,11 +96,9 @@ def view_caches(matched: list[Strided]) -> Caches:
     return Caches(*[m.view() for m in matched])
 
 
-def match_rows(
-    handle, tokens, heads: int, head_dim: int, dtype: str, *, free_heads: bool = False
-) -> Strided:
-    """Match rows ``[tokens, heads, D]`` with a free token stride (and, on request, head stride)."""
-    strides = [T.int64(), T.int64() if free_heads else head_dim, 1]
+def match_rows(handle, tokens, heads: int, head_dim: int, dtype: str) -> Strided:
+    """Match rows ``[tokens, heads, D]`` with a free token stride."""
+    strides = [T.int64(), head_dim, 1]
     unit = 16 // (4 if dtype == "float32" else 2)
     return _strided(handle, (tokens, heads, head_dim), dtype, strides, 16, unit)
 

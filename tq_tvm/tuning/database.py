@@ -8,6 +8,7 @@ folder's target is checked here.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
 import shutil
@@ -139,24 +140,37 @@ def entries(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[E
     return _read(root / kernel / _SUMMARY, list[Entry])
 
 
-def _matches(function: str, spec: CacheSpec, entry: Entry) -> bool:
-    """Whether a record of one spec serves another: query heads matter to ``decode`` alone."""
-    if entry.function != function:
-        return False
-    theirs = CacheSpec.parse(entry.spec)
-    if function == "rotate":
-        return (theirs.head_dim, theirs.dtype) == (spec.head_dim, spec.dtype)
+def _relevant(function: str, spec: CacheSpec) -> CacheSpec:
+    """The spec with what a function does not depend on put aside."""
     if function == "decode":
-        return theirs == spec
-    return theirs.label.replace(f"hq{theirs.num_q_heads}_", "") == spec.label.replace(
-        f"hq{spec.num_q_heads}_", ""
-    )
+        return spec
+    if function == "rotate":
+        return CacheSpec(spec.head_dim, 1, 1, dtype=spec.dtype)
+    return dataclasses.replace(spec, num_q_heads=spec.num_kv_heads)
+
+
+def _chosen(function: str, spec: CacheSpec, found: list[Entry]) -> list[Entry]:
+    """Records of the spec itself; else of the first one that its decisions carry over from.
+
+    Heads, page size and layout change addresses, not what a lane does.
+    """
+    groups: dict[CacheSpec, list[Entry]] = {}
+    for entry in found:
+        theirs = CacheSpec.parse(entry.spec)
+        if entry.function == function and (theirs.format, theirs.head_dim, theirs.dtype) == (
+            spec.format,
+            spec.head_dim,
+            spec.dtype,
+        ):
+            groups.setdefault(_relevant(function, theirs), []).append(entry)
+    own = groups.get(_relevant(function, spec))
+    return own or next(iter(groups.values()), [])
 
 
 def find_records(
     function: str, spec: CacheSpec, target: TargetInfo, logs: Path | None = None
 ) -> list[TunedRecord]:
-    """Records that serve a function of a spec on a target.
+    """Records that serve a function of a spec on a target: one a workload of one spec.
 
     Raises
     ------
@@ -164,7 +178,7 @@ def find_records(
         The log is malformed, for another target, or no longer fits the kernel.
     """
     kernel = FUNCTIONS[function]
-    chosen = [e for e in entries(kernel, target, logs) if _matches(function, spec, e)]
+    chosen = _chosen(function, spec, entries(kernel, target, logs))
     if not chosen:
         return []
     directory = (logs or logs_root()) / target.name / kernel
