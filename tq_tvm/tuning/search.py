@@ -94,12 +94,11 @@ def tune(
     KeyboardInterrupt
         After Ctrl-C, once the best record so far is kept.
     """
-    if detect(device).kind != target.kind or (
-        target.kind == "cuda" and detect(device).name != target.name
-    ):
+    local = detect(device if torch.cuda.is_available() else "cpu")
+    if local.kind != target.kind or (target.kind == "cuda" and local.name != target.name):
         raise TuningLogError(
-            f"tune: device must be a {target.name}, got a {detect(device).name}; "
-            f"run `tq-tvm tune --target {detect(device).name}`"
+            f"tune: device must be a {target.name}, got a {local.name}; "
+            f"run `tq-tvm tune --target {local.name}`"
         )
     # The bar tells what MetaSchedule's tables would; its log files stay in the work directory.
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)

@@ -1,0 +1,132 @@
+"""The command ``tq-tvm``: what it prints, writes and exits with."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from tq_tvm.artifacts import Manifest
+from tq_tvm.artifacts.manifest import LIBRARY_NAME
+from tq_tvm.cli import main
+from tq_tvm.targets import detect
+
+SPEC = "k4v2_d64_hq4_hk2_p16_f32_bshd"
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+    root = tmp_path_factory.mktemp("artifacts")
+    name = detect("cpu").name
+    result = invoke("build", "--target", name, "--spec", SPEC, "--out", str(root), "--json")
+    assert result.exit_code == 0, result.output
+    return root, json.loads(result.stdout)
+
+
+def test_build_writes_a_library_with_every_function(built):
+    root, printed = built
+    manifest = Manifest.read(root / detect("cpu").name / SPEC)
+    assert printed[0]["directory"] == str(root / detect("cpu").name / SPEC)
+    assert set(manifest.functions) == {
+        "rotate",
+        "fill_slots",
+        "fill_table",
+        "flatten",
+        "flatten_unrotated",
+        "decode",
+    }
+    assert manifest.versions["apache-tvm"]
+
+
+def test_list_and_verify(built, monkeypatch):
+    root, _ = built
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(root))
+    (listed,) = json.loads(invoke("list", "--json").stdout)
+    assert listed["spec"] == SPEC
+    assert listed["problem"] is None
+    assert SPEC in invoke("list").stdout
+    result = invoke("verify")
+    assert result.exit_code == 0
+    assert "ok" in result.stdout
+
+
+def test_verify_fails_on_a_changed_byte(built, monkeypatch, tmp_path):
+    import shutil
+
+    root, _ = built
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    library = copy / detect("cpu").name / SPEC / LIBRARY_NAME
+    data = bytearray(library.read_bytes())
+    data[len(data) // 2] ^= 1
+    library.write_bytes(bytes(data))
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(copy))
+    result = invoke("verify", "--json")
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout).values()
+    assert "sha256" in problem
+    assert "tq-tvm build" in problem
+
+
+def test_nothing_to_list_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(tmp_path))
+    assert "tq-tvm build" in invoke("list").stdout
+
+
+def test_show_config(monkeypatch, tmp_path):
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(tmp_path))
+    facts = json.loads(invoke("show-config", "--json").stdout)
+    assert facts["artifact directories"] == str(tmp_path)
+    assert facts["cpu target"] == detect("cpu").name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["build", "--spec", "k4v2_d100"], "label must look like"),
+        (["build", "--target", "nvidia_x"], "name must be one of"),
+        (["tune", "--kernel", "decode2"], "'decode2' is not one of"),
+        (["tune", "--trials", "0"], "not in the range"),
+    ],
+)
+def test_wrong_usage_exits_with_two(arguments, part):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert part in result.stderr
+
+
+def test_tuning_for_another_gpu_is_refused(monkeypatch, tmp_path):
+    pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, which may be that one")
+    monkeypatch.setenv("TQ_TVM_CACHE_DIR", str(tmp_path))
+    result = invoke(
+        "tune", "--target", "nvidia_a100", "--kernel", "rotate", "--logs", str(tmp_path)
+    )
+    assert result.exit_code == 1
+    assert "tune: device must be a nvidia_a100" in result.stderr
+
+
+def test_bench_times_every_row_of_a_kernel(built, monkeypatch, tmp_path):
+    root, _ = built
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(root))
+    path = tmp_path / "bench.json"
+    result = invoke(
+        "bench", "--device", "cpu", "--kernel", "rotate", "--launches", "3", "--json", str(path)
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(path.read_text())
+    assert row["kernel"] == "rotate"
+    assert row["workload"]["rows"] == 65536
+    assert row["bytes"] == 65536 * 128 * 2 * 2
+    assert row["us"] > 0
+    assert row["default_us"] is None
+    assert row["fraction_of_copy"] == pytest.approx(row["tb_per_s"] / row["copy_tb_per_s"], rel=0.1)
