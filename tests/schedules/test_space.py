@@ -1,0 +1,333 @@
+"""Search spaces: any point of one is a right kernel, and a trace says the same of every shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+
+import tvm
+import tvm_ffi
+from tq_tvm.schedules import decode, fill, flatten, rotate, rows
+from tq_tvm.schedules.decisions import sampled
+from tvm import tirx
+from tvm.backend.cuda import export_cuda_host
+from tvm.s_tir import Schedule, Trace
+
+from tq_tvm import schedules, splits
+from tq_tvm.build.compile import compile_library, tvm_target
+from tq_tvm.build.pipeline import build_module
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.kernels.decode_cuda import HEAD_TILE
+from tq_tvm.spec import FUNCTIONS, HEAD_DIMS, CacheSpec
+from tq_tvm.targets import detect, get_target
+from tq_tvm.tuning.inputs import make_case
+from tq_tvm.tuning.workloads import Workload
+
+SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
+OTHER = CacheSpec(64, 8, 2, 32, "float16", "bhsd")
+KINDS = ("llvm", "cuda")
+ROW_KERNELS = [name for name in FUNCTIONS if name != "decode"]
+MODULES = {"rotate": rotate, "fill": fill, "flatten": flatten, "decode": decode}
+# Samples of SPEC, and one more of OTHER.
+SEEDS = (1, 2, 3)
+
+
+def shape(function, spec, sequences=2, width=3):
+    """Sizes of a workload with full pages."""
+    pages = {"batch": sequences, "pages": sequences * width, "table_width": width}
+    tokens = sequences * width * spec.page_size
+    return {
+        "rotate": {"n": tokens + 5},
+        "fill_slots": {"tokens": tokens - 5, "pages": pages["pages"]},
+        "decode": pages,
+    }.get(function, {"tokens": tokens, **pages})
+
+
+def sample(function, spec, kind, seed) -> Schedule:
+    """A random point of the space of a function of static sizes, as a search draws it."""
+    mod = schedules.search_module(function, spec, kind, shape(function, spec))
+    sch = Schedule(mod, seed=seed)
+    schedules.space(function, spec, kind)(sch)
+    return sch
+
+
+def replay(function, spec, kind, seed) -> schedules.Instance:
+    return schedules.instantiate(function, spec, kind, sample(function, spec, kind, seed).trace)
+
+
+def anchor(spec, kind, config) -> tvm.IRModule:
+    """What a search hands to the builder when it has made these decisions."""
+    sch = Schedule(schedules.search_module("decode", spec, kind, shape("decode", spec)))
+    decode.apply(sch, "decode", spec, kind, sampled(sch, config))
+    return sch.mod
+
+
+def options(function, spec, kind) -> dict[str, list[int]]:
+    """What each decision may be."""
+    offered = {}
+
+    def decide(name, values):
+        offered[name] = [int(v) for v in values]
+        return values[0]
+
+    probe = Schedule(schedules.search_module(function, spec, kind, None))
+    MODULES[FUNCTIONS[function]].apply(probe, function, spec, kind, decide)
+    return offered
+
+
+def loop_extents(func) -> dict[str, set]:
+    """Extents of the loops of each kind, by their name or that of the thread they are bound to."""
+    found = {}
+
+    def visit(loop):
+        name = tirx.ForKind(loop.kind).name.lower()
+        if loop.thread_binding is not None:
+            name = loop.thread_binding.thread_tag
+        extent = loop.extent
+        found.setdefault(name, set()).add(
+            int(extent) if isinstance(extent, tirx.IntImm) else extent
+        )
+
+    tvm_ffi.structural_walk(func.body, (tirx.For, visit))
+    return found
+
+
+# --- samples of the CPU's spaces compute what the reference computes
+
+
+@pytest.fixture(scope="module")
+def cpu_samples(tmp_path_factory):
+    """One library of every sample, on functions of dynamic shape; kernels that are equal, once."""
+    functions, found = {}, {}
+    points = [*itertools.product(FUNCTIONS, [SPEC], SEEDS), *((f, OTHER, 9) for f in FUNCTIONS)]
+    for function, spec, seed in points:
+        instance = replay(function, spec, "llvm", seed)
+        name = f"{function}_{spec.head_dim}_" + "_".join(map(str, instance.config.values()))
+        functions[name] = instance.func
+        found.setdefault((function, spec), {})[name] = instance
+    path = tmp_path_factory.mktemp("samples") / "kernels.so"
+    compile_library(functions, detect("cpu"), path)
+    module = tvm_ffi.load_module(str(path))
+    return {
+        key: [(instance, module[name]) for name, instance in instances.items()]
+        for key, instances in found.items()
+    }
+
+
+@pytest.mark.parametrize("spec", [SPEC, OTHER], ids=lambda s: s.label)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cpu_samples_are_right(cpu_samples, function, spec):
+    """Checked as the tuner checks, at sizes other than those that the trace was found at."""
+    samples = cpu_samples[function, spec]
+    assert len(samples) > (1 if spec is SPEC else 0), "seeds that draw different points"
+    sizes = shape(function, spec, sequences=3, width=2)
+    case = make_case(Workload(function, spec, sizes, "a test"), torch.device("cpu"))
+    for instance, call in samples:
+        arguments = case.arguments(instance.launch)
+        case.poison()
+        call(*arguments)
+        case.check()
+
+
+# --- replay
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("function", ROW_KERNELS)
+def test_a_trace_means_the_same_on_any_shape(function, kind):
+    """Through JSON, as a tuning log keeps it: equal to what was searched, and named right."""
+    sch = sample(function, SPEC, kind, 4)
+    again = Schedule(schedules.search_module(function, SPEC, kind, shape(function, SPEC)))
+    Trace.apply_json_to_schedule(sch.trace.as_json(), again)
+    static = schedules.instantiate(function, SPEC, kind, again.trace, shape(function, SPEC))
+    dynamic = schedules.instantiate(function, SPEC, kind, again.trace)
+    assert tvm_ffi.structural_equal(static.func, sch.mod["main"])
+    assert dynamic.config == static.config
+    assert dynamic.tuned and dynamic.launch == {}
+    offered = options(function, SPEC, kind)
+    named = MODULES[FUNCTIONS[function]].DEFAULTS[kind]
+    assert list(dynamic.config) == list(offered) == list(named)
+    assert all(value in offered[name] for name, value in dynamic.config.items())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("function", ROW_KERNELS)
+def test_names_of_decisions_on_a_gpu(function, seed):
+    """The numbers are found again in the loops of the dynamic function."""
+    instance = replay(function, SPEC, "cuda", seed)
+    config = instance.config
+    extents = loop_extents(instance.func)
+    assert extents["threadIdx.x"] == {SPEC.head_dim // 4 // config["vector"]}
+    assert extents["threadIdx.y"] == {config["rows"]}
+    accesses = {config["access"]} | ({8} if function != "rotate" else set())  # codes: 8 bytes
+    assert extents["vectorized"] == accesses
+    (blocks,) = extents["blockIdx.x"]
+    step = config["rows"] * config["serial"]
+    per_multiple = rows.ROW_MULTIPLE["cuda"] // step
+    assert str(blocks).endswith(f" // T.int64(128) * T.int64({per_multiple})") or (
+        per_multiple == 1 and str(blocks).endswith(" // T.int64(128)")
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("function", ROW_KERNELS)
+def test_names_of_decisions_on_a_cpu(function, seed):
+    instance = replay(function, SPEC, "llvm", seed)
+    config = instance.config
+    text = instance.func.script()
+    assert f'"pragma_auto_unroll_max_step": {config["unroll"]}' in text
+    extents = loop_extents(instance.func)
+    # Rows of the model's dtype move eight at a time.
+    assert config["vector"] in extents["vectorized"]
+    assert extents["vectorized"] <= {config["vector"], 8}
+    (tasks,) = extents["parallel"]
+    rounding = f"T.int64({config['chunk'] - 1})) // T.int64({config['chunk']})"
+    assert str(tasks).endswith(rounding) or config["chunk"] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_anchor_becomes_the_kernel_of_its_decisions(kind, seed):
+    """What the builder compiles in a search is what ships."""
+    sch = sample("decode", SPEC, kind, seed)
+    instance = schedules.instantiate("decode", SPEC, kind, sch.trace)
+    offered = options("decode", SPEC, kind)
+    assert list(instance.config) == list(offered) == list(decode.DEFAULTS[kind])
+    assert all(value in offered[name] for name, value in instance.config.items())
+    assert instance.launch == schedules.candidate_launch(sch.mod)
+    assert set(instance.launch) == set(splits.LAUNCH_KEYS)
+    if decode.rejected(SPEC, kind, instance.config) is None:
+        built = schedules.candidate(sch.mod)["main"]
+        assert tvm_ffi.structural_equal(built.with_attr("global_symbol", "main"), instance.func)
+
+
+def test_a_row_kernel_is_its_own_candidate():
+    sch = sample("rotate", SPEC, "cuda", 1)
+    assert schedules.candidate(sch.mod).same_as(sch.mod)
+    assert schedules.candidate_launch(sch.mod) == {}
+
+
+def test_anchors_of_different_workloads_differ():
+    """MetaSchedule files records under the module's structure."""
+    modules = [
+        schedules.search_module("decode", spec, kind, shape("decode", spec, sequences))
+        for spec in (SPEC, OTHER)
+        for kind in KINDS
+        for sequences in (1, 2)
+    ]
+    assert not any(tvm_ffi.structural_equal(a, b) for a, b in itertools.combinations(modules, 2))
+    again = schedules.search_module("decode", OTHER, "cuda", shape("decode", OTHER, 2))
+    assert tvm_ffi.structural_equal(again, modules[-1])
+
+
+# --- defaults and limits
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_defaults_are_points_of_the_space(function, kind, head_dim):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim)
+    instance = schedules.instantiate(function, spec, kind, None)
+    offered = options(function, spec, kind)
+    assert not instance.tuned
+    assert list(instance.config) == list(offered)
+    assert all(value in offered[name] for name, value in instance.config.items())
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("function", ROW_KERNELS)
+def test_every_point_fits_a_gpu(function, head_dim):
+    """A thread for each lane, at most 1024; rows come padded to what a CTA takes."""
+    offered = options(function, dataclasses.replace(SPEC, head_dim=head_dim), "cuda")
+    names = ("vector", "rows", "serial")
+    for vector, count, serial in itertools.product(*(offered[name] for name in names)):
+        lanes = head_dim // 4 // vector
+        assert 2 <= lanes <= 32
+        assert lanes * count <= 1024
+        assert rows.ROW_MULTIPLE["cuda"] % (count * serial) == 0
+
+
+@pytest.mark.parametrize(("choices", "taken"), [((4, 8, 16, 32), 16), ((4, 8), 8), ((32, 64), 32)])
+def test_a_value_that_is_not_on_offer(choices, taken):
+    """The nearest below, or the smallest."""
+    sch = Schedule(schedules.search_module("rotate", SPEC, "llvm", None))
+    assert int(sch.get(sampled(sch, {"vector": 16})("vector", choices))) == taken
+
+
+def test_one_head_tile():
+    """The run side counts CTAs without the compiler, so the number is written twice."""
+    assert splits.HEAD_TILE == HEAD_TILE
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_default_decode_is_not_rejected(kind, head_dim):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim)
+    assert decode.rejected(spec, kind, decode.DEFAULTS[kind]) is None
+    schedules.candidate(anchor(spec, kind, decode.DEFAULTS[kind]))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "decisions", "reason"),
+    [
+        (128, {"warps": 8, "min_ctas": 4}, "fewer than 85 registers a thread"),
+        (256, {"warps": 8, "min_ctas": 1}, "shared memory exceed 49152"),
+    ],
+)
+def test_infeasible_decisions(head_dim, decisions, reason):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim)
+    config = {**decode.DEFAULTS["cuda"], **decisions}
+    assert reason in decode.rejected(spec, "cuda", config)
+    with pytest.raises(UnsupportedSpecError, match=reason) as error:
+        schedules.candidate(anchor(spec, "cuda", config))
+    assert str(config) in str(error.value)
+
+
+def test_a_cpu_rejects_nothing():
+    points = itertools.product(*decode.OPTIONS["llvm"].values())
+    configs = [dict(zip(decode.OPTIONS["llvm"], point, strict=True)) for point in points]
+    assert [decode.rejected(SPEC, "llvm", config) for config in configs] == [None] * 18
+
+
+# --- CUDA source
+
+
+def cuda_source(func) -> str:
+    target = tvm_target(get_target("nvidia_h200"))
+    return export_cuda_host(build_module(tvm.IRModule({"main": func}), target))
+
+
+def check_source(function, spec, instance, source):
+    """A launcher, and kernels whose CTAs have the threads that the decisions say."""
+    assert "__tvm_ffi_main" in source
+    bounds = {int(b) for b in re.findall(r"__launch_bounds__\((\d+)", source)}
+    config = instance.config
+    if function == "decode":
+        assert 32 * config["warps"] in bounds
+        assert "mma.sync" in source
+    else:
+        assert bounds == {config["rows"] * spec.head_dim // 4 // config["vector"]}
+        # Lanes of a row exchange values in registers, unless no row is rotated.
+        assert ("shfl" in source) == (function != "flatten")
+        assert "__shared__" not in source
+
+
+@pytest.mark.parametrize("spec", [OTHER, CacheSpec(256, 2, 1)], ids=lambda s: s.label)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cuda_source_of_defaults(function, spec):
+    instance = schedules.instantiate(function, spec, "cuda", None)
+    check_source(function, spec, instance, cuda_source(instance.func))
+
+
+@pytest.mark.parametrize("seed", SEEDS[:2])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cuda_source_of_samples(function, seed):
+    instance = replay(function, SPEC, "cuda", seed)
+    check_source(function, SPEC, instance, cuda_source(instance.func))
