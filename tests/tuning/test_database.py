@@ -1,0 +1,299 @@
+"""``tuning.database``: what is kept, what is found again, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+
+from tvm.s_tir import Schedule
+
+from tq_tvm import schedules
+from tq_tvm.build.library import build_library
+from tq_tvm.errors import TuningLogError
+from tq_tvm.spec import CacheSpec
+from tq_tvm.targets import get_target
+from tq_tvm.tuning.database import (
+    Entry,
+    Metadata,
+    entries,
+    find_records,
+    save_record,
+    search_workload,
+)
+from tq_tvm.tuning.workloads import Workload
+
+SPEC = CacheSpec(64, 8, 2, 16, "float32", "bshd")
+TARGET = get_target("x86_64")
+PAGES = {"batch": 1, "pages": 2, "table_width": 2}
+SHAPES = {
+    "rotate": {"n": 64},
+    "fill_slots": {"tokens": 4, "pages": 2},
+    "fill_table": {"tokens": 32, **PAGES},
+    "flatten": {"tokens": 32, **PAGES},
+    "decode": PAGES,
+}
+METADATA = Metadata(TARGET.name, "a CPU", TARGET.arch, {"tq_tvm": "0"}, "2026-01-01", 1)
+OTHER_HEADS = dataclasses.replace(SPEC, num_q_heads=4)
+OTHER_PAGES = dataclasses.replace(SPEC, page_size=32)
+
+
+def trace_of(function, spec=SPEC, seed=1, shape=None, target=TARGET):
+    """A random point of a workload's space."""
+    sizes = shape or SHAPES[function]
+    sch = Schedule(search_workload(function, spec, target.kind, sizes), seed=seed)
+    schedules.space(function, spec, target.kind)(sch)
+    return sch.trace
+
+
+def config_of(function, trace, spec=SPEC):
+    return schedules.instantiate(function, spec, TARGET.kind, trace).config
+
+
+def entry_of(function, trace, spec=SPEC, us=1.0, shape=None) -> Entry:
+    workload = Workload(function, spec, shape or SHAPES[function], "a test")
+    return Entry(
+        workload=workload.label,
+        function=function,
+        spec=spec.label,
+        shape=dict(workload.shape),
+        size=workload.size,
+        us=us,
+        default_us=2 * us,
+        search_us=us,
+        trials=1,
+        failures=0,
+        max_error=0.0,
+        config=config_of(function, trace, spec),
+    )
+
+
+def save(logs, function, spec=SPEC, seed=1, us=1.0, shape=None) -> Entry:
+    trace = trace_of(function, spec, seed, shape)
+    entry = entry_of(function, trace, spec, us, shape)
+    save_record(entry, trace, TARGET, METADATA, logs)
+    return entry
+
+
+def found_configs(logs, function, spec=SPEC) -> dict[str, dict[str, int]]:
+    """Config of every record that serves a spec, by workload."""
+    return {
+        r.workload: config_of(function, r.trace, spec)
+        for r in find_records(function, spec, TARGET, logs)
+    }
+
+
+def lines(logs, kernel, name) -> int:
+    return len((logs / TARGET.name / kernel / name).read_text().splitlines())
+
+
+# --- saving
+
+
+@pytest.mark.parametrize("function", SHAPES)
+def test_a_record_is_found_again(tmp_path, function):
+    trace = trace_of(function, seed=5)
+    entry = entry_of(function, trace, us=12.5)
+    directory = save_record(entry, trace, TARGET, METADATA, tmp_path)
+    assert directory.parent == tmp_path / TARGET.name
+    (record,) = find_records(function, SPEC, TARGET, tmp_path)
+    assert (record.workload, record.size, record.us) == (entry.workload, entry.size, 12.5)
+    assert config_of(function, record.trace) == entry.config == config_of(function, trace)
+    assert entries(directory.name, TARGET, tmp_path) == [entry]
+    metadata = msgspec.json.decode((directory.parent / "metadata.json").read_bytes())
+    assert metadata == msgspec.to_builtins(METADATA)
+
+
+def test_nothing_is_found_where_there_is_no_log(tmp_path):
+    assert find_records("rotate", SPEC, TARGET, tmp_path) == []
+    assert entries("rotate", TARGET, tmp_path) == []
+    save(tmp_path, "fill_slots")
+    assert find_records("rotate", SPEC, TARGET, tmp_path) == []
+    assert find_records("fill_table", SPEC, TARGET, tmp_path) == []
+    assert find_records("fill_slots", SPEC, get_target("x86_64_v3"), tmp_path) == []
+
+
+def test_workloads_of_a_kernel_are_merged(tmp_path):
+    """In any order, with records of other kernels left alone."""
+    saved = [
+        save(tmp_path, "fill_table", seed=1),
+        save(tmp_path, "rotate", seed=2),
+        save(tmp_path, "fill_slots", seed=3),
+        save(tmp_path, "fill_slots", seed=4, shape={"tokens": 32, "pages": 2}),
+        save(tmp_path, "rotate", seed=5, shape={"n": 128}),
+    ]
+    for function, count in (("fill_table", 1), ("fill_slots", 2), ("rotate", 2)):
+        want = {e.workload: e.config for e in saved if e.function == function}
+        assert len(want) == count
+        assert found_configs(tmp_path, function) == want
+    for kernel, count in (("fill", 3), ("rotate", 2)):
+        assert lines(tmp_path, kernel, "database_workload.json") == count
+        assert lines(tmp_path, kernel, "database_tuning_record.json") == count
+        summary = json.loads((tmp_path / TARGET.name / kernel / "summary.json").read_text())
+        names = [item["workload"] for item in summary]
+        assert names == sorted(names)
+    # Nothing is left of the exchange of folders.
+    left = {p.name for p in (tmp_path / TARGET.name).iterdir()} - {".lock"}
+    assert left == {"fill", "rotate", "metadata.json"}
+
+
+def test_a_newer_record_replaces_the_older_one(tmp_path):
+    """Also one that is slower: it was measured against the kernel as it is now."""
+    kept = save(tmp_path, "fill_slots", seed=3)
+    old = save(tmp_path, "fill_table", seed=1, us=1.0)
+    seeds = iter(range(2, 50))
+    newer = old
+    while newer.config == old.config:
+        newer = entry_of("fill_table", trace := trace_of("fill_table", seed=next(seeds)), us=3.0)
+    save_record(newer, trace, TARGET, METADATA, tmp_path)
+    (record,) = find_records("fill_table", SPEC, TARGET, tmp_path)
+    assert record.us == 3.0
+    assert found_configs(tmp_path, "fill_table") == {newer.workload: newer.config}
+    assert found_configs(tmp_path, "fill_slots") == {kept.workload: kept.config}
+    assert lines(tmp_path, "fill", "database_tuning_record.json") == 2
+
+
+def test_logs_name_no_path_of_this_machine(tmp_path):
+    for function in SHAPES:
+        save(tmp_path, function)
+    here = str(Path(__file__).resolve().parents[2])
+    for path in tmp_path.rglob("*.json"):
+        assert here not in path.read_text(), path
+
+
+# --- which spec a record serves
+
+
+def test_query_heads_matter_to_decode_alone(tmp_path):
+    own, others = {}, {}
+    for function in SHAPES:
+        own[function] = save(tmp_path, function, seed=1).workload
+        if function == "decode":
+            others[function] = save(tmp_path, function, OTHER_HEADS, seed=2).workload
+    for function in SHAPES:
+        assert list(found_configs(tmp_path, function)) == [own[function]]
+        want = others.get(function, own[function])
+        assert list(found_configs(tmp_path, function, OTHER_HEADS)) == [want]
+
+
+@pytest.mark.parametrize("function", SHAPES)
+def test_decisions_carry_over_to_specs_that_differ_in_addresses(tmp_path, function):
+    entry = save(tmp_path, function)
+    for change in (
+        {"num_q_heads": 4},
+        {"num_kv_heads": 4},
+        {"page_size": 32},
+        {"layout": "bhsd"},
+    ):
+        assert found_configs(tmp_path, function, dataclasses.replace(SPEC, **change)) == {
+            entry.workload: entry.config
+        }
+
+
+@pytest.mark.parametrize("function", SHAPES)
+@pytest.mark.parametrize("change", [{"head_dim": 128}, {"dtype": "bfloat16"}], ids=str)
+def test_but_not_to_other_rows(tmp_path, function, change):
+    save(tmp_path, function)
+    assert find_records(function, dataclasses.replace(SPEC, **change), TARGET, tmp_path) == []
+
+
+@pytest.mark.parametrize("function", ["fill_slots", "decode"])
+def test_records_of_the_spec_itself_come_first(tmp_path, function):
+    """And those of one other spec otherwise, never a mixture."""
+    both = {"fill_slots": {"tokens": 8, "pages": 2}, "decode": {**PAGES, "pages": 4}}[function]
+    mine = {
+        save(tmp_path, function, OTHER_PAGES).workload,
+        save(tmp_path, function, OTHER_PAGES, shape=both).workload,
+    }
+    theirs = {save(tmp_path, function).workload, save(tmp_path, function, shape=both).workload}
+    assert set(found_configs(tmp_path, function, OTHER_PAGES)) == mine
+    assert set(found_configs(tmp_path, function, SPEC)) == theirs
+    third = dataclasses.replace(SPEC, page_size=64)
+    assert set(found_configs(tmp_path, function, third)) in (mine, theirs)
+
+
+# --- what is refused
+
+
+def damage(path: Path, change) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_the_log_of_another_target(tmp_path):
+    save(tmp_path, "rotate")
+    other = get_target("x86_64_v3")
+    (tmp_path / TARGET.name).rename(tmp_path / other.name)
+    with pytest.raises(TuningLogError, match="must hold records of x86_64_v3, got records of x86"):
+        find_records("rotate", SPEC, other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[{",
+        b"{}",
+        b"[1]",
+        b'[{"workload": "x"}]',
+        b"\xff\xfe",
+        b"null",
+    ],
+)
+def test_a_malformed_summary(tmp_path, text):
+    save(tmp_path, "rotate")
+    path = tmp_path / TARGET.name / "rotate" / "summary.json"
+    path.write_bytes(text)
+    with pytest.raises(TuningLogError, match=r"summary\.json must be a readable.*tune") as error:
+        find_records("rotate", SPEC, TARGET, tmp_path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["us", "config", "workload"])
+def test_a_summary_with_a_field_of_another_type(tmp_path, name):
+    save(tmp_path, "rotate")
+    path = tmp_path / TARGET.name / "rotate" / "summary.json"
+    damage(path, lambda items: [{**item, name: []} for item in items])
+    with pytest.raises(TuningLogError, match=r"summary\.json must be a readable"):
+        find_records("rotate", SPEC, TARGET, tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, b"", b'{"target": 1}'])
+def test_malformed_metadata(tmp_path, text):
+    save(tmp_path, "rotate")
+    path = tmp_path / TARGET.name / "metadata.json"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_bytes(text)
+    with pytest.raises(TuningLogError, match=r"metadata\.json must be a readable"):
+        find_records("rotate", SPEC, TARGET, tmp_path)
+
+
+@pytest.mark.parametrize("function", ["rotate", "decode"])
+def test_a_record_of_another_kernel_than_todays(tmp_path, function):
+    """The summary names a workload whose module is not the one in the database."""
+    save(tmp_path, function)
+    path = tmp_path / TARGET.name / function / "summary.json"
+    key = next(iter(SHAPES[function]))
+    damage(path, lambda items: [{**i, "shape": {**i["shape"], key: 7}} for i in items])
+    with pytest.raises(
+        TuningLogError, match=f"got none for the kernel as it is now.*--kernel {function}"
+    ):
+        find_records(function, SPEC, TARGET, tmp_path)
+
+
+def test_a_trace_that_does_not_replay(tmp_path):
+    """A space had one more decision when the record was made."""
+    sch = Schedule(search_workload("rotate", SPEC, TARGET.kind, SHAPES["rotate"]), seed=1)
+    schedules.space("rotate", SPEC, TARGET.kind)(sch)
+    entry = entry_of("rotate", sch.trace)
+    sch.sample_categorical([1, 2], [0.5, 0.5])
+    save_record(entry, sch.trace, TARGET, METADATA, tmp_path)
+    with pytest.raises(TuningLogError, match=r"record rotate-.* must replay on .*--no-records"):
+        build_library(SPEC, TARGET, tmp_path / "artifacts", logs=tmp_path)
+    assert not (tmp_path / "artifacts").exists()
