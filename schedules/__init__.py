@@ -117,9 +117,9 @@ def _anchored(mod: tvm.IRModule) -> tuple[str, CacheSpec, dict[str, int]] | None
 
 
 def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
-    """Launch numbers of a `candidate`, see ``tq_tvm.splits``."""
+    """Launch numbers of a `candidate`, see `tq_tvm.build.occupancy`."""
     anchored = _anchored(mod)
-    return {} if anchored is None else decode.launch(*anchored)
+    return {} if anchored is None else decode.launch(anchored[0], anchored[2])
 
 
 def candidate(mod: tvm.IRModule) -> tvm.IRModule:
@@ -175,7 +175,7 @@ def instantiate(
     if function == "decode":
         config = decode.decisions(sch)
         func = decode_kernel(spec, kind, config)
-        launch = decode.launch(kind, spec, config)
+        launch = decode.launch(kind, config)
     else:
         config = trace_config(trace or sch.trace, function, spec, kind)
         func = sch.mod["main"]

@@ -102,16 +102,11 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     return None
 
 
-def launch(kind: str, spec: CacheSpec, config: dict[str, int]) -> dict[str, int]:
-    """What the caller needs to choose a number of splits.
+def launch(kind: str, config: dict[str, int]) -> dict[str, int]:
+    """What the caller needs to choose a number of splits, see `tq_tvm.splits`.
 
-    ``ctas_per_sm`` CTAs are resident at once; a split shorter than ``min_tokens`` costs more in
-    merging than it gains in parallelism (measured on an H200: 1 x 8192 takes 17 us with 16 splits
-    of 512 tokens and 24 us with 48).
+    On a GPU the compiler knows how many CTAs are resident; here is how large they are.
     """
     if kind != "cuda":
-        return {"ctas_per_sm": 1, "min_tokens": 256}
-    return {
-        "ctas_per_sm": config["min_ctas"],
-        "min_tokens": max(512, config["warps"] * config["tile"]),
-    }
+        return {"ctas_per_sm": 1, "split_tokens": 64}
+    return {"threads": 32 * config["warps"], "split_tokens": 16}

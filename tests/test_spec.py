@@ -257,7 +257,7 @@ def test_formats_are_found_by_their_own_name():
 # --- splits
 
 launches = st.fixed_dictionaries(
-    {"ctas_per_sm": st.integers(1, 8), "min_tokens": st.sampled_from([32, 256, 512, 1024])}
+    {"ctas_per_sm": st.integers(1, 8), "split_tokens": st.sampled_from([1, 16, 64, 512])}
 )
 batches = st.integers(1, 512)
 contexts = st.integers(1, 1 << 20)
@@ -270,14 +270,14 @@ def ctas(spec, batch):
 
 @untimed
 @given(specs, batches, contexts, launches, processors)
-def test_splits_fill_the_device_but_are_not_too_short(spec, batch, context, launch, count):
+def test_splits_are_resident_at_once_and_pay_for_their_merge(spec, batch, context, launch, count):
     splits = num_splits(spec, batch, context, launch, count)
     slots = launch["ctas_per_sm"] * count
-    most = math.ceil(context / launch["min_tokens"])
-    assert 1 <= splits <= most
-    assert splits * ctas(spec, batch) >= slots or splits == most
-    # One split fewer would leave a processor idle.
-    assert splits == 1 or (splits - 1) * ctas(spec, batch) < slots
+    assert splits >= 1
+    assert splits == 1 or splits * ctas(spec, batch) <= slots
+    assert splits == 1 or splits**2 * launch["split_tokens"] <= context
+    more = splits + 1
+    assert more * ctas(spec, batch) > slots or more**2 * launch["split_tokens"] > context
 
 
 @untimed
@@ -290,10 +290,11 @@ def test_splits_are_monotonous(spec, batch, context, launch, count):
 
 
 def test_splits_of_known_cases():
-    launch = {"ctas_per_sm": 2, "min_tokens": 512}
+    launch = {"ctas_per_sm": 4, "split_tokens": 16}
     assert num_splits(SPEC, 64, 8192, launch, 132) == 1
-    assert num_splits(SPEC, 1, 8192, launch, 132) == 16
-    assert num_splits(SPEC, 1, 1 << 20, launch, 132) == 33
+    assert num_splits(SPEC, 16, 32768, launch, 132) == 4
+    assert num_splits(SPEC, 1, 1 << 20, launch, 132) == 66
+    assert num_splits(SPEC, 1, 8192, launch, 132) == 22
     assert num_splits(SPEC, 1, 0, launch, 132) == 1
 
 

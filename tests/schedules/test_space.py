@@ -21,6 +21,7 @@ from tvm.s_tir import Schedule, Trace
 
 from tq_tvm import schedules, splits
 from tq_tvm.build.compile import compile_library, tvm_target
+from tq_tvm.build.occupancy import KernelResources, with_occupancy
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.decode_cuda import HEAD_TILE
@@ -197,11 +198,12 @@ def test_an_anchor_becomes_the_kernel_of_its_decisions(kind, seed):
     """What the builder compiles in a search is what ships."""
     sch = sample("decode", SPEC, kind, seed)
     instance = schedules.instantiate("decode", SPEC, kind, sch.trace)
+    used = {"f_kernel": KernelResources(registers=128, shared_bytes=0)}
     offered = options("decode", SPEC, kind)
     assert list(instance.config) == list(offered) == list(decode.DEFAULTS[kind])
     assert all(value in offered[name] for name, value in instance.config.items())
     assert instance.launch == schedules.candidate_launch(sch.mod)
-    assert set(instance.launch) == set(splits.LAUNCH_KEYS)
+    assert set(with_occupancy(instance.launch, "f", "sm_90a", used)) == set(splits.LAUNCH_KEYS)
     if decode.rejected(SPEC, kind, instance.config) is None:
         built = schedules.candidate(sch.mod)["main"]
         assert tvm_ffi.structural_equal(built.with_attr("global_symbol", "main"), instance.func)

@@ -15,7 +15,7 @@ SPECS = [
     CacheSpec(128, 8, 2, 32, "bfloat16", "bhsd"),
 ]
 CPU = torch.device("cpu")
-LAUNCH = {"ctas_per_sm": 1, "min_tokens": 16}
+LAUNCH = {"ctas_per_sm": 1, "split_tokens": 16}
 OUTPUTS = {
     "rotate": [1],
     "fill_slots": [2, 3, 4, 5],
@@ -176,7 +176,7 @@ def test_page_tables_are_permutations(spec):
 
 
 def test_decode_has_room_for_its_splits(spec):
-    for launch in (LAUNCH, {"ctas_per_sm": 8, "min_tokens": 16}):
+    for launch in (LAUNCH, {"ctas_per_sm": 8, "split_tokens": 16}):
         arguments = make_case(workload("decode", spec), CPU).arguments(launch)
         workspace, splits = arguments[7], arguments[9]
         assert workspace.numel() == 2 * spec.num_q_heads * splits * (spec.head_dim + 2)

@@ -18,6 +18,7 @@ import tvm
 import tvm_ffi.libinfo
 from tvm.tirx import PrimFunc
 
+from tq_tvm.build.occupancy import KernelResources, parse_resources
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import BuildError
 from tq_tvm.targets import TargetInfo
@@ -37,15 +38,18 @@ _NVCC_FLAGS = [
     "--use_fast_math",
     "-diag-suppress",
     "174",
+    "-Xptxas",
+    "-v",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileResult:
-    """Flags and tool versions that a library was compiled with."""
+    """Flags and tool versions that a library was compiled with, and what its GPU kernels use."""
 
     flags: list[str]
     versions: dict[str, str]
+    resources: dict[str, KernelResources] = dataclasses.field(default_factory=dict)
 
 
 def tvm_target(target: TargetInfo) -> tvm.target.Target:
@@ -71,7 +75,7 @@ def _run(command: list[str]) -> str:
             f"compile_library: {' '.join(command)} failed with code {done.returncode}:\n"
             f"{done.stderr[-4000:]}"
         )
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def _version(tool: str) -> str:
@@ -110,8 +114,8 @@ def _compile_cuda(
     sm = target.arch.removeprefix("sm_")
     flags = [*_NVCC_FLAGS, "-gencode", f"arch=compute_{sm},code=sm_{sm}"]
     include = tvm_ffi.libinfo.find_include_path()
-    _run([nvcc, *flags, "-I", include, str(source), "-o", str(path)])
-    return CompileResult(flags, {"nvcc": _version(nvcc)})
+    report = _run([nvcc, *flags, "-I", include, str(source), "-o", str(path)])
+    return CompileResult(flags, {"nvcc": _version(nvcc)}, parse_resources(report))
 
 
 def _compile_cpu(

@@ -8,11 +8,13 @@ from importlib import metadata
 from pathlib import Path
 
 import filelock
+import msgspec
 from tvm.tirx import PrimFunc
 
 from tq_tvm._version import __version__
 from tq_tvm.artifacts.manifest import LIBRARY_NAME, FileRecord, Manifest, Variant, build_command
 from tq_tvm.build.compile import compile_library
+from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.errors import TuningLogError
 from tq_tvm.kernels import FUNCTIONS
 from tq_tvm.schedules import Instance, instantiate
@@ -76,6 +78,14 @@ def build_library(
     try:
         library = scratch / LIBRARY_NAME
         compiled = compile_library(functions, target, library)
+        for function, chosen in variants.items():
+            variants[function] = [
+                msgspec.structs.replace(
+                    v,
+                    launch=with_occupancy(v.launch, v.symbol, target.arch, compiled.resources),
+                )
+                for v in chosen
+            ]
         manifest = Manifest(
             spec=spec.label,
             target=target,

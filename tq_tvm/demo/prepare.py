@@ -161,9 +161,11 @@ def _tune(
                 _say("", f"{_short(workload)}: {entry.us:.0f} us, default {entry.default_us:.0f}")
             except KeyboardInterrupt:
                 interrupted.set()
-            except TQError as error:
-                # A search that ends before its first result says so by an error.
+            except Exception as error:
+                # Ctrl-C inside TVM comes out as a RuntimeError, before a first result as a TQError.
                 if not interrupted.is_set():
+                    if not isinstance(error, TQError):
+                        raise
                     click.echo(f"{_short(workload)} keeps the default schedule: {error}", err=True)
             if interrupted.is_set():
                 _say("", "interrupted; going on with what was found (Ctrl-C again ends the demo)")

@@ -27,6 +27,7 @@ from tvm.support.popen_pool import PopenPoolExecutor
 from tq_tvm import schedules
 from tq_tvm.bench.timing import time_us
 from tq_tvm.build.compile import compile_library
+from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.targets import TargetInfo, get_target
 from tq_tvm.tuning.inputs import Case, make_case
 from tq_tvm.tuning.workloads import Workload
@@ -49,8 +50,11 @@ def _build(target_name: str, directory: str, mod: Any, target: Any, params: Any)
     (func,) = schedules.candidate(mod).functions.values()
     # A directory of its own: MetaSchedule removes the one that the library is in.
     path = Path(tempfile.mkdtemp(dir=directory)) / "kernel.so"
-    compile_library({_SYMBOL: func}, get_target(target_name), path)
-    path.with_suffix(".json").write_text(json.dumps(schedules.candidate_launch(mod)))
+    built = compile_library({_SYMBOL: func}, get_target(target_name), path)
+    launch = with_occupancy(
+        schedules.candidate_launch(mod), _SYMBOL, get_target(target_name).arch, built.resources
+    )
+    path.with_suffix(".json").write_text(json.dumps(launch))
     return str(path)
 
 

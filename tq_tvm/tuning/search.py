@@ -24,6 +24,7 @@ from tvm.s_tir import meta_schedule as ms
 from tq_tvm import env, schedules
 from tq_tvm._version import __version__
 from tq_tvm.build.compile import compile_library, tvm_target
+from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.errors import TuningLogError
 from tq_tvm.targets import TargetInfo, detect
 from tq_tvm.tuning.candidates import check_and_time, make_builder, make_runner
@@ -192,9 +193,10 @@ def _keep_best(
                     paths,
                 )
             )
-        for instance, path in zip(instances, paths, strict=True):
+        for instance, path, result in zip(instances, paths, built, strict=True):
             call = tvm_ffi.load_module(str(path))["main"]
-            measured.append(check_and_time(call, case, instance.launch, device))
+            launch = with_occupancy(instance.launch, "main", target.arch, result.resources)
+            measured.append(check_and_time(call, case, launch, device))
     # The default comes first: a tie is its own.
     best = min(range(len(measured)), key=lambda i: measured[i][0])
     us, error = measured[best]

@@ -65,6 +65,7 @@ def workloads(spec: CacheSpec, target: TargetInfo) -> list[Workload]:
         prefill, append, gather = (8, 2048), 64, (16, 4096)
         decodes = [
             (64, 8192, "every SM busy: bandwidth and instructions"),
+            (64, 1024, "every SM busy for a short while: prologue and tail"),
             (1, 8192, "one sequence: splits, latency and the merge"),
         ]
     else:

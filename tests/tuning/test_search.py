@@ -1,0 +1,134 @@
+"""``tuning.search`` from end to end, on spaces of a few points and inputs of a few rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+
+from tq_tvm.schedules import decode
+from tvm.s_tir import meta_schedule as ms
+
+from tq_tvm import schedules
+from tq_tvm.artifacts.manifest import Manifest
+from tq_tvm.build.library import build_library
+from tq_tvm.errors import TuningLogError
+from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.targets import detect, get_target
+from tq_tvm.tuning.database import entries, find_records
+from tq_tvm.tuning.progress import Progress
+from tq_tvm.tuning.search import tune
+from tq_tvm.tuning.workloads import Workload
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+SPEC = CacheSpec(128, 2, 1, 16, "float32", "bshd")
+ROTATE = Workload("rotate", SPEC, {"n": 16}, "a test")
+DECODE = Workload("decode", SPEC, {"batch": 1, "pages": 2, "table_width": 2}, "a test")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Where measured candidates and kept records go, not those of this user."""
+    monkeypatch.setenv("TQ_TVM_CACHE_DIR", str(tmp_path / "cache"))
+    # A search stops it, pytest hangs a handler without a name on every logger that has stopped it,
+    # and the next search looks for the names of all handlers.
+    monkeypatch.setattr(logging.getLogger("tvm.s_tir.meta_schedule"), "propagate", True)
+    return tmp_path / "cache", tmp_path / "logs"
+
+
+def measured(cache, workload) -> list[dict[str, int]]:
+    """Decisions of the candidates in the work database, and that each has a time."""
+    directory = cache / "tuning" / detect(CPU).name / workload.label
+    configs = []
+    for record in ms.database.JSONDatabase(work_dir=str(directory)).get_all_tuning_records():
+        assert all(0 < float(s) < 60 for s in record.run_secs)
+        configs.append(schedules.instantiate(workload.function, SPEC, "llvm", record.trace).config)
+    return configs
+
+
+def small_space(monkeypatch, **options):
+    """Few points, so that a search measures them all."""
+    monkeypatch.setitem(decode.OPTIONS, "llvm", options)
+
+
+def test_a_record_is_searched_kept_found_and_built(folders, tmp_path):
+    cache, logs = folders
+    target = detect(CPU)
+    entry = tune(ROTATE, target, CPU, trials=4, logs=logs)
+    assert (entry.workload, entry.function, entry.spec) == (ROTATE.label, "rotate", SPEC.label)
+    assert (entry.trials, entry.failures, entry.size) == (4, 0, ROTATE.size)
+    assert entry.max_error < 1e-5
+    assert entry.us <= entry.default_us, "the default is one of the finalists"
+    configs = measured(cache, ROTATE)
+    assert len(configs) == len({tuple(c.values()) for c in configs}) == 4
+    default = schedules.instantiate("rotate", SPEC, "llvm", None).config
+    assert entry.config in [default, *configs]
+
+    assert entries("rotate", target, logs) == [entry]
+    (record,) = find_records("rotate", SPEC, target, logs)
+    assert schedules.instantiate("rotate", SPEC, "llvm", record.trace).config == entry.config
+    metadata = json.loads((logs / target.name / "metadata.json").read_text())
+    assert metadata["target"] == target.name
+    assert {"apache-tvm", "apache-tvm-ffi", "torch", "cxx"} <= set(metadata["versions"])
+
+    directory = build_library(SPEC, target, tmp_path / "artifacts", logs=logs)
+    functions = Manifest.read(directory).functions
+    assert set(functions) == set(FUNCTIONS)
+    (variant,) = functions["rotate"]
+    assert (variant.tuned, variant.workload, variant.us) == (True, ROTATE.label, entry.us)
+    assert variant.config == entry.config
+    assert not any(v.tuned for name in functions for v in functions[name] if name != "rotate")
+
+
+def test_an_interrupted_search_keeps_what_it_found_and_goes_on(folders, monkeypatch):
+    cache, logs = folders
+    small_space(monkeypatch, tile=[16, 32], vector=[16], unroll=[0, 1])
+    tune_tir, report = ms.tir_integration.tune_tir, Progress.report
+
+    def in_pairs(*args, **kwargs):
+        return tune_tir(*args, **{**kwargs, "num_trials_per_iter": 2})
+
+    def interrupt(self, us, error):
+        if self.trials == 2:
+            raise KeyboardInterrupt
+        report(self, us, error)
+
+    monkeypatch.setattr(ms.tir_integration, "tune_tir", in_pairs)
+    monkeypatch.setattr(Progress, "report", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
+    first = measured(cache, DECODE)
+    assert len(first) == 2
+    (kept,) = entries("decode", detect(CPU), logs)
+    assert kept.trials == 2
+
+    monkeypatch.setattr(Progress, "report", report)
+    entry = tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
+    assert entry.trials == 2, "the other half"
+    points = {tuple(c.values()) for c in measured(cache, DECODE)}
+    assert points == {(tile, 16, unroll) for tile in (16, 32) for unroll in (0, 1)}
+    assert entries("decode", detect(CPU), logs) == [entry]
+
+
+def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
+    """Vectors of 24 values leave out the end of a row of 128: fast, and wrong."""
+    _, logs = folders
+    small_space(monkeypatch, tile=[32], vector=[24], unroll=[0])
+    with pytest.raises(
+        TuningLogError, match=r"right results, got none of 1; .*WrongResultError: decode"
+    ):
+        tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
+    assert not logs.exists()
+
+
+def test_the_device_must_be_the_target(folders):
+    _, logs = folders
+    with pytest.raises(TuningLogError, match="device must be a nvidia_h200, got a x86_64"):
+        tune(ROTATE, get_target("nvidia_h200"), CPU, logs=logs)
+    assert not logs.exists()
