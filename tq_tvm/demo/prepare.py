@@ -86,7 +86,7 @@ def prepare(spec: CacheSpec, device: torch.device, *, retune: bool = False, seed
     begin = time.monotonic()
     directory = build_library(spec, target, env.user_artifact_dir(), logs=logs)
     seconds = time.monotonic() - begin
-    _say("Kernels", f"built in {seconds:.0f} s from the records in {logs / target.name}")
+    _say("Kernels", f"built in {seconds:.0f} s from {logs / target.name}: {_tuned(directory)}")
     _say("", f"library {directory}")
     ops.clear_cache()
     _check_served(spec, target, directory)
@@ -105,6 +105,15 @@ def _require_compiler(spec: CacheSpec, target: TargetInfo) -> None:
             f"must be installed, got neither in {', '.join(map(str, env.artifact_dirs()))} "
             f"({error}); run `pip install 'tq-tvm[tune]'` (in a clone `pip install -e '.[tune]'`)"
         ) from error
+
+
+def _tuned(directory: Path) -> str:
+    """Which functions of a library have tuning records."""
+    counts = artifacts.Manifest.read(directory).counts()
+    tuned = [function for function, (count, _) in counts.items() if count]
+    default = [function for function in counts if function not in tuned]
+    parts = [("tuned", tuned), ("default schedule", default)]
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in parts if names)
 
 
 def _check_served(spec: CacheSpec, target: TargetInfo, directory: Path) -> None:
