@@ -11,16 +11,18 @@ import torch
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
 from tq_tvm.schedules import decode
+from tq_tvm.schedules.decisions import sampled
+from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tq_tvm import schedules
 from tq_tvm.artifacts.manifest import Manifest
+from tq_tvm.build.compile import tvm_target
 from tq_tvm.build.library import build_library
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
 from tq_tvm.targets import detect, get_target
-from tq_tvm.tuning.database import entries, find_records
-from tq_tvm.tuning.progress import Progress
+from tq_tvm.tuning.database import entries, find_records, search_workload
 from tq_tvm.tuning.search import tune
 from tq_tvm.tuning.workloads import Workload
 
@@ -86,34 +88,30 @@ def test_a_record_is_searched_kept_found_and_built(folders, tmp_path):
     assert not any(v.tuned for name in functions for v in functions[name] if name != "rotate")
 
 
-def test_an_interrupted_search_keeps_what_it_found_and_goes_on(folders, monkeypatch):
+def test_a_search_goes_on_where_one_stopped(folders, monkeypatch):
+    """Three of four points were measured before: the fourth one is."""
     cache, logs = folders
+    target = detect(CPU)
     small_space(monkeypatch, tile=[16, 32], vector=[16], unroll=[0, 1])
-    tune_tir, report = ms.tir_integration.tune_tir, Progress.report
-
-    def in_pairs(*args, **kwargs):
-        return tune_tir(*args, **{**kwargs, "num_trials_per_iter": 2})
-
-    def interrupt(self, us, error):
-        if self.trials == 2:
-            raise KeyboardInterrupt
-        report(self, us, error)
-
-    monkeypatch.setattr(ms.tir_integration, "tune_tir", in_pairs)
-    monkeypatch.setattr(Progress, "report", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
-    first = measured(cache, DECODE)
-    assert len(first) == 2
-    (kept,) = entries("decode", detect(CPU), logs)
-    assert kept.trials == 2
-
-    monkeypatch.setattr(Progress, "report", report)
-    entry = tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
-    assert entry.trials == 2, "the other half"
-    points = {tuple(c.values()) for c in measured(cache, DECODE)}
-    assert points == {(tile, 16, unroll) for tile in (16, 32) for unroll in (0, 1)}
-    assert entries("decode", detect(CPU), logs) == [entry]
+    mod = search_workload("decode", SPEC, target.kind, DECODE.shape)
+    directory = cache / "tuning" / target.name / DECODE.label
+    directory.mkdir(parents=True)
+    database = ms.database.JSONDatabase(work_dir=str(directory))
+    workload = database.commit_workload(mod)
+    before = [(16, 16, 0), (16, 16, 1), (32, 16, 1)]
+    for point in before:
+        sch = Schedule(mod)
+        values = dict(zip(("tile", "vector", "unroll"), point, strict=True))
+        decode.apply(sch, "decode", SPEC, target.kind, sampled(sch, values))
+        database.commit_tuning_record(
+            ms.database.TuningRecord(sch.trace, workload, [1.0], tvm_target(target), [])
+        )
+    entry = tune(DECODE, target, CPU, trials=4, logs=logs)
+    assert (entry.trials, entry.failures) == (1, 0)
+    points = [tuple(c.values()) for c in measured(cache, DECODE)]
+    assert sorted(points) == sorted([*before, (32, 16, 0)])
+    assert tuple(entry.config.values()) in points
+    assert entries("decode", target, logs) == [entry]
 
 
 def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
@@ -121,7 +119,7 @@ def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
     _, logs = folders
     small_space(monkeypatch, tile=[32], vector=[24], unroll=[0])
     with pytest.raises(
-        TuningLogError, match=r"right results, got none of 1; .*WrongResultError: decode"
+        TuningLogError, match=r"(?s)right results, got none of 1; .*WrongResultError: decode"
     ):
         tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
     assert not logs.exists()
