@@ -10,7 +10,7 @@ import torch
 from rows import KINDS, rows
 
 from tq_tvm import reference
-from tq_tvm.spec import HEAD_DIMS, K4V2
+from tq_tvm.spec import HEAD_DIMS, K4V2, Codec
 
 QJL4, MSE2 = CODECS = [K4V2.key, K4V2.value]
 INDEPENDENT = {"qjl4": independent.encode_key, "mse2": independent.encode_value}
@@ -93,11 +93,20 @@ def test_a_value_on_a_decision():
     packed, _ = reference.encode_rows(zero, MSE2)
     assert packed.unique().tolist() == [0b01010101]
 
-    # The sign alternates, all coordinates have magnitude 1/sqrt(D): nothing is near a decision.
+    # In a codec whose arithmetic is exact: residuals of zero.
+    exact = Codec("exact", 2, (-1.0, 1.0), (0.0,), residual_sign=True, meta=("norm", "residual"))
+    alternating = torch.tensor([1.0, -1.0]).repeat(32)[None]
+    codes = reference.unpack_codes(reference.encode_rows(alternating, exact)[0], 2)[0]
+    assert codes[:2].tolist() == [1 | 2, 0 | 2]
+
+
+def test_codes_far_from_any_decision():
+    """Coordinates of magnitude 1/sqrt(D) lie between 0.50 and 1.05, above the centroid 0.756."""
     alternating = torch.tensor([1.0, -1.0]).repeat(64)[None]
     codes = reference.unpack_codes(reference.encode_rows(alternating, QJL4)[0], 4)[0]
-    # 1 is in the second cell of its side, from 0.50 to 1.05, and above the centroid, 0.756.
     assert codes[:2].tolist() == [5 | 8, 2]
+    codes = reference.unpack_codes(reference.encode_rows(alternating, MSE2)[0], 2)[0]
+    assert codes[:2].tolist() == [3, 0]
 
 
 def lloyd_max_error(codec) -> float:
