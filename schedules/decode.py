@@ -41,7 +41,7 @@ OPTIONS = {
         "warps": [2, 4, 8],
         "tile": [32, 64],
         "depth": [0, 1],
-        "min_ctas": [1, 2, 3, 4],
+        "min_ctas": [1, 2, 3, 4, 6, 8],
         "query_in_shared": [0, 1],
     },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1]},

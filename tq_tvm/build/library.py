@@ -1,4 +1,4 @@
-"""One library of a spec: every kernel function, each in its tuned variants or in the default one."""
+"""One library of a spec: every kernel function, in its tuned variants or in the default one."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ def _replay(
         return instantiate(function, spec, target.kind, record.trace, symbol=symbol)
     except Exception as error:
         raise TuningLogError(
-            f"build_library: record {record.workload} of {function} for {target.name} must replay on "
-            f"{spec.label}, got: {error}; run `tq-tvm tune --target {target.name} "
+            f"build_library: record {record.workload} of {function} for {target.name} must replay "
+            f"on {spec.label}, got: {error}; run `tq-tvm tune --target {target.name} "
             f"--kernel {FUNCTIONS[function]}`, or `{build_command(target.name, spec.label)} "
             "--no-records` for the default schedule"
         ) from error

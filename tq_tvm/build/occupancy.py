@@ -49,7 +49,9 @@ def _resident(arch: str, threads: int, used: KernelResources) -> int:
     warps = -(-threads // 32)
     registers = -(-used.registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT * warps
     shared = _SHARED.get(arch, 100) * 1024 // (used.shared_bytes + _SHARED_OF_A_CTA)
-    return max(1, min(_CTAS, _THREADS.get(arch, _MOST_THREADS) // threads, _REGISTERS // registers, shared))
+    return max(
+        1, min(_CTAS, _THREADS.get(arch, _MOST_THREADS) // threads, _REGISTERS // registers, shared)
+    )
 
 
 def with_occupancy(

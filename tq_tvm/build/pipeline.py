@@ -16,7 +16,6 @@ import functools
 import tvm
 from tvm import tirx
 from tvm.s_tir import pipeline as default_pipeline
-from tvm.s_tir import transform as s_transform
 
 __all__ = ["build_module"]
 

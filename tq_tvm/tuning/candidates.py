@@ -40,9 +40,8 @@ _SYMBOL = "main"
 
 
 def _worker_init() -> None:
-    """Import what every build needs, with the cheap ``inspect.stack``."""
-    from tq_tvm import _fast_stack as _fast_stack  # isort: skip
-    import tvm.s_tir.tensor_intrin as _intrin  # noqa: F401
+    """Cheapen ``inspect.stack`` for what a build parses."""
+    from tq_tvm import _fast_stack as _fast_stack
 
 
 def _build(target_name: str, directory: str, mod: Any, target: Any, params: Any) -> str:

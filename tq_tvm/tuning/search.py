@@ -6,6 +6,7 @@ import concurrent.futures
 import datetime
 import importlib.metadata
 import logging
+import os
 import platform
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from tq_tvm.tuning.candidates import check_and_time, make_builder, make_runner
 from tq_tvm.tuning.cost_model import DecisionModel
 from tq_tvm.tuning.database import Entry, Metadata, save_record, search_workload
 from tq_tvm.tuning.inputs import make_case
+from tq_tvm.tuning.interrupt import Interrupt, shield_workers
 from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
 from tq_tvm.tuning.workloads import Workload
@@ -112,15 +114,17 @@ def tune(
     progress = Progress(workload.label, min(points, trials))
     deadline = time.monotonic() + seconds
     exhaustive = points <= trials
-    interrupted = False
-    with tempfile.TemporaryDirectory(prefix="tq_tvm_tune_") as scratch:
+    shield_workers()
+    # Few enough that Ctrl-C and the deadline lose little, enough for every worker.
+    batch = min(points, trials, max(4, 2 * (os.cpu_count() or 1)))
+    with Interrupt() as interrupt, tempfile.TemporaryDirectory(prefix="tq_tvm_tune_") as scratch:
         try:
             ms.tir_integration.tune_tir(
                 mod,
                 tvm_target(target),
                 str(work_dir),
                 max_trials_global=min(points, trials),
-                num_trials_per_iter=min(points, trials, 32),
+                num_trials_per_iter=batch,
                 builder=make_builder(target, Path(scratch)),
                 runner=make_runner(workload, str(device), progress.report),
                 space=ms.space_generator.ScheduleFn(
@@ -136,13 +140,21 @@ def tune(
                 num_tuning_cores=1,
                 seed=seed,
             )
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, RuntimeError):
+            # Out of a callback of TVM, KeyboardInterrupt comes as a RuntimeError.
+            if not interrupt.came:
+                raise
             _log.warning("tune: interrupted; keeping the best of %d trials", progress.trials)
         finally:
             progress.close()
-    entry = _keep_best(workload, target, device, work_dir, progress, seed, logs)
-    if interrupted:
+        interrupt.hold()
+        try:
+            entry = _keep_best(workload, target, device, work_dir, progress, seed, logs)
+        except TuningLogError:
+            # Nothing was found yet: that is no error of what was asked for.
+            if not interrupt.came:
+                raise
+    if interrupt.came:
         raise KeyboardInterrupt
     return entry
 

@@ -45,6 +45,7 @@ class Exhaustive(PySearchStrategy):
     def __init__(self, deadline: float) -> None:
         super().__init__()
         self._deadline = deadline
+        self._begun = False
         self._pending: Iterator[Any] = iter(())
         self._batch = 1
         self._context: Any = None
@@ -80,9 +81,10 @@ class Exhaustive(PySearchStrategy):
         """Nothing to release."""
 
     def generate_measure_candidates(self) -> list[Any] | None:
-        """The next batch, or None when all are done or the time is up."""
-        if time.monotonic() > self._deadline:
+        """The next batch, or None when all are done or, after the first, the time is up."""
+        if self._begun and time.monotonic() > self._deadline:
             return None
+        self._begun = True
         batch = []
         for trace, point in self._pending:
             sch = Schedule(self._context.mod)
@@ -115,6 +117,7 @@ class Evolutionary(PySearchStrategy):
     def __init__(self, deadline: float) -> None:
         super().__init__()
         self._deadline = deadline
+        self._begun = False
         self._search = ms.search_strategy.EvolutionarySearch(
             # The spaces have tens to thousands of points; MetaSchedule's defaults are for millions.
             population_size=128,
@@ -143,9 +146,10 @@ class Evolutionary(PySearchStrategy):
         self._search.post_tuning()
 
     def generate_measure_candidates(self) -> list[Any] | None:
-        """The next batch, or None when the search is done or the time is up."""
-        if time.monotonic() > self._deadline:
+        """The next batch, or None when the search is done or, after the first, the time is up."""
+        if self._begun and time.monotonic() > self._deadline:
             return None
+        self._begun = True
         return self._search.generate_measure_candidates()
 
     def notify_runner_results(self, measure_candidates: list[Any], results: list[Any]) -> None:
