@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
 from tq_tvm.targets import detect, get_target
 from tq_tvm.tuning.database import entries, find_records, search_workload
+from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.search import tune
 from tq_tvm.tuning.workloads import Workload
 
@@ -112,6 +114,34 @@ def test_a_search_goes_on_where_one_stopped(folders, monkeypatch):
     assert sorted(points) == sorted([*before, (32, 16, 0)])
     assert tuple(entry.config.values()) in points
     assert entries("decode", target, logs) == [entry]
+
+
+# TVM's pool of workers may be finalised in a thread of its own, which it then cannot join.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("found", [2, 0])
+def test_ctrl_c_keeps_what_was_found(folders, monkeypatch, found):
+    """In the batch after the first, or before anything was measured."""
+    cache, logs = folders
+    small_space(monkeypatch, tile=[16, 32], vector=[16], unroll=[0, 1])
+    tune_tir, report = ms.tir_integration.tune_tir, Progress.report
+
+    def in_pairs(*args, **kwargs):
+        return tune_tir(*args, **{**kwargs, "num_trials_per_iter": 2})
+
+    def press(self, us, error):
+        if self.trials == found:
+            signal.raise_signal(signal.SIGINT)
+        report(self, us, error)
+
+    monkeypatch.setattr(ms.tir_integration, "tune_tir", in_pairs)
+    monkeypatch.setattr(Progress, "report", press)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(measured(cache, DECODE)) == found
+    kept = entries("decode", detect(CPU), logs)
+    assert [entry.trials for entry in kept] == ([found] if found else [])
 
 
 def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
