@@ -116,8 +116,6 @@ def test_a_search_goes_on_where_one_stopped(folders, monkeypatch):
     assert entries("decode", target, logs) == [entry]
 
 
-# TVM's pool of workers may be finalised in a thread of its own, which it then cannot join.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("found", [2, 0])
 def test_ctrl_c_keeps_what_was_found(folders, monkeypatch, found):
     """In the batch after the first, or before anything was measured."""

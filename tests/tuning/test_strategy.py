@@ -162,7 +162,7 @@ def test_redraw_changes_one_decision(function, kind):
     sch = random_trace(function, kind, 1)
     before = decisions(sch.trace)
     changed = set()
-    for seed in range(60):
+    for seed in range(150):
         after = decisions(redraw(sch.trace, seed))
         different = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b]
         assert len(different) == 1
