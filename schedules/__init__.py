@@ -150,7 +150,8 @@ def trace_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dic
 
     probe = Schedule(search_module(function, spec, kind, None))
     _SPACES[FUNCTIONS[function]].apply(probe, function, spec, kind, record)
-    picked = [int(v) for i, v in trace.decisions.items() if i.kind.name == "SampleCategorical"]
+    # In order of the instructions: the map of decisions has an order of its own.
+    picked = [int(trace.decisions[i]) for i in trace.insts if i.kind.name == "SampleCategorical"]
     return {n: int(options[i]) for (n, options), i in zip(names, picked, strict=True)}
 
 

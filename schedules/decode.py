@@ -8,9 +8,11 @@ warps             tokens of a split walk through a CTA in parallel, against the
 tile              tokens a warp handles at a time: fewer page look-ups, maxima and
                   votes a token, against registers
 depth             tiles fetched ahead: latency hidden, against registers
-min_ctas          CTAs an SM must hold, so the compiler's register cap: occupancy
-                  against spills
+registers         the most a thread may have: more CTAs on an SM, against spills
+                  and loads in flight
 query_in_shared   query fragments in shared memory instead of registers
+multiply_shifts   right shifts by multiplication: the integer pipe is the busiest,
+                  the multiplier is idle, but takes longer
 ================  ==================================================================
 
 ================  ==================================================================
@@ -41,14 +43,22 @@ OPTIONS = {
         "warps": [2, 4, 8],
         "tile": [32, 64],
         "depth": [0, 1],
-        "min_ctas": [1, 2, 3, 4, 6, 8],
+        "registers": [128, 168, 256],
         "query_in_shared": [0, 1],
+        "multiply_shifts": [0, 1],
     },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1]},
 }
 
 DEFAULTS = {
-    "cuda": {"warps": 4, "tile": 32, "depth": 0, "min_ctas": 2, "query_in_shared": 1},
+    "cuda": {
+        "warps": 4,
+        "tile": 32,
+        "depth": 0,
+        "registers": 256,
+        "query_in_shared": 1,
+        "multiply_shifts": 0,
+    },
     "llvm": {"tile": 32, "vector": 16, "unroll": 0},
 }
 
@@ -97,8 +107,6 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     used = shared_bytes(DecodeConfig(**config), spec.head_dim)
     if used > _STATIC_SHARED:
         return f"{used} bytes of shared memory exceed {_STATIC_SHARED}"
-    if config["warps"] * config["min_ctas"] > 24:
-        return "fewer than 85 registers a thread"
     return None
 
 

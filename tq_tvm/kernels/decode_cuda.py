@@ -71,8 +71,9 @@ class DecodeConfig:
     warps: int
     tile: int
     depth: int
-    min_ctas: int
+    registers: int
     query_in_shared: int
+    multiply_shifts: int
 
 
 def shared_bytes(config: DecodeConfig, head_dim: int) -> int:
@@ -108,7 +109,9 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     G = spec.group_size
     bshd = spec.layout == "bshd"
     NW, TILE, DEPTH = config.warps, config.tile, config.depth
-    MINB, QSHARED = config.min_ctas, bool(config.query_in_shared)
+    MINB = 65536 // (NW * 32 * config.registers)  # CTAs that hold an SM to this many
+    QSHARED = bool(config.query_in_shared)
+    MULTIPLY = bool(config.multiply_shifts)
     HT = -(-G // HEAD_TILE)  # head tiles of a KV head
     THREADS = NW * 32
     NI = TILE // 8  # octets of tokens a tile: rows of K a lane holds
@@ -340,7 +343,7 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         acc = T.alloc_buffer((6, 4), "uint32", scope="local")
                         codes = T.alloc_buffer((4,), "uint32", scope="local")
                         bytes_of = T.alloc_buffer((4,), "uint32", scope="local")
-                        fields = T.alloc_buffer((2,), "uint32", scope="local")
+                        fields = T.alloc_buffer((4,), "uint32", scope="local")
                         weight = T.alloc_buffer((NI,), "uint32", scope="local")
                         A = T.alloc_buffer((2, 8 * VX), "uint32", scope="local")
                         peak = T.alloc_buffer((3,), "float32", scope="local")
@@ -354,6 +357,9 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         unknown: T.let = T.cast(
                             _shuffle_xor(T.shift_right(seq_len, 31), 1), "uint32"
                         )
+                        power = T.alloc_buffer((2,), "uint32", scope="local")
+                        power[0] = T.bitwise_or(_u32(1 << 16), unknown)
+                        power[1] = T.bitwise_or(_u32(1 << 30), unknown)
                         lookup = T.alloc_buffer((2 * TABLES + 2,), "uint32", scope="local")
                         lookup[0] = T.bitwise_or(_u32(key.tables[0][0]), unknown)
                         lookup[1] = T.bitwise_or(_u32(key.tables[0][1]), unknown)
@@ -495,7 +501,10 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                                         kt[0, 2 * mt + r, 2 * pair + which],
                                         _u32(0x77777777),
                                     )
-                                    codes[2 + r] = T.shift_right(codes[r], _u32(16))
+                                    if MULTIPLY:
+                                        T.ptx["mul.hi.u32"](codes[2 + r], codes[r], power[0])
+                                    else:
+                                        codes[2 + r] = T.shift_right(codes[r], _u32(16))
                                 for part in T.unroll(PARTS):
                                     multiply_codes(CODES + part, 0, codes, part, which)
                                 if TABLES == 2:
@@ -621,9 +630,20 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                                             T.Select(xx % 2 == 1, _u32(0x7362), _u32(0x5140)),
                                         )
                                         T.ptx["and.b32"](fields[0], X, _u32(0x33333333))
-                                        T.ptx["and.b32"](
-                                            fields[1], T.shift_right(X, _u32(2)), _u32(0x33333333)
-                                        )
+                                        if MULTIPLY:
+                                            T.ptx["mul.hi.u32"](fields[1], X, power[1])
+                                        else:
+                                            fields[1] = T.shift_right(X, _u32(2))
+                                        T.ptx["and.b32"](fields[1], fields[1], _u32(0x33333333))
+                                        for odd in T.unroll(2):
+                                            if MULTIPLY:
+                                                T.ptx["mul.hi.u32"](
+                                                    fields[2 + odd], fields[odd], power[0]
+                                                )
+                                            else:
+                                                fields[2 + odd] = T.shift_right(
+                                                    fields[odd], _u32(16)
+                                                )
                                         for odd in T.unroll(2):
                                             for byte in T.unroll(2):
                                                 levels = _u32(0)
@@ -631,9 +651,7 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                                                     levels,
                                                     lookup[2],
                                                     lookup[2],
-                                                    T.shift_right(
-                                                        fields[odd], T.cast(16 * byte, "uint32")
-                                                    ),
+                                                    fields[2 * byte + odd],
                                                 )
                                                 for upper in T.unroll(2):
                                                     A[pr, xx * 8 + 4 * upper + 2 * odd + byte] = (

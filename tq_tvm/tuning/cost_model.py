@@ -16,9 +16,10 @@ __all__ = ["DecisionModel"]
 
 def _features(candidate: Any) -> list[float]:
     """Index of every categorical decision, in the order of the trace."""
+    trace = candidate.sch.trace
     return [
-        float(int(value))
-        for inst, value in candidate.sch.trace.decisions.items()
+        float(int(trace.decisions[inst]))
+        for inst in trace.insts
         if inst.kind.name == "SampleCategorical"
     ]
 

@@ -28,9 +28,8 @@ def _sampled(trace: Any) -> list[Any]:
 
 def _decided(trace: Any) -> tuple[int, ...]:
     """Index of every sampled decision."""
-    return tuple(
-        int(v) for inst, v in trace.decisions.items() if inst.kind.name == "SampleCategorical"
-    )
+    # In order of the instructions: the map of decisions has an order of its own.
+    return tuple(int(trace.decisions[inst]) for inst in _sampled(trace))
 
 
 def space_size(sch: Schedule) -> int:
