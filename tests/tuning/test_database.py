@@ -185,14 +185,21 @@ def test_query_heads_matter_to_decode_alone(tmp_path):
 def test_decisions_carry_over_to_specs_that_differ_in_addresses(tmp_path, function):
     entry = save(tmp_path, function)
     for change in (
-        {"num_q_heads": 4},
-        {"num_kv_heads": 4},
+        {"num_q_heads": 4, "num_kv_heads": 1},
+        {"num_q_heads": 16, "num_kv_heads": 4},
         {"page_size": 32},
         {"layout": "bhsd"},
     ):
         assert found_configs(tmp_path, function, dataclasses.replace(SPEC, **change)) == {
             entry.workload: entry.config
         }
+
+
+@pytest.mark.parametrize("function", SHAPES)
+def test_the_group_matters_to_decode_alone(tmp_path, function):
+    entry = save(tmp_path, function)
+    want = {} if function == "decode" else {entry.workload: entry.config}
+    assert found_configs(tmp_path, function, dataclasses.replace(SPEC, num_q_heads=4)) == want
 
 
 @pytest.mark.parametrize("function", SHAPES)

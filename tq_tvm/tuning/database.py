@@ -149,19 +149,22 @@ def _relevant(function: str, spec: CacheSpec) -> CacheSpec:
     return dataclasses.replace(spec, num_q_heads=spec.num_kv_heads)
 
 
+def _kind(function: str, spec: CacheSpec) -> tuple[object, ...]:
+    """What has to agree for decisions to carry over."""
+    kind = (spec.format, spec.head_dim, spec.dtype)
+    return (*kind, spec.group_size) if function == "decode" else kind
+
+
 def _chosen(function: str, spec: CacheSpec, found: list[Entry]) -> list[Entry]:
     """Records of the spec itself; else of the first one that its decisions carry over from.
 
-    Heads, page size and layout change addresses, not what a lane does.
+    Page size and layout change addresses, not what a lane does, and the number of heads neither,
+    but for the group in ``decode``, which changes the registers that it takes.
     """
     groups: dict[CacheSpec, list[Entry]] = {}
     for entry in found:
         theirs = CacheSpec.parse(entry.spec)
-        if entry.function == function and (theirs.format, theirs.head_dim, theirs.dtype) == (
-            spec.format,
-            spec.head_dim,
-            spec.dtype,
-        ):
+        if entry.function == function and _kind(function, theirs) == _kind(function, spec):
             groups.setdefault(_relevant(function, theirs), []).append(entry)
     own = groups.get(_relevant(function, spec))
     return own or next(iter(groups.values()), [])
