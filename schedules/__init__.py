@@ -87,11 +87,20 @@ def search_module(
     return tvm.IRModule({"main": func})
 
 
-def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], None]:
-    """The search space of a function: samples every decision."""
+def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], list[Schedule]]:
+    """The search space of a function: samples every decision, of every design.
 
-    def apply(sch: Schedule) -> None:
+    The first design is applied to the schedule itself, others to copies of it.
+    """
+
+    def apply(sch: Schedule) -> list[Schedule]:
+        designs = [sch]
+        if function == "decode" and kind == "cuda":
+            planes = sch.copy()
+            decode.apply_planes(planes, sampled(planes))
+            designs.append(planes)
         _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, sampled(sch))
+        return designs
 
     return apply
 
@@ -119,7 +128,10 @@ def _anchored(mod: tvm.IRModule) -> tuple[str, CacheSpec, dict[str, int]] | None
 def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
     """Launch numbers of a `candidate`, see `tq_tvm.build.occupancy`."""
     anchored = _anchored(mod)
-    return {} if anchored is None else decode.launch(anchored[0], anchored[2])
+    if anchored is None:
+        return {}
+    kind, spec, config = anchored
+    return decode.launch(spec, kind, config)
 
 
 def candidate(mod: tvm.IRModule) -> tvm.IRModule:
@@ -176,7 +188,7 @@ def instantiate(
     if function == "decode":
         config = decode.decisions(sch)
         func = decode_kernel(spec, kind, config)
-        launch = decode.launch(kind, config)
+        launch = decode.launch(spec, kind, config)
     else:
         config = trace_config(trace or sch.trace, function, spec, kind)
         func = sch.mod["main"]

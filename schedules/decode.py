@@ -16,6 +16,22 @@ multiply_shifts   right shifts by multiplication: the integer pipe is the busies
 ================  ==================================================================
 
 ================  ==================================================================
+decision (CUDA,   what it trades
+bit planes)
+================  ==================================================================
+warps, tile,      as above
+registers,
+query_in_shared
+headroom          bits of a weight that a rising maximum may use up: fewer moves of
+                  the bound, against precision
+reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to
+                  merge, against parallel work
+================  ==================================================================
+
+On a GPU there are two designs, V by look-ups (``decode_cuda``) and V by bit planes
+(``decode_planes``); a search samples both.
+
+================  ==================================================================
 decision (CPU)    what it trades
 ================  ==================================================================
 tile              tokens between two updates of the softmax state: fewer rescales,
@@ -34,9 +50,11 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.decode_cuda import DecodeConfig, shared_bytes
+from tq_tvm.kernels.decode_planes import planes_shared_bytes
+from tq_tvm.kernels.decode_shape import head_tile, planes_config
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["DEFAULTS", "OPTIONS", "anchor", "apply", "launch", "rejected"]
+__all__ = ["DEFAULTS", "OPTIONS", "PLANES", "anchor", "apply", "apply_planes", "launch", "rejected"]
 
 OPTIONS = {
     "cuda": {
@@ -48,6 +66,16 @@ OPTIONS = {
         "multiply_shifts": [0, 1],
     },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1]},
+}
+
+PLANES = {
+    "planes": [1],
+    "warps": [2, 4, 5, 6, 8],
+    "tile": [32, 64],
+    "registers": [128, 168, 200, 256],
+    "query_in_shared": [0, 1],
+    "headroom": [0, 1, 2],
+    "reach": [1, 2, 4],
 }
 
 DEFAULTS = {
@@ -87,8 +115,17 @@ def anchor(identity: str) -> PrimFunc:
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
     """Write every decision onto the anchor's block."""
+    _annotate(sch, OPTIONS[kind], decide)
+
+
+def apply_planes(sch: Schedule, decide: Decide) -> None:
+    """`apply` of the other design for GPUs."""
+    _annotate(sch, PLANES, decide)
+
+
+def _annotate(sch: Schedule, table: dict[str, list[int]], decide: Decide) -> None:
     block = sch.get_sblock(_BLOCK)
-    for name, options in OPTIONS[kind].items():
+    for name, options in table.items():
         sch.annotate(block, _PREFIX + name, decide(name, options))
 
 
@@ -104,17 +141,26 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     """Why a point of the space is not worth compiling, or None."""
     if kind != "cuda":
         return None
-    used = shared_bytes(DecodeConfig(**config), spec.head_dim)
+    if "planes" in config:
+        used = planes_shared_bytes(spec, planes_config(config))
+    else:
+        used = shared_bytes(DecodeConfig(**config), spec.head_dim)
     if used > _STATIC_SHARED:
         return f"{used} bytes of shared memory exceed {_STATIC_SHARED}"
     return None
 
 
-def launch(kind: str, config: dict[str, int]) -> dict[str, int]:
-    """What the caller needs to choose a number of splits, see `tq_tvm.splits`.
+def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:
+    """What the caller needs to choose a number of parts, see `tq_tvm.splits`.
 
     On a GPU the compiler knows how many CTAs are resident; here is how large they are.
     """
     if kind != "cuda":
         return {"ctas_per_sm": 1, "split_tokens": 64}
+    if "planes" in config:
+        return {
+            "threads": 32 * config["warps"],
+            "head_tile": head_tile(spec),
+            "group_tokens": config["tile"] * config["warps"] * config["reach"],
+        }
     return {"threads": 32 * config["warps"], "split_tokens": 16}

@@ -22,7 +22,14 @@ from tq_tvm.spec import (
     QuantPolicy,
     get_format,
 )
-from tq_tvm.splits import HEAD_TILE, num_splits, workspace_floats
+from tq_tvm.splits import (
+    HEAD_TILE,
+    launch_keys,
+    num_groups,
+    num_parts,
+    num_splits,
+    workspace_floats,
+)
 
 SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 CODECS = [K4V2.key, K4V2.value]
@@ -298,9 +305,43 @@ def test_splits_of_known_cases():
     assert num_splits(SPEC, 1, 0, launch, 132) == 1
 
 
+group_launches = st.fixed_dictionaries(
+    {
+        "ctas_per_sm": st.integers(1, 8),
+        "head_tile": st.sampled_from([4, 8]),
+        "group_tokens": st.sampled_from([64, 128, 1024]),
+    }
+)
+
+
+@untimed
+@given(specs, batches, contexts, group_launches, processors)
+def test_groups_are_resident_at_once_and_have_enough_to_read(spec, batch, context, launch, count):
+    groups = num_groups(spec, batch, context, launch, count)
+    tiles = spec.num_kv_heads * math.ceil(spec.group_size / launch["head_tile"])
+    slots = launch["ctas_per_sm"] * count
+    assert groups == 1 or groups * tiles <= slots
+    assert groups == 1 or (groups - 1) * launch["group_tokens"] < batch * context
+    more = groups + 1
+    assert more * tiles > slots or groups * launch["group_tokens"] >= batch * context
+
+
+@untimed
+@given(specs, batches, contexts, st.one_of(launches, group_launches), processors)
+def test_a_kernel_says_what_its_parts_are(spec, batch, context, launch, count):
+    choose = num_groups if "group_tokens" in launch else num_splits
+    parts = num_parts(spec, batch, context, launch, count)
+    assert parts == choose(spec, batch, context, launch, count)
+    assert set(launch_keys(launch)) == set(launch)
+
+
 @untimed
 @given(specs, batches, st.integers(1, 64))
-def test_workspace_holds_outputs_maxima_and_sums(spec, batch, splits):
-    outputs = batch * spec.num_q_heads * splits * spec.head_dim
-    maxima = sums = batch * spec.num_q_heads * splits
-    assert workspace_floats(spec, batch, splits) == outputs + maxima + sums
+def test_workspace_holds_outputs_maxima_and_sums(spec, batch, parts):
+    for launch, pieces in (
+        ({"split_tokens": 16}, batch * parts),
+        ({"group_tokens": 64}, batch + parts),
+    ):
+        outputs = pieces * spec.num_q_heads * spec.head_dim
+        maxima = sums = pieces * spec.num_q_heads
+        assert workspace_floats(spec, batch, parts, launch) == outputs + maxima + sums

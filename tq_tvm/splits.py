@@ -1,4 +1,8 @@
-"""Into how many parts ``decode`` splits a context: shapes decide, lengths stay on the device."""
+"""Into how many parts ``decode`` cuts its work: shapes decide, lengths stay on the device.
+
+A kernel either splits every context, or shares out all tokens of the batch among groups of CTAs;
+its launch numbers tell which.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +11,81 @@ from collections.abc import Mapping
 
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["HEAD_TILE", "LAUNCH_KEYS", "num_splits", "workspace_floats"]
+__all__ = [
+    "HEAD_TILE",
+    "launch_keys",
+    "num_groups",
+    "num_parts",
+    "num_splits",
+    "workspace_floats",
+]
 
 HEAD_TILE = 8
-"""Query heads of a group that one CTA serves."""
-
-LAUNCH_KEYS = ("ctas_per_sm", "split_tokens")
-"""What a kernel says about itself: CTAs resident on a processor, and the tokens that a CTA could
-have read in the time by which one more split makes the merge longer."""
+"""Query heads of a group that one CTA serves where contexts are split."""
 
 
-def num_splits(
+def launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
+    """What a kernel has to say about itself.
+
+    ``ctas_per_sm`` is the CTAs resident on a processor; ``split_tokens`` the tokens that a CTA
+    could have read in the time by which one more split makes the merge longer; ``head_tile`` the
+    query heads of a CTA, and ``group_tokens`` the least tokens of a group.
+    """
+    if "group_tokens" in launch:
+        return ("ctas_per_sm", "head_tile", "group_tokens")
+    return ("ctas_per_sm", "split_tokens")
+
+
+def num_parts(
     spec: CacheSpec, batch: int, context: int, launch: Mapping[str, int], processors: int
 ) -> int:
-    """As many as are resident at once, but no more than pay for their merge.
-
-    A CTA reads context / splits tokens and the merge costs split_tokens * splits, which is least at
-    the root of their ratio. On an H200 the times of 9 shapes and 3 kernels at 20 numbers of splits
-    have their minima there, but for 10 % at most; a second wave of CTAs always costs more.
+    """The number that a kernel is called with: splits of a context, or groups of CTAs.
 
     Parameters
     ----------
     batch, context
         B and an upper bound of the lengths.
     launch
-        The kernel's numbers, see `LAUNCH_KEYS`.
+        The kernel's numbers, see `launch_keys`.
     processors
         Multiprocessors of a GPU, threads of a CPU.
+    """
+    choose = num_groups if "group_tokens" in launch else num_splits
+    return choose(spec, batch, context, launch, processors)
+
+
+def num_splits(
+    spec: CacheSpec, batch: int, context: int, launch: Mapping[str, int], processors: int
+) -> int:
+    """As many splits as are resident at once, but no more than pay for their merge.
+
+    A CTA reads context / splits tokens and the merge costs split_tokens * splits, which is least at
+    the root of their ratio. On an H200 the times of 9 shapes and 3 kernels at 20 numbers of splits
+    have their minima there, but for 10 % at most; a second wave of CTAs always costs more.
     """
     ctas = batch * spec.num_kv_heads * -(-spec.group_size // HEAD_TILE)
     resident = launch["ctas_per_sm"] * processors // ctas
     return max(1, min(resident, math.isqrt(context // launch["split_tokens"])))
 
 
-def workspace_floats(spec: CacheSpec, batch: int, splits: int) -> int:
-    """float32 values of workspace: a partial output, a maximum and a sum a query head and split."""
-    return batch * spec.num_q_heads * splits * (spec.head_dim + 2)
+def num_groups(
+    spec: CacheSpec, batch: int, context: int, launch: Mapping[str, int], processors: int
+) -> int:
+    """As many groups as are resident at once, but no more than have the least tokens to read.
+
+    A group has a CTA for each KV head and tile of query heads; it gets an equal share of all tokens
+    of the batch.
+    """
+    ctas = spec.num_kv_heads * -(-spec.group_size // launch["head_tile"])
+    resident = launch["ctas_per_sm"] * processors // ctas
+    return max(1, min(resident, -(-batch * context // launch["group_tokens"])))
+
+
+def workspace_floats(spec: CacheSpec, batch: int, parts: int, launch: Mapping[str, int]) -> int:
+    """float32 values of workspace: a partial output, a maximum and a sum a query head and piece.
+
+    Splits make a piece of every sequence each; a group begins one piece more than there are
+    sequences at most.
+    """
+    pieces = batch + parts if "group_tokens" in launch else batch * parts
+    return pieces * spec.num_q_heads * (spec.head_dim + 2)

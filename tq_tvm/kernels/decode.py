@@ -19,9 +19,9 @@ Buffers
     v_meta       [P, PS, HK, 1], free page stride          dtype    in
     block_table  [B, MB]                                   int32    in
     seq_lens     [B]                                       int32    in
-    workspace    [W], W >= B HQ num_splits (D + 2)         float32  scratch: o, then (m, l)
+    workspace    [W], see ``tq_tvm.splits``                float32  scratch: o, then (m, l)
     out          [B, HQ, D]                                dtype    out
-    num_splits   scalar                                    int32    in
+    num_splits   scalar: splits, or groups                 int32    in
     sm_scale     scalar                                    float32  in
     ===========  ========================================  =======  =====================
 
@@ -48,6 +48,8 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.decode_cpu import DecodeCpuConfig, decode_cpu
 from tq_tvm.kernels.decode_cuda import DecodeConfig, decode_cuda
+from tq_tvm.kernels.decode_planes import decode_planes
+from tq_tvm.kernels.decode_shape import planes_config
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["decode"]
@@ -55,6 +57,8 @@ __all__ = ["decode"]
 
 def decode(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``decode`` for a target kind and one value of each decision."""
+    if "planes" in decisions:
+        return decode_planes(spec, planes_config(decisions))
     if kind == "cuda":
         return decode_cuda(spec, DecodeConfig(**decisions))
     return decode_cpu(spec, DecodeCpuConfig(**decisions))

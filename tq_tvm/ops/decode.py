@@ -149,8 +149,8 @@ def _decode(
         if max_seq_len < 0:
             _check.fail(_OP, "max_seq_len", "at least 0", max_seq_len, "pass a bound or None")
         context = max(min(context, max_seq_len), 1)
-    variant, splits = choose_launch(loaded, spec, q.shape[0], context)
-    floats = workspace_floats(spec, q.shape[0], splits)
+    variant, parts = choose_launch(loaded, spec, q.shape[0], context)
+    floats = workspace_floats(spec, q.shape[0], parts, variant.launch)
     if workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
     else:
@@ -158,7 +158,7 @@ def _decode(
     call_kernel(
         variant.call,
         (*inputs, scratch, out),
-        (splits, sm_scale),
+        (parts, sm_scale),
         lambda: (*_check_arguments(arguments, layout, policy)[1], scratch, out),
     )
 

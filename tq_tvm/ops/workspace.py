@@ -1,4 +1,4 @@
-"""How many splits ``decode`` makes of a context, and the workspace that they need."""
+"""Into how many parts ``decode`` cuts its work, and the workspace that they need."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArgumentValueError, ArtifactCorruptError
 from tq_tvm.spec import CacheSpec
-from tq_tvm.splits import LAUNCH_KEYS, num_splits, workspace_floats
+from tq_tvm.splits import launch_keys, num_parts, workspace_floats
 
-__all__ = ["choose_launch", "count_splits", "paged_decode_workspace_size"]
+__all__ = ["choose_launch", "count_parts", "paged_decode_workspace_size"]
 
 
 def paged_decode_workspace_size(
@@ -29,7 +29,7 @@ def paged_decode_workspace_size(
         Largest context in tokens: MB * PS of the widest block table, or the largest
         ``max_seq_len`` where that is always passed.
     device
-        Where `paged_decode` will run; its library says how contexts are split.
+        Where `paged_decode` will run; its library says into how many parts work is cut.
 
     Returns
     -------
@@ -52,9 +52,11 @@ def paged_decode_workspace_size(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     loaded = load("decode", spec, device)
-    # A smaller batch gets more splits, and may get another variant.
+    # A smaller batch gets more parts, and may get another variant.
     floats = (
-        workspace_floats(spec, b, count_splits(loaded, variant, spec, b, max_context))
+        workspace_floats(
+            spec, b, count_parts(loaded, variant, spec, b, max_context), variant.launch
+        )
         for variant in loaded.variants
         for b in range(1, batch + 1)
     )
@@ -65,20 +67,20 @@ def paged_decode_workspace_size(
 def choose_launch(
     loaded: LoadedFunction, spec: CacheSpec, batch: int, context: int
 ) -> tuple[LoadedVariant, int]:
-    """Choose the variant for a problem, and the number of splits."""
+    """Choose the variant for a problem, and the number of parts."""
     variant = loaded.nearest(max(batch * spec.num_kv_heads * context * spec.head_dim, 1))
-    return variant, count_splits(loaded, variant, spec, batch, context)
+    return variant, count_parts(loaded, variant, spec, batch, context)
 
 
-def count_splits(
+def count_parts(
     loaded: LoadedFunction, variant: LoadedVariant, spec: CacheSpec, batch: int, context: int
 ) -> int:
-    """`num_splits` of a variant on the device that it is loaded for."""
-    missing = [name for name in LAUNCH_KEYS if variant.launch.get(name, 0) < 1]
+    """`num_parts` of a variant on the device that it is loaded for."""
+    missing = [name for name in launch_keys(variant.launch) if variant.launch.get(name, 0) < 1]
     if missing:
         raise ArtifactCorruptError(
             f"load: launch of {variant.symbol} in {loaded.directory} must have positive "
             f"{', '.join(missing)}, got {dict(variant.launch)}; "
             f"run `{loaded.manifest.build_command}` to build it again"
         )
-    return num_splits(spec, batch, context, variant.launch, loaded.processors)
+    return num_parts(spec, batch, context, variant.launch, loaded.processors)

@@ -14,14 +14,18 @@ from tvm.s_tir import meta_schedule as ms
 __all__ = ["DecisionModel"]
 
 
+_MOST_DECISIONS = 8
+
+
 def _features(candidate: Any) -> list[float]:
-    """Index of every categorical decision, in the order of the trace."""
+    """The number of categorical decisions, which tells designs apart, and the index of each."""
     trace = candidate.sch.trace
-    return [
+    decided = [
         float(int(trace.decisions[inst]))
         for inst in trace.insts
         if inst.kind.name == "SampleCategorical"
     ]
+    return [float(len(decided)), *decided, *[float("nan")] * (_MOST_DECISIONS - len(decided))]
 
 
 @derived_object

@@ -14,7 +14,7 @@ import torch
 from tq_tvm import reference
 from tq_tvm.errors import TQError
 from tq_tvm.spec import CacheSpec
-from tq_tvm.splits import num_splits, workspace_floats
+from tq_tvm.splits import num_parts, workspace_floats
 from tq_tvm.tuning.workloads import Workload
 
 __all__ = ["Case", "WrongResultError", "make_case"]
@@ -194,10 +194,10 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     context = int(lengths[0])
 
     def arguments(launch: dict[str, int]) -> list:
-        splits = num_splits(spec, batch, context, launch, _processors(device))
-        floats = workspace_floats(spec, batch, splits)
+        parts = num_parts(spec, batch, context, launch, _processors(device))
+        floats = workspace_floats(spec, batch, parts, launch)
         workspace = torch.full((floats,), float("nan"), device=device)
-        return [q, *caches, table, lengths, workspace, out, splits, scale]
+        return [q, *caches, table, lengths, workspace, out, parts, scale]
 
     def check() -> float:
         chosen = sorted({0, batch - 1})[:_CHECKED_SEQUENCES]

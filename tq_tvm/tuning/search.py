@@ -108,9 +108,7 @@ def tune(
     work_dir = _work_dir(workload, target, fresh)
     mod = _searched(workload, target)
     space = schedules.space(workload.function, workload.spec, target.kind)
-    probe = Schedule(mod)
-    space(probe)
-    points = space_size(probe)
+    points = sum(space_size(design) for design in space(Schedule(mod)))
     progress = Progress(workload.label, min(points, trials))
     deadline = time.monotonic() + seconds
     exhaustive = points <= trials

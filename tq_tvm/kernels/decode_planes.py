@@ -1,0 +1,154 @@
+r"""``decode`` on NVIDIA GPUs, with V as bit planes: the threads of ``kernels.decode``'s equation.
+
+Two launches. In the first, the tiles of all sequences are shared out equally (`decode_work`) among
+groups of CTAs; the CTAs of a group, one a KV head and tile of 4 or 8 query heads, go through the
+same tokens at the same time. A CTA takes its piece of one sequence after the other:
+
+1. rotates and quantises its queries to 16 bits, two signed bytes a value (`decode_query`);
+2. lets every warp walk its own tiles of ``tile`` tokens: scores from integer products of codes
+   (`decode_score`), then softmax and integer sums of V (`decode_values`); the registers of K, then
+   those of V, are filled again (`decode_pages`) as soon as they are used up. Nothing in that loop
+   synchronises warps;
+3. merges its warps and writes (sum of w v, bound, sum of w) to the workspace (`decode_merge`).
+
+The second launch, a CTA a query head and sequence, merges the pieces and rotates back.
+
+The workspace is ``(B + groups) HQ (D + 2)`` floats.
+
+Main loop of 64 tokens and 4 query heads, D = 128, bfloat16, as compiled for sm_90a with 213
+registers: 1022 instructions, 178 of which run only where a bound moves. Of the other 844, 475 are
+on the integer pipe (0.029 a value): masks 242, look-ups and byte moves 112, shifts 38, selections
+37; tensor core 64.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces, merge_warps
+from tq_tvm.kernels.decode_pages import PageReader, Tile
+from tq_tvm.kernels.decode_query import Query, QueryMemory
+from tq_tvm.kernels.decode_score import key_table, score
+from tq_tvm.kernels.decode_shape import PlanesConfig, Shape
+from tq_tvm.kernels.decode_values import SumMemory, Values
+from tq_tvm.kernels.decode_work import find_place, share_out, tiles_of, unknown_zero
+from tq_tvm.kernels.device import barrier, i32, let, local, loop, store, when
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["decode_planes", "planes_shared_bytes"]
+
+
+def planes_shared_bytes(spec: CacheSpec, config: PlanesConfig) -> int:
+    """Static shared memory of the first launch."""
+    shape = Shape(spec, config)
+    queries = shape.heads * (2 * spec.head_dim + 4 + 8)
+    fragments = 512 * shape.key_words * shape.parts * config.query_in_shared
+    sums = config.warps * (512 * shape.quads + 12 * shape.heads + 4)
+    return queries + fragments + sums
+
+
+def decode_planes(spec: CacheSpec, config: PlanesConfig) -> PrimFunc:
+    """The TensorIR for one configuration, all sizes dynamic."""
+    shape = Shape(spec, config)
+    dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
+
+    @T.prim_func(s_tir=True)
+    def main(
+        q: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        workspace: T.handle,
+        out: T.handle,
+        num_groups: T.int32,
+        sm_scale: T.float32,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        b = T.int64()
+        w = T.int64()
+        p = T.int64()
+        ws = T.int64()
+        Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+        OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
+        for by in T.thread_binding(num_groups, thread="blockIdx.y"):
+            for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
+                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                    _attend(shape, Q, caches, BT, SL, WS, b, bx, by, tx, num_groups, sm_scale)
+        for by2 in T.thread_binding(b, thread="blockIdx.y"):
+            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                    merge_pieces(shape, SL, WS, OUT, b, bx2, by2, tx2, num_groups)
+
+    return main
+
+
+def _attend(
+    shape: Shape, q, caches, block_table, seq_lens, workspace, batch, unit, group, thread, groups,
+    sm_scale,
+) -> None:  # fmt: skip
+    """One CTA of the first launch."""
+    spec, warps = shape.spec, shape.config.warps
+    warp, lane = let(thread // 32), let(thread % 32)
+    g, t = let(lane // 4), let(lane % 4)
+    kv_head, head_tile = let(unit // shape.head_tiles), let(unit % shape.head_tiles)
+    first_head = let(kv_head * spec.group_size + head_tile * shape.heads)
+    heads = let(T.min(i32(shape.heads), i32(spec.group_size) - head_tile * shape.heads))
+    query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
+    shares = share_out(shape, seq_lens, batch, lane, groups)
+    place = find_place(shape, shares, seq_lens, batch, lane, group)
+    table = key_table(shape, let(unknown_zero(shares)))
+    reader = PageReader(shape, caches, block_table, kv_head, g, t)
+    query = Query(shape, query_memory, warp, lane, g, t)
+    values = Values(shape, query, sum_memory, warp, lane, g, t)
+    tile = Tile.allocate(shape)
+    stats = let((batch + T.cast(groups, "int64")) * (spec.num_q_heads * spec.head_dim))
+    seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
+    with loop(place.tile[0] < place.end[0]):
+        sequence = place.sequence[0]
+        store(seq_len, seq_lens[sequence])
+        left = tiles_of(shape, seq_len[0]) - place.offset[0]
+        count = let(T.min(left, place.end[0] - place.tile[0]))
+        with when(count > 0):
+            store(now, place.offset[0] + warp)
+            store(last, place.offset[0] + count)
+            # The first tile is on its way while the queries are prepared.
+            with when(now[0] < last[0]):
+                reader.find_pages(sequence, now[0], seq_len[0])
+                reader.load_k(tile, now[0])
+                reader.load_v(tile, now[0])
+                reader.find_pages(sequence, now[0] + warps, seq_len[0])
+            query.quantise(q, sequence, first_head, heads)
+            barrier()
+            query.prepare(sm_scale)
+            values.start()
+            if shape.config.query_in_shared:
+                barrier()
+            with loop(now[0] < last[0]):
+                store(ahead, now[0] + warps)
+                score(shape, query, table, tile, values.scores)
+                with when(ahead[0] < last[0]):
+                    reader.load_k(tile, ahead[0])
+                values.add(tile, now[0] * shape.config.tile, seq_len[0])
+                with when(ahead[0] < last[0]):
+                    reader.load_v(tile, ahead[0])
+                    reader.find_pages(sequence, ahead[0] + warps, seq_len[0])
+                store(now, ahead[0])
+            values.finish()
+            barrier()
+            slot = T.cast(sequence + group, "int64")
+            row = let(slot * spec.num_q_heads + T.cast(first_head, "int64"))
+            merge_warps(shape, sum_memory, workspace, stats, row, heads, thread)
+            barrier()
+        store(place.tile, place.tile[0] + count)
+        store(place.sequence, sequence + 1)
+        store(place.offset, i32(0))

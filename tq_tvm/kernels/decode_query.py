@@ -1,0 +1,248 @@
+"""Queries of a CTA of ``decode_planes``: rotated, in 16 bits, in the order of K's bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+
+from tq_tvm.kernels.decode_shape import Shape
+from tq_tvm.kernels.device import (
+    byte_perm,
+    f32,
+    i32,
+    let,
+    local,
+    ptx,
+    reduce_lanes,
+    shared,
+    shuffle_xor,
+    store,
+    u32,
+    when,
+)
+
+__all__ = ["MAGIC", "MAGIC_BITS", "Query", "QueryMemory", "rotate_row"]
+
+FULL_SCALE = 127 * 256
+"""Largest code of a query; its high byte is signed."""
+
+MAGIC = float(3 << 22)
+"""Added to an integer below 2^22, in the bits, it makes the float of their sum."""
+
+MAGIC_BITS = 0x4B400000
+
+SMALLEST_SCALE = 1e-30
+"""A scale of logits that is not zero, which would let masked tokens pass."""
+
+
+def rotate_row(shape: Shape, x, lane) -> None:
+    """Unscaled Hadamard transform of a row that a warp shares, in place."""
+    count = shape.row_values
+    y = local(count, "float32")
+    for stage in range(count.bit_length() - 1):
+        for i in range(count):
+            store(y, x[i], i)
+        for i in range(count):
+            other = i ^ (1 << stage)
+            store(x, y[other] - y[i] if i & (1 << stage) else y[i] + y[other], i)
+    for stage in range(5):
+        sign = let(T.Select(T.bitwise_and(lane, 1 << stage) != 0, f32(-1), f32(1)))
+        for i in range(count):
+            store(y, shuffle_xor(x[i], 1 << stage), i)
+        for i in range(count):
+            store(x, y[i] + sign * x[i], i)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryMemory:
+    """Shared memory: both bytes of every query, its unit, the sums of its bytes, and fragments."""
+
+    codes: Any
+    unit: Any
+    sums: Any
+    fragments: Any
+
+    @classmethod
+    def allocate(cls, shape: Shape) -> QueryMemory:
+        """Shared memory for the heads of a CTA."""
+        in_shared = shape.config.query_in_shared
+        return cls(
+            codes=shared((2, shape.heads, shape.spec.head_dim // 4), "uint32"),
+            unit=shared(shape.heads, "float32"),
+            sums=shared((2, shape.heads), "int32"),
+            fragments=shared((shape.key_words, shape.parts, 32, 4), "uint32")
+            if in_shared
+            else None,
+        )
+
+
+class Query:
+    """What a lane keeps of the queries: fragments, factors, and where sums start.
+
+    A lane's accumulators have columns 2 t and 2 t + 1. In packed kernels these are heads
+    (2 t) % 4 and the next one, lanes with t < 2 having the high bytes and the others the low bytes;
+    otherwise they are the heads themselves.
+    """
+
+    def __init__(self, shape: Shape, memory: QueryMemory, warp, lane, g, t) -> None:
+        self._shape, self._memory = shape, memory
+        self._warp, self._lane, self._g, self._t = warp, lane, g, t
+        self.low_bytes = let(t >= 2)
+        self.scale = local(2, "float32")
+        self.row_weight = local(1, "float32")
+        self.other_weight = local(1, "float32")
+        self.code_start = local((shape.code_sums, 4), "uint32")
+        self.sign_start = local((shape.parts, 4), "uint32")
+        self._fragments = (
+            None
+            if shape.config.query_in_shared
+            else local((shape.key_words, shape.parts, 4), "uint32")
+        )
+
+    def quantise(self, q, sequence, first_head, heads) -> None:
+        """Rotate and quantise, a warp a head; the caller puts a barrier behind it."""
+        shape, memory, lane = self._shape, self._memory, self._lane
+        count = shape.row_values
+        words = max(1, count // 4)
+        x, top = local(count, "float32"), local(1, "float32")
+        code, sums = local(count, "int32"), local(2, "int32")
+        word = local((2, words), "uint32")
+        with I.serial(0, -(-shape.heads // shape.config.warps)) as turn:
+            head = let(turn * shape.config.warps + self._warp)
+            with when(head < shape.heads):
+                for i in range(count):
+                    store(x, f32(0), i)
+                with when(head < heads):
+                    for i in range(count):
+                        value = q[sequence, first_head + head, lane * count + i]
+                        store(x, T.cast(value, "float32"), i)
+                rotate_row(shape, x, lane)
+                store(top, f32(0))
+                for i in range(count):
+                    store(x, x[i] * f32(shape.spec.head_dim**-0.5), i)
+                    store(top, T.max(top[0], T.fabs(x[i])))
+                reduce_lanes(top, 0, T.max)
+                inverse = let(T.Select(top[0] > f32(0), f32(FULL_SCALE) / top[0], f32(0)))
+                for part in range(2):
+                    store(sums, i32(0), part)
+                    for j in range(words):
+                        store(word, u32(0), part, j)
+                for i in range(count):
+                    store(code, T.call_pure_extern("int32", "__float2int_rn", x[i] * inverse), i)
+                    high = let(T.shift_right(code[i] + 128, 8))
+                    store(sums, sums[0] + high, 0)
+                    store(sums, sums[1] + (code[i] - high * 256), 1)
+                    for part, byte in ((0, high), (1, code[i])):
+                        bits = T.cast(T.bitwise_and(byte, 255), "uint32")
+                        bits = T.shift_left(bits, u32(i % 4 * 8))
+                        store(word, T.bitwise_or(word[part, i // 4], bits), part, i // 4)
+                for part in range(2):
+                    reduce_lanes(sums, part, lambda a, b: a + b)
+                    self._store_codes(part, head, word)
+                with when(lane == 0):
+                    store(memory.unit, top[0] * f32(1.0 / FULL_SCALE), head)
+                    for part in range(2):
+                        store(memory.sums, sums[part], part, head)
+
+    def _store_codes(self, part: int, head, word) -> None:
+        count, lane, codes = self._shape.row_values, self._lane, self._memory.codes
+        if count == 2:
+            upper = let(T.shift_left(shuffle_xor(word[part, 0], 1), u32(16)))
+            with when(lane % 2 == 0):
+                store(codes, T.bitwise_or(word[part, 0], upper), part, head, lane // 2)
+        else:
+            for j in range(count // 4):
+                store(codes, word[part, j], part, head, lane * (count // 4) + j)
+
+    def prepare(self, sm_scale) -> None:
+        """Fragments and factors, after the barrier behind `quantise`.
+
+        Where fragments go to shared memory, the caller puts another barrier behind this.
+        """
+        shape = self._shape
+        for i in range(shape.key_words):
+            for part in range(shape.parts):
+                if self._fragments is None:
+                    with when(self._warp == (i * shape.parts + part) % shape.config.warps):
+                        self._arrange(i, part)
+                else:
+                    self._arrange(i, part)
+        for j in range(2):
+            self._prepare_column(j, sm_scale)
+        sign = let(T.Select(sm_scale < f32(0), f32(-shape.centroid), f32(shape.centroid)))
+        if shape.packed:
+            # A lane adds its neighbour's bytes to its own, in units of its own.
+            store(self.row_weight, sign * T.Select(self.low_bytes, f32(1), f32(256)))
+            store(self.other_weight, T.Select(self.low_bytes, f32(256), f32(1 / 256)))
+        else:
+            store(self.row_weight, sign)
+
+    def _arrange(self, i: int, part: int) -> None:
+        """One word of K meets these: bytes of its low and high nibbles in turn, then apart."""
+        shape, codes = self._shape, self._memory.codes
+        byte = self._g // 4 if shape.packed else part
+        head = self._g % 4 if shape.packed else self._g
+        at = let(self._t * shape.key_words + i)
+        pair = local(2, "uint32")
+        store(pair, codes[byte, head, at], 0)
+        store(pair, codes[byte, head, at + shape.spec.head_dim // 8], 1)
+        arranged = [
+            byte_perm(pair[0], pair[1], 0x5140),
+            byte_perm(pair[0], pair[1], 0x7362),
+            pair[0],
+            pair[1],
+        ]
+        for e, value in enumerate(arranged):
+            if self._fragments is None:
+                store(self._memory.fragments, value, i, part, self._lane, e)
+            else:
+                store(self._fragments, value, i, part, e)
+
+    def _prepare_column(self, j: int, sm_scale) -> None:
+        """Scale of a column's logits, and the constants of its score, as first sums.
+
+        Codes lie ``key.offset`` off the centroids, signs are 0 or 128 for -1 and 1: both make a
+        multiple of the sum of the query, which the sums start from. `MAGIC_BITS` on top makes them
+        floats without a conversion.
+        """
+        shape, memory = self._shape, self._memory
+        head = let((2 * self._t + j) % 4 if shape.packed else 2 * self._t + j)
+        scale = memory.unit[head] * T.fabs(sm_scale) * f32(math.log2(math.e))
+        store(self.scale, T.max(scale, f32(SMALLEST_SCALE)), j)
+        high, low = memory.sums[0, head], memory.sums[1, head]
+        codes = [i32(0)] * shape.code_sums
+        if not shape.wide:
+            offset = let(i32(0) - T.shift_right(high * 256 + low, 1))
+            above, below = T.shift_right(offset, 8), T.bitwise_and(offset, 255)
+            codes = [T.Select(self.low_bytes, below, above)] if shape.packed else [above, below]
+        signs = [T.Select(self.low_bytes, low, high)] if shape.packed else [high, low]
+        for start, values in (
+            (self.code_start, codes),
+            (self.sign_start, [i32(0) - 64 * value for value in signs]),
+        ):
+            for n, value in enumerate(values):
+                store(start, T.cast(i32(MAGIC_BITS) + value, "uint32"), n, j)
+                # Opaque: equal words would be kept once and copied for every product.
+                ptx("mov.b32", start[n, 2 + j], start[n, j])
+
+    def fetch(self):
+        """The fragments as registers ``[word of K, part, 4]``."""
+        if self._fragments is not None:
+            return self._fragments
+        shape = self._shape
+        fragments = local((shape.key_words, shape.parts, 4), "uint32")
+        for i in range(shape.key_words):
+            for part in range(shape.parts):
+                with I.vectorized(0, 4) as e:
+                    store(
+                        fragments,
+                        self._memory.fragments[i, part, self._lane, e],
+                        i,
+                        part,
+                        e,
+                    )
+        return fragments

@@ -1,0 +1,158 @@
+"""Scores of a tile in ``decode_planes``: packed codes of K against the queries.
+
+``prmt`` maps four codes to four signed bytes of a table held in registers: the packed nibbles, sign
+bits cleared, are its selector. The sign bits are operands as they lie in the word, 8 for the low
+nibbles and 128 for the high ones. With tokens as the M side of ``mma.m16n8k32``::
+
+    c = codes q    s = (signs of high nibbles) q + 16 (signs of low nibbles) q
+    score = n (c + g s / (64 centroid)) centroid
+
+for both bytes of a query; what is constant in a query is in the sums from the start
+(`decode_query.Query`). In packed kernels a lane has one byte's part of two rows and trades one of
+them for the other byte's part of the other: of every 16 tokens it goes on with one, g or g + 8.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels.decode_pages import Tile
+from tq_tvm.kernels.decode_query import MAGIC, Query
+from tq_tvm.kernels.decode_shape import Shape
+from tq_tvm.kernels.device import (
+    as_float,
+    f32,
+    high_half,
+    let,
+    local,
+    low_half,
+    mma,
+    ptx,
+    shuffle_xor,
+    store,
+    u32,
+)
+
+__all__ = ["key_table", "score"]
+
+_SIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+_UNSIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+_CODES = 0x77777777
+_SIGN_MASKS = (0x08080808, 0x80808080)
+
+
+def key_table(shape: Shape, unknown_zero):
+    """The table's words in registers that the compiler cannot know.
+
+    It would keep known ones in uniform registers, and copy them for every look-up.
+    """
+    words = [word for table in shape.key.tables for word in table]
+    table = local(len(words), "uint32")
+    for i, word in enumerate(words):
+        store(table, T.bitwise_or(u32(word), unknown_zero), i)
+    return table
+
+
+class _Sums:
+    """Accumulators of 16 tokens that start from given registers."""
+
+    def __init__(self, count: int, starts) -> None:
+        self.values = local((count, 4), "uint32")
+        self._starts = list(starts)
+
+    def add(self, n: int, instruction: str, a, b) -> None:
+        """Add a product to sums ``n``."""
+        result = [self.values[n, e] for e in range(4)]
+        start, self._starts[n] = self._starts[n], result
+        mma(instruction, result, a, b, start)
+
+
+def score(shape: Shape, query: Query, table, tile: Tile, scores) -> None:
+    """Scores ``[own token, column]`` of a tile, not yet times `Query.scale`."""
+    fragments = query.fetch()
+    for m in range(shape.score_tiles):
+        code_sums = _Sums(
+            shape.code_sums,
+            [[query.code_start[n, e] for e in range(4)] for n in range(shape.code_sums)],
+        )
+        # Of each part: low nibbles, which start from nothing, and high nibbles.
+        sign_sums = _Sums(
+            2 * shape.parts,
+            [
+                start
+                for part in range(shape.parts)
+                for start in ([u32(0)] * 4, [query.sign_start[part, e] for e in range(4)])
+            ],
+        )
+        for word in range(shape.key_words):
+            _add_codes(shape, table, tile, m, word, fragments, code_sums)
+            if word % 2:
+                _add_signs(shape, tile, m, word, fragments, sign_sums)
+        _combine(shape, query, tile, m, code_sums.values, sign_sums.values, scores)
+
+
+def _add_codes(shape: Shape, table, tile: Tile, m: int, word: int, fragments, sums: _Sums) -> None:
+    selector, found = local(4, "uint32"), local(4, "uint32")
+    for r in range(2):
+        store(selector, T.bitwise_and(tile.k[2 * m + r, word], u32(_CODES)), r)
+        store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
+    for byte in range(len(shape.key.tables)):
+        for i in range(4):
+            ptx("prmt.b32", found[i], table[2 * byte], table[2 * byte + 1], selector[i])
+        for part in range(shape.parts):
+            if byte + part < 2:
+                sums.add(
+                    byte + part,
+                    _SIGNED,
+                    [found[i] for i in range(4)],
+                    [fragments[word, part, 0], fragments[word, part, 1]],
+                )
+
+
+def _add_signs(shape: Shape, tile: Tile, m: int, word: int, fragments, sums: _Sums) -> None:
+    """Two words, ``word - 1`` and ``word``."""
+    bits = local(4, "uint32")
+    for nibble, mask in enumerate(_SIGN_MASKS):
+        for i in range(4):
+            packed = tile.k[2 * m + i % 2, word - 1 + i // 2]
+            store(bits, T.bitwise_and(packed, u32(mask)), i)
+        for part in range(shape.parts):
+            sums.add(
+                2 * part + nibble,
+                _UNSIGNED,
+                [bits[i] for i in range(4)],
+                [fragments[word - 1, part, 2 + nibble], fragments[word, part, 2 + nibble]],
+            )
+
+
+def _combine(shape: Shape, query: Query, tile: Tile, m: int, codes, signs, scores) -> None:
+    """Apply the scales of a token; see the head of this file."""
+    dtype = shape.spec.dtype
+    row = local((2, 2), "float32")
+    for r in range(2):
+        residual = high_half(dtype, tile.k_meta[2 * m + r])
+        weight = let(residual * f32(1 / (64 * shape.centroid)))
+        for j in range(2):
+            e = 2 * r + j
+            code = as_float(codes[0, e]) - f32(MAGIC)
+            if shape.code_sums == 2:
+                code = code * f32(256) + (as_float(codes[1, e]) - f32(MAGIC))
+            sign = None
+            for part in range(shape.parts):
+                both = signs[2 * part + 1, e] + signs[2 * part, e] * u32(16)
+                value = as_float(both) - f32(MAGIC)
+                sign = value if sign is None else sign * f32(256) + value
+            store(row, weight * sign + code, r, j)
+    if not shape.packed:
+        for r in range(2):
+            norm = let(low_half(dtype, tile.k_meta[2 * m + r]) * query.row_weight[0])
+            for j in range(2):
+                store(scores, row[r, j] * norm, 2 * m + r, j)
+        return
+    mine = let(T.Select(query.low_bytes, tile.k_meta[2 * m + 1], tile.k_meta[2 * m]))
+    norm = let(low_half(dtype, mine) * query.row_weight[0])
+    for j in range(2):
+        kept = let(T.Select(query.low_bytes, row[1, j], row[0, j]))
+        given = let(T.Select(query.low_bytes, row[0, j], row[1, j]))
+        taken = shuffle_xor(given, 2)
+        store(scores, (kept + query.other_weight[0] * taken) * norm, m, j)

@@ -1,0 +1,158 @@
+"""The numbers that a ``decode_planes`` kernel is made of: its decisions, and what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from tq_tvm.kernels.decode_tables import KeyTables, narrow_tables, wide_tables
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["PlanesConfig", "Shape", "head_tile", "planes_config"]
+
+REGISTERS = 65536
+"""Registers of an SM."""
+
+
+def head_tile(spec: CacheSpec) -> int:
+    """Query heads of a CTA: 4, whose high and low bytes are the 8 columns of the N side, or 8.
+
+    Rows of 256 values leave no registers for the sums of 8.
+    """
+    return 4 if spec.group_size <= 4 or spec.head_dim > 128 else 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanesConfig:
+    """The decisions of one kernel; ``schedules/decode.py`` says what each one trades."""
+
+    warps: int
+    tile: int
+    registers: int
+    query_in_shared: int
+    headroom: int
+    reach: int
+
+
+def planes_config(decisions: Mapping[str, int]) -> PlanesConfig:
+    """The configuration of sampled decisions, which name the design too."""
+    return PlanesConfig(**{name: value for name, value in decisions.items() if name != "planes"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes, for a lane unless said otherwise."""
+
+    spec: CacheSpec
+    config: PlanesConfig
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.config.warps
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """CTAs that hold an SM to the decided number of registers."""
+        return max(1, REGISTERS // (self.threads * self.config.registers))
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a CTA."""
+        return head_tile(self.spec)
+
+    @property
+    def packed(self) -> bool:
+        """Both bytes of a query, and of a weight, are columns of one product."""
+        return self.heads == 4
+
+    @property
+    def parts(self) -> int:
+        """Products that the two bytes of a query or a weight take."""
+        return 1 if self.packed else 2
+
+    @property
+    def head_tiles(self) -> int:
+        """CTAs that share a KV head."""
+        return -(-self.spec.group_size // self.heads)
+
+    @property
+    def units(self) -> int:
+        """CTAs that share the tokens of a group."""
+        return self.spec.num_kv_heads * self.head_tiles
+
+    @property
+    def octets(self) -> int:
+        """Octets of tokens of a tile; a lane holds one row of K of each."""
+        return self.config.tile // 8
+
+    @property
+    def score_tiles(self) -> int:
+        """Tiles of 16 tokens, the M side of a score's product."""
+        return self.config.tile // 16
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a tile whose weights a lane works out, for two heads."""
+        return self.score_tiles if self.packed else self.octets
+
+    @property
+    def key_words(self) -> int:
+        """Words of a row of K."""
+        return self.spec.head_dim // 32
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a row of V."""
+        return self.spec.head_dim // 32
+
+    @property
+    def quads(self) -> int:
+        """Accumulator tiles of the output: one for a byte of V and two of its fields."""
+        return 2 * self.value_bytes
+
+    @property
+    def row_values(self) -> int:
+        """Values of a row that a warp shares."""
+        return self.spec.head_dim // 32
+
+    @property
+    def pages(self) -> int:
+        """Pages that a tile touches."""
+        return max(1, self.config.tile // self.spec.page_size)
+
+    @property
+    def least_tiles(self) -> int:
+        """Tiles of a group, at least."""
+        return self.config.warps * self.config.reach
+
+    @functools.cached_property
+    def key(self) -> KeyTables:
+        """K's centroids: 8 bits of each are exact beside bfloat16, 16 beside float16."""
+        make = narrow_tables if self.spec.dtype == "bfloat16" else wide_tables
+        return make(self.spec.cache_format.key.centroids)
+
+    @property
+    def wide(self) -> bool:
+        """K's centroids have a second byte."""
+        return len(self.key.tables) == 2
+
+    @property
+    def code_sums(self) -> int:
+        """Sums over codes that a score is made of, in steps of 256."""
+        return 2 if self.wide or not self.packed else 1
+
+    @property
+    def centroid(self) -> float:
+        """What a unit of the summed codes is worth, in units of the query's code."""
+        # Low bytes times low bytes, the smallest product, are left out where they would cost one:
+        # the sums are then a step of 256 up.
+        step = 256.0 if self.wide and not self.packed else 1.0
+        return self.key.unit * step * self.spec.head_dim**-0.5
+
+    @property
+    def value_levels(self) -> tuple[float, float]:
+        """V's positive levels."""
+        inner, outer = sorted(c for c in self.spec.cache_format.value.centroids if c > 0)
+        return inner, outer

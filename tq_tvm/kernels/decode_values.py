@@ -1,0 +1,333 @@
+"""Softmax and weighted sums of V of a tile in ``decode_planes``, in integers.
+
+V's four levels are symmetric, so they are affine in the two bits of a code::
+
+    level = (outer - inner) low + (outer + inner) high - outer
+
+and no look-up is needed: one AND leaves the bits of four tokens as bytes of 2^i, and each of the
+two planes has weights of its own, w (outer - inner) and w (outer + inner) / 2 in the same unit,
+which add up in one integer sum. The last term is a sum of weights. A field (pair of bits) has sums
+4^field too large, which is put right at the end.
+
+Weights are 15-bit integers, high and low byte apart: one column each in packed kernels, else a
+product each. They are cut off, not rounded, after a constant in [0, 1) was added that differs from
+lane to lane, so that thousands of weights below one unit do not vanish or double together. A float
+between 2^15 and 2^16 holds such an integer in its two middle bytes.
+
+Weights are relative to a running bound of logits and of V's norms. Where a tile exceeds it, and
+before sums of 2^31 could come about, the sums are added to floats in shared memory, and start anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels.decode_pages import Tile
+from tq_tvm.kernels.decode_query import Query
+from tq_tvm.kernels.decode_shape import Shape
+from tq_tvm.kernels.device import (
+    FULL_WARP,
+    as_bits,
+    byte_perm,
+    f32,
+    from_half,
+    i32,
+    let,
+    local,
+    mma,
+    ptx,
+    reduce_lanes,
+    shared,
+    shuffle_xor,
+    store,
+    u32,
+    when,
+)
+
+__all__ = ["LOWEST", "WEIGHT_TOP", "SumMemory", "Values"]
+
+_PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32"
+_TRANSPOSE = "movmatrix.sync.aligned.m8n8.trans.b16"
+
+WEIGHT_TOP = 32766.0
+"""Largest weight: with what is added to it, below 2^15."""
+
+WEIGHT_BASE = 32768.0
+
+LOWEST = -1e30
+"""A bound of logits before the first tile."""
+
+MASKED = -3e38
+"""Score of a token past the end."""
+
+NORM_MARGIN = 1.25
+"""Norms of V differ little: with this margin their bound seldom moves."""
+
+TOKENS_OF_SUMS = 40000
+"""Tokens that an int32 sum holds: low bytes, up to 255, times codes, up to 192."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SumMemory:
+    """Shared memory of a CTA's warps: sums as they lie in registers, and the softmax state."""
+
+    values: Any
+    bound: Any
+    total: Any
+    weights: Any
+    norm: Any
+
+    @classmethod
+    def allocate(cls, shape: Shape) -> SumMemory:
+        """Shared memory for every warp."""
+        warps = shape.config.warps
+        return cls(
+            values=shared((warps, shape.quads, 32, 4), "float32"),
+            bound=shared((warps, shape.heads), "float32"),
+            total=shared((warps, shape.heads), "float32"),
+            weights=shared((warps, shape.heads), "float32"),
+            norm=shared(warps, "float32"),
+        )
+
+
+class Values:
+    """A warp's sums, and the softmax state of a lane's two columns.
+
+    ``bound`` is in units of log2; ``reach`` is the same in units of the scores. ``weights`` sums
+    the weights of V, ``total`` those of the softmax.
+    """
+
+    def __init__(self, shape: Shape, query: Query, memory: SumMemory, warp, lane, g, t) -> None:
+        self._shape, self._query, self._memory = shape, query, memory
+        self._warp, self._lane, self._g, self._t = warp, lane, g, t
+        self.sums = local((shape.parts, shape.quads, 4), "uint32")
+        self.scores = local((shape.own_tokens, 2), "float32")
+        self._norms = local(shape.own_tokens, "float32")
+        self._bound, self._reach, self._total, self._weights = (
+            local(2, "float32") for _ in range(4)
+        )
+        self._norm, self._unit = local(1, "float32"), local(1, "float32")
+        self._tiles = local(1, "int32")
+        self._own = let(g + 8 * (t // 2)) if shape.packed else g
+        self._low_columns = let(g >= 4)
+        self._dither = local(2, "float32")
+        spread = let((g % 2) * 8 + (g // 2 % 2) * 4 + (g // 4) * 2 + t // 2)
+        for i in range(2):
+            part = (T.cast(spread, "float32") + f32(0.25 + 0.5 * i)) * f32(1 / 16)
+            store(self._dither, part + f32(WEIGHT_BASE), i)
+        # Selectors of the byte that a lane's column wants, and of the one that its partner's wants.
+        self._select = local(2, "uint32")
+        for i, (high, low) in enumerate(((0x7531, 0x6420), (0x6420, 0x7531))):
+            store(self._select, T.Select(g < 4, u32(high), u32(low)), i)
+
+    def start(self) -> None:
+        """No tokens yet."""
+        for j in range(2):
+            store(self._bound, f32(LOWEST), j)
+            store(self._reach, f32(MASKED), j)
+            store(self._total, f32(0), j)
+            store(self._weights, f32(0), j)
+        store(self._norm, f32(1e-30))
+        store(self._unit, f32(0))
+        store(self._tiles, i32(0))
+        self._clear()
+        for quad in range(self._shape.quads):
+            ptx("st.shared.v4.f32", self._address(quad), *[f32(0)] * 4)
+
+    def _clear(self) -> None:
+        for part in range(self._shape.parts):
+            for quad in range(self._shape.quads):
+                for e in range(4):
+                    store(self.sums, u32(0), part, quad, e)
+
+    def _address(self, quad: int):
+        # By instruction, not by TVM's stores: TVM would want a barrier between lanes' own words.
+        return self._memory.values.ptr_to([self._warp, quad, self._lane, 0])
+
+    def add(self, tile: Tile, first_token, seq_len) -> None:
+        """Add the tokens of a tile, whose scores are in ``scores``."""
+        self._mask(tile, first_token, seq_len)
+        self._move_bound()
+        weights = self._weigh()
+        for step in range(self._shape.score_tiles // 2):
+            self._multiply(tile, step, self._operands(weights, step))
+
+    def _mask(self, tile: Tile, first_token, seq_len) -> None:
+        """Widen V's norms; drop tokens past the end, whatever their metas are."""
+        shape, norms = self._shape, self._norms
+        apart = 16 if shape.packed else 8
+        for n in range(shape.own_tokens):
+            store(norms, from_half(shape.spec.dtype, T.cast(tile.v_meta[n], "uint32")), n)
+        with when(first_token + shape.config.tile > seq_len):
+            for n in range(shape.own_tokens):
+                with when(first_token + self._own + apart * n >= seq_len):
+                    for j in range(2):
+                        store(self.scores, f32(MASKED), n, j)
+                    store(norms, f32(0), n)
+
+    def _move_bound(self) -> None:
+        """Seldom does more than compare, once the bounds have settled."""
+        shape, scale = self._shape, self._query.scale
+        bound, reach, norm = self._bound, self._reach, self._norm
+        peak = local(3, "float32")
+        for j in range(3):
+            values = [
+                self.scores[n, j] if j < 2 else self._norms[n] for n in range(shape.own_tokens)
+            ]
+            highest = values[0]
+            for value in values[1:]:
+                highest = T.max(highest, value)
+            store(peak, highest, j)
+        store(self._tiles, self._tiles[0] + 1)
+        full = self._tiles[0] > TOKENS_OF_SUMS // shape.config.tile
+        higher = T.Or(peak[0] > reach[0], peak[1] > reach[1])
+        move = T.cast(T.Or(higher, T.Or(peak[2] > norm[0], full)), "int32")
+        with when(T.cuda.any_sync(u32(FULL_WARP), move) != 0):
+            for j in range(3):
+                reduce_lanes(peak, j, T.max, (2, 4, 8, 16) if shape.packed else (4, 8, 16))
+            factor = local(2, "float32")
+            widest = let(T.Select(peak[2] > norm[0], peak[2] * f32(NORM_MARGIN), norm[0]))
+            for j in range(2):
+                above = peak[j] * scale[j] + f32(float(shape.config.headroom))
+                highest = let(T.Select(peak[j] > reach[j], above, bound[j]))
+                shrink = let(T.exp2(bound[j] - highest))
+                store(factor, shrink * (norm[0] / widest), j)
+                store(self._total, self._total[j] * shrink, j)
+                store(self._weights, self._weights[j] * factor[j], j)
+                store(bound, highest, j)
+                store(reach, highest / scale[j], j)
+            store(norm, widest)
+            store(self._unit, f32(WEIGHT_TOP) / widest)
+            store(self._tiles, i32(0))
+            self._flush(factor)
+
+    def _flush(self, factor=None) -> None:
+        """Add the sums to shared memory, scale what is there, and start anew."""
+        shape, floats = self._shape, local(4, "float32")
+        for quad in range(shape.quads):
+            address = self._address(quad)
+            ptx("ld.shared.v4.f32", *[floats[e] for e in range(4)], address)
+            for e in range(4):
+                field = 2 * (quad % 2) + e // 2
+                value = T.cast(T.cast(self.sums[0, quad, e], "int32"), "float32")
+                if not shape.packed:
+                    low = T.cast(T.cast(self.sums[1, quad, e], "int32"), "float32")
+                    value = value * f32(256) + low
+                value = value * f32(4.0**-field) + floats[e]
+                store(floats, value if factor is None else value * factor[e % 2], e)
+            ptx("st.shared.v4.f32", address, *[floats[e] for e in range(4)])
+        self._clear()
+
+    def _weigh(self):
+        """Weights of own tokens, moved to where the columns' lanes want them: ``[plane, n]``.
+
+        A word has 16 bits of two neighbouring tokens of a column's head.
+        """
+        shape, query, dither = self._shape, self._query, self._dither
+        inner, outer = shape.value_levels
+        ratio = (outer + inner) / (2 * (outer - inner))
+        moved = local((2, shape.own_tokens), "uint32")
+        raised, p, word = local((2, 2), "float32"), local(2, "float32"), local(1, "uint32")
+        for n in range(shape.own_tokens):
+            low = let(self._norms[n] * self._unit[0])
+            high = let(low * f32(ratio))
+            for j in range(2):
+                store(p, T.exp2(self.scores[n, j] * query.scale[j] - self._bound[j]), j)
+                store(self._total, self._total[j] + p[j], j)
+                store(self._weights, self._weights[j] + p[j] * low, j)
+                store(raised, p[j] * low + dither[n % 2], 0, j)
+                store(raised, p[j] * high + dither[(n + 1) % 2], 1, j)
+            for plane in range(2):
+                both = byte_perm(as_bits(raised[plane, 0]), as_bits(raised[plane, 1]), 0x6521)
+                store(word, both)
+                ptx(_TRANSPOSE, moved[plane, n], word[0])
+        return moved
+
+    def _operands(self, moved, step: int):
+        """Weights of 32 tokens as operands ``[plane, part, half]``.
+
+        The halves are the even and the odd octets; a word has two tokens of two octets.
+        """
+        shape = self._shape
+        operands = local((2, shape.parts, 2), "uint32")
+        for plane in range(2):
+            if shape.packed:
+                words = local(3, "uint32")
+                pair = [moved[plane, 2 * step], moved[plane, 2 * step + 1]]
+                ptx("prmt.b32", words[0], *pair, self._select[0])
+                ptx("prmt.b32", words[1], *pair, self._select[1])
+                store(words, shuffle_xor(words[1], 16), 2)
+                even = T.Select(self._low_columns, words[2], words[0])
+                odd = T.Select(self._low_columns, words[0], words[2])
+                store(operands, even, plane, 0, 0)
+                store(operands, odd, plane, 0, 1)
+            else:
+                for half in range(2):
+                    pair = [moved[plane, 4 * step + half], moved[plane, 4 * step + 2 + half]]
+                    for part, selector in enumerate((0x7531, 0x6420)):
+                        store(operands, byte_perm(*pair, selector), plane, part, half)
+        return operands
+
+    def _multiply(self, tile: Tile, step: int, operands) -> None:
+        """32 tokens: bytes of four tokens in a word, then a product for each plane and field."""
+        shape = self._shape
+        bytes_of = [self._transpose(tile, 4 * step + half) for half in range(2)]
+        bits = local(4, "uint32")
+        for quad in range(shape.quads):
+            byte, first_field = quad // 2, 2 * (quad % 2)
+            for plane in range(2):
+                for e in range(4):
+                    mask = (1 << (2 * (first_field + e % 2) + plane)) * 0x01010101
+                    store(bits, T.bitwise_and(bytes_of[e // 2][byte], u32(mask)), e)
+                for part in range(shape.parts):
+                    result = [self.sums[part, quad, e] for e in range(4)]
+                    mma(
+                        _PRODUCT,
+                        result,
+                        [bits[e] for e in range(4)],
+                        [operands[plane, part, 0], operands[plane, part, 1]],
+                        result,
+                    )
+
+    def _transpose(self, tile: Tile, octet: int):
+        """Words of one byte of V of four tokens: two of ``octet`` and two of ``octet + 2``."""
+        shape = self._shape
+        count = shape.value_bytes
+        words = local(count, "uint32")
+        pairs = local(4, "uint32")
+        for k in range(max(1, count // 4)):
+            a, b, c, d = (
+                T.cast(tile.v[o, e, k], "uint32") for o in (octet, octet + 2) for e in range(2)
+            )
+            if count == 2:
+                store(pairs, byte_perm(a, b, 0x5410), 0)
+                store(pairs, byte_perm(c, d, 0x5410), 1)
+                store(words, byte_perm(pairs[0], pairs[1], 0x6420), 0)
+                store(words, byte_perm(pairs[0], pairs[1], 0x7531), 1)
+                continue
+            for i, selector in enumerate((0x5140, 0x7362)):
+                store(pairs, byte_perm(a, b, selector), i)
+                store(pairs, byte_perm(c, d, selector), 2 + i)
+            for i in range(4):
+                selector = 0x7632 if i % 2 else 0x5410
+                store(words, byte_perm(pairs[i // 2], pairs[2 + i // 2], selector), 4 * k + i)
+        return words
+
+    def finish(self) -> None:
+        """Leave everything in shared memory; the caller puts a barrier behind it."""
+        shape, memory = self._shape, self._memory
+        self._flush()
+        for j in range(2):
+            for sums in (self._total, self._weights):
+                lanes = (2, 4, 8, 16) if shape.packed else (4, 8, 16)
+                reduce_lanes(sums, j, lambda a, b: a + b, lanes)
+            head = let(2 * self._t + j)
+            with when(T.And(self._g == 0, head < shape.heads)):
+                store(memory.bound, self._bound[j], self._warp, head)
+                store(memory.total, self._total[j], self._warp, head)
+                store(memory.weights, self._weights[j], self._warp, head)
+        with when(self._lane == 0):
+            store(memory.norm, self._norm[0], self._warp)

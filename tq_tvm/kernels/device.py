@@ -1,0 +1,153 @@
+"""Short names for device code that is built by hand, instruction by instruction.
+
+Every function here is called while a TVMScript function is being parsed and appends to it. Loops of
+Python around them are unrolled loops of the kernel.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+
+__all__ = [
+    "as_bits",
+    "as_float",
+    "barrier",
+    "byte_perm",
+    "f32",
+    "from_half",
+    "high_half",
+    "i32",
+    "let",
+    "local",
+    "loop",
+    "low_half",
+    "mma",
+    "ptx",
+    "reduce_lanes",
+    "shared",
+    "shuffle_xor",
+    "store",
+    "u32",
+    "when",
+]
+
+FULL_WARP = 0xFFFFFFFF
+
+
+def u32(value: int):
+    """A uint32 constant."""
+    return T.uint32(value)
+
+
+def i32(value: int):
+    """An int32 constant."""
+    return T.int32(value)
+
+
+def f32(value: float):
+    """A float32 constant."""
+    return T.float32(value)
+
+
+def local(shape, dtype: str):
+    """Registers, as long as every index is a constant."""
+    return I.alloc_buffer((shape,) if isinstance(shape, int) else shape, dtype, scope="local")
+
+
+def shared(shape, dtype: str):
+    """Shared memory of the CTA."""
+    return I.alloc_buffer((shape,) if isinstance(shape, int) else shape, dtype, scope="shared")
+
+
+def let(value):
+    """Name a value."""
+    return I.bind(value)
+
+
+def store(buffer, value, *index) -> None:
+    """``buffer[index] = value``; one element where no index is given."""
+    I.buffer_store(buffer, value, list(index) or [0])
+
+
+def ptx(instruction: str, *operands) -> None:
+    """One PTX instruction, results first."""
+    I.evaluate(T.ptx[instruction](*operands))
+
+
+def mma(instruction: str, result, a, b, c) -> None:
+    """``result = a b + c`` of a tensor core, registers in lists."""
+    ptx(instruction, *result, *a, *b, *c)
+
+
+def barrier() -> None:
+    """``__syncthreads``."""
+    I.evaluate(T.tvm_storage_sync("shared"))
+
+
+def shuffle_xor(value, mask: int):
+    """The value of lane ``lane ^ mask``."""
+    return T.cuda.__shfl_xor_sync(u32(FULL_WARP), value, mask, 32)
+
+
+def reduce_lanes(buffer, index: int, combine, masks=(1, 2, 4, 8, 16)) -> None:
+    """Combine one register over lanes; every lane gets the result."""
+    for mask in masks:
+        store(buffer, combine(buffer[index], shuffle_xor(buffer[index], mask)), index)
+
+
+def byte_perm(a, b, selector: int):
+    """Select bytes by a constant; a selector that varies goes to ``prmt``, which does not mask."""
+    return T.call_pure_extern("uint32", "__byte_perm", a, b, u32(selector))
+
+
+def as_float(bits):
+    """The float of 32 bits."""
+    return T.reinterpret("float32", bits)
+
+
+def as_bits(value):
+    """The bits of a float."""
+    return T.reinterpret("uint32", value)
+
+
+def from_half(dtype: str, bits):
+    """The float of a float16 or bfloat16 in the low half of a word whose high half is zero."""
+    if dtype == "bfloat16":
+        return as_float(T.shift_left(bits, u32(16)))
+    return T.cast(T.reinterpret("float16", T.cast(bits, "uint16")), "float32")
+
+
+def low_half(dtype: str, word):
+    """The float of the low half of a word."""
+    if dtype == "bfloat16":
+        return from_half(dtype, word)
+    return from_half(dtype, T.bitwise_and(word, u32(0xFFFF)))
+
+
+def high_half(dtype: str, word):
+    """The float of the high half of a word."""
+    if dtype == "bfloat16":
+        return as_float(T.bitwise_and(word, u32(0xFFFF0000)))
+    return from_half(dtype, T.shift_right(word, u32(16)))
+
+
+class when:
+    """``with when(condition):`` is an if."""
+
+    def __init__(self, condition) -> None:
+        self._if = I.If(condition)
+        self._then = I.Then()
+
+    def __enter__(self) -> None:
+        self._if.__enter__()
+        self._then.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._then.__exit__(*error)
+        self._if.__exit__(*error)
+
+
+def loop(condition):
+    """``with loop(condition):`` is a while; ``condition`` reads registers that its body writes."""
+    return I.While(condition)
