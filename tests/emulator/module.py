@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import functools
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import tvm
 import tvm_ffi
 import tvm_ffi.libinfo
-from emulator.translate import translate
-from tvm.backend.cuda import export_cuda_host
-from tvm.tirx import PrimFunc
 
-from tq_tvm.build.compile import tvm_target
-from tq_tvm.build.pipeline import build_module
-from tq_tvm.targets import get_target
+from emulator.translate import translate
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
 
 __all__ = ["EmulatedModule", "compile_functions", "compile_source"]
 
 _INCLUDE = Path(__file__).with_name("include")
 _FLAGS = [
-    "-std=c++17", "-O1", "-shared", "-fPIC", "-w",
+    "-std=c++17", "-Og", "-shared", "-fPIC", "-w",
     # Kernels read vectors through pointers to other types; libraries keep their threads apart.
     "-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique",
     # Checked longjmp takes a switch to another stack for an error.
     "-U_FORTIFY_SOURCE",
-    # What a kernel reads before it has written it shows.
-    "-ftrivial-auto-var-init=pattern",
     "-ffp-contract=off",
 ]  # fmt: skip
+_POISON = "-ftrivial-auto-var-init=pattern"  # what a kernel reads before it has written it, shows
+_POISON_VERSION = 12
 _CUDA = 2
 _DEVICE_TYPE_OFFSET = ctypes.sizeof(ctypes.c_void_p)
 
@@ -80,7 +78,25 @@ def compile_functions(
     target: str = "nvidia_h200",
     flags: tuple[str, ...] = (),
 ) -> EmulatedModule:
-    """Generate CUDA for ``functions`` (by symbol), and compile it for the CPU."""
+    """Generate CUDA for ``functions`` (by symbol), and compile it for the CPU.
+
+    Parameters
+    ----------
+    functions, target
+        As `tq_tvm.build.compile.compile_library` takes them.
+    directory
+        Where source and library are kept; None makes a directory.
+    flags
+        More flags for g++.
+    """
+    # Translating and compiling source needs no TVM.
+    import tvm
+    from tvm.backend.cuda import export_cuda_host
+
+    from tq_tvm.build.compile import tvm_target
+    from tq_tvm.build.pipeline import build_module
+    from tq_tvm.targets import get_target
+
     mod = tvm.IRModule(
         {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
     )
@@ -92,13 +108,23 @@ def compile_source(
     source: str, directory: Path | None = None, *, flags: tuple[str, ...] = ()
 ) -> EmulatedModule:
     """Compile exported CUDA source for the CPU."""
-    directory = Path(directory or tempfile.mkdtemp(prefix="tq_tvm_emulator_"))
-    stem = hashlib.sha256(source.encode()).hexdigest()[:16]
-    path, library = directory / f"{stem}.cpp", directory / f"{stem}.so"
+    compiler, standard_flags = _compiler()
+    scratch = Path(tempfile.mkdtemp(prefix="emulator_", dir=directory))
+    path, library = scratch / "kernels.cpp", scratch / "kernels.so"
     path.write_text(translate(source))
     include = ["-I", str(_INCLUDE), "-I", tvm_ffi.libinfo.find_include_path()]
-    command = ["g++", *_FLAGS, *flags, *include, str(path), "-o", str(library)]
+    command = [compiler, *standard_flags, *flags, *include, str(path), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"compile_source: {' '.join(command)} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"compile_source: {' '.join(command)} failed:\n{done.stderr[:4000]}")
     return EmulatedModule(library, path)
+
+
+@functools.cache
+def _compiler() -> tuple[str, list[str]]:
+    path = shutil.which("g++")
+    if path is None:
+        raise RuntimeError("compile_source: g++ must be on PATH, got none; install it")
+    version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True, check=True)
+    poison = [_POISON] if int(version.stdout.split(".")[0]) >= _POISON_VERSION else []
+    return path, [*_FLAGS, *poison]

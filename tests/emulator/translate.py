@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from emulator.instructions import instruction_call
+from emulator.instructions import instruction_statement
 
 __all__ = ["TranslationError", "translate"]
 
@@ -22,14 +22,14 @@ _ASM = re.compile(r"\b(?:asm|__asm__)\s*(?:volatile|__volatile__)?\s*\(")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _HELPER = re.compile(r"(__forceinline__ __device__ \w[\w ]* \w+\()([^()]*)\) *\{", re.MULTILINE)
 _SHARED = re.compile(r"__shared__\s+(alignas\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[(\d+)\];")
-_DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:alignas\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];")
+_DYNAMIC = re.compile(
+    r"extern\s+__shared__\s+(?:(?:alignas|__align__)\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];"
+)
 
 
 def translate(source: str) -> str:
     """C++ for the emulator from exported CUDA source."""
-    kernels = source.index("__global__") if "__global__" in source else len(source)
-    helpers = source.rfind("#endif", 0, kernels)
-    source = source[:helpers] + _HELPER.sub(_with_call_site, source[helpers:])
+    source = _HELPER.sub(_with_call_site, source)
     source = _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::dynamic_shared);", source)
     source = _SHARED.sub(_static_array, source)
     return _replace_assembly(source)
@@ -61,7 +61,7 @@ def _replace_assembly(source: str) -> str:
         body = source[match.end() : end]
         parts.append(source[position : match.start()])
         parts.append(_statement(body) + "\n" * body.count("\n"))
-        position = end + 1
+        position = source.index(";", end) + 1
     return "".join([*parts, source[position:]])
 
 
@@ -81,7 +81,7 @@ def _closing(text: str, start: int) -> int:
 
 def _statement(body: str) -> str:
     template, *sections = _split(body, ":")
-    text = "".join(_STRING.findall(template)).replace("\\n", " ").replace("\\t", " ").strip()
+    text = re.sub(r"\\[nt]", " ", "".join(_STRING.findall(template))).strip()
     operands = [
         _STRING.sub("", operand, count=1).strip()[1:-1]
         for section in sections[:2]
@@ -89,8 +89,8 @@ def _statement(body: str) -> str:
         if operand.strip()
     ]
     if not text:
-        return "(void)0"
-    call = instruction_call(text, operands)
+        return ";"
+    call = instruction_statement(text, operands)
     if call is None:
         raise TranslationError(
             f"translate: instruction must be one of tests/emulator/instructions.py, got {text!r}; "

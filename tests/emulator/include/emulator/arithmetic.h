@@ -37,6 +37,26 @@ inline int __popc(unsigned value) { return __builtin_popcount(value); }
 
 namespace emulated {
 
+// The 32 bits of a register operand, whatever its C++ type.
+template <typename T>
+inline uint32_t word(T value) {
+  if constexpr (sizeof(T) == 4) {
+    return bit_cast<uint32_t>(value);
+  } else {
+    return static_cast<uint32_t>(value);
+  }
+}
+
+// Writes a result into a register of the same size by its bits, into another by its value.
+template <typename Target, typename T>
+inline void set(Target& target, T value) {
+  if constexpr (sizeof(Target) == sizeof(T)) {
+    target = bit_cast<Target>(value);
+  } else {
+    target = static_cast<Target>(value);
+  }
+}
+
 // Default mode of prmt: bit 3 of a selector replicates the sign of the byte it selects.
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t bytes = uint64_t{b} << 32 | a;
@@ -50,6 +70,36 @@ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+// Bit (a, b, c) of the table, a being the highest, for each bit.
+inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c, unsigned table) {
+  uint32_t result = 0;
+  for (int i = 0; i < 8; ++i) {
+    if (table >> i & 1) result |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+  }
+  return result;
+}
+
+// PTX clamps amounts; C++ leaves those of 32 and more undefined.
+inline uint32_t shift_left(uint32_t value, uint32_t by) { return by > 31 ? 0 : value << by; }
+inline uint32_t shift_right(uint32_t value, uint32_t by) { return by > 31 ? 0 : value >> by; }
+inline int32_t shift_right(int32_t value, uint32_t by) { return value >> (by > 31 ? 31 : by); }
+
+template <typename T, typename A, typename B>
+inline T multiply_high(A a, B b) {
+  using Wide = std::conditional_t<std::is_signed<T>::value, int64_t, uint64_t>;
+  return static_cast<T>(Wide{static_cast<T>(a)} * Wide{static_cast<T>(b)} >> 32);
+}
+
+template <typename A, typename B>
+inline uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) {
+  using ByteA = std::conditional_t<std::is_signed<A>::value, int8_t, uint8_t>;
+  using ByteB = std::conditional_t<std::is_signed<B>::value, int8_t, uint8_t>;
+  for (int i = 0; i < 4; ++i) {
+    sum += static_cast<uint32_t>(int{ByteA(a >> 8 * i)} * int{ByteB(b >> 8 * i)});
+  }
+  return sum;
+}
+
 template <typename Format>
 inline uint32_t pack(float high, float low) {
   return uint32_t{Format::encode(high)} << 16 | Format::encode(low);
@@ -59,4 +109,8 @@ inline uint32_t pack(float high, float low) {
 
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   return emulated::prmt(a, b, selector & 0x7777);
+}
+template <typename A, typename B>
+inline int __dp4a(A a, B b, int sum) {
+  return static_cast<int>(emulated::dp4a<A, B>(emulated::word(a), emulated::word(b), sum));
 }

@@ -81,6 +81,10 @@ inline void barrier(const char* name, int id, int count, int line) {
   wait(State::kBarrier, name, line);
 }
 
+inline void synchronize(const char* name, int id, int count = 0) {
+  barrier(name, id, count, __LINE__);
+}
+
 }  // namespace emulated
 
 #define EMULATED_SHUFFLE(NAME, MODE)                                                     \

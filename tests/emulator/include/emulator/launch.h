@@ -59,9 +59,12 @@ class Warp {
     thread.fiber.resume();
     current = nullptr;
     if (!thread.error.empty()) {
-      throw KernelError(thread.error + "; thread (" + std::to_string(thread.index.x) + ", " +
-                        std::to_string(thread.index.y) + ", " + std::to_string(thread.index.z) +
-                        ")");
+      const uint3& index = thread.index;
+      std::ostringstream text;
+      text << thread.error << "; look at ";
+      if (thread.call_site) text << "line " << thread.call_site << ", ";
+      text << "thread (" << index.x << ", " << index.y << ", " << index.z << ")";
+      throw KernelError(text.str());
     }
   }
 
@@ -83,7 +86,11 @@ class Warp {
     unsigned existing = count_ == kWarp ? ~0u : (1u << count_) - 1;
     unsigned mask = leader.mask & existing;
     if (!(mask >> leader.lane & 1)) {
-      throw KernelError(describe(leader) + ": the mask must name the lane itself");
+      std::ostringstream text;
+      text << leader.operation << ": mask must name the lane itself, got 0x" << std::hex
+           << leader.mask << std::dec << " in lane " << leader.lane << " at line " << leader.line
+           << "; name every lane that arrives";
+      throw KernelError(text.str());
     }
     void* operands[kWarp] = {};
     for (int i = 0; i < count_; ++i) {
@@ -225,14 +232,34 @@ inline void place_threads(int count) {
 inline void check_launch(const dim3& grid, const dim3& block, std::size_t shared) {
   std::size_t count = std::size_t{block.x} * block.y * block.z;
   if (count == 0 || count > 1024 || block.z > 64) {
-    throw KernelError("launch: blockDim must be 1 to 1024 threads, got " + std::to_string(count));
+    throw KernelError("launch: blockDim must be 1 to 1024 threads, z up to 64, got " +
+                      std::to_string(count) + " threads, z " + std::to_string(block.z) +
+                      "; launch smaller CTAs");
   }
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
-    throw KernelError("launch: gridDim must be at least 1, and y and z at most 65535");
+    throw KernelError("launch: gridDim must be 1 or more, y and z up to 65535, got " +
+                      std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
+                      std::to_string(grid.z) + "; launch fewer CTAs");
   }
   if (shared > kMaxDynamicShared) {
     throw KernelError("launch: dynamic shared memory must be at most " +
-                      std::to_string(kMaxDynamicShared) + " bytes, got " + std::to_string(shared));
+                      std::to_string(kMaxDynamicShared) + " bytes, got " + std::to_string(shared) +
+                      "; use less");
+  }
+}
+
+// Each kernel's own arrays: a kernel is known by its first launch.
+inline void check_static_shared() {
+  for (const SharedArray& array : shared_arrays) {
+    std::size_t total = 0;
+    for (const SharedArray& other : shared_arrays) {
+      if (std::strcmp(array.kernel, other.kernel) == 0) total += other.bytes;
+    }
+    if (total > kMaxStaticShared) {
+      throw KernelError(std::string(array.kernel) + ": static shared memory must be at most " +
+                        std::to_string(kMaxStaticShared) + " bytes, got " + std::to_string(total) +
+                        "; use less");
+    }
   }
 }
 
@@ -257,6 +284,7 @@ inline void launch(const dim3& grid, const dim3& block, std::size_t shared,
                      static_cast<unsigned>(at / grid.x / grid.y)};
       cta.run();
     }
+    check_static_shared();
   } catch (...) {
     current = nullptr;
     for (Thread& thread : threads) {

@@ -1,8 +1,8 @@
 // Matrix instructions; fragment layouts as the PTX ISA's section on warp-level matrices gives them.
 #pragma once
 
-#include <type_traits>
-
+#include "emulator/arithmetic.h"
+#include "emulator/memory.h"
 #include "emulator/numbers.h"
 #include "emulator/threads.h"
 
@@ -50,40 +50,40 @@ inline void multiply(void* const operands[kWarp], DecodeA decode_a, DecodeB deco
   }
 }
 
-template <typename Format>
-inline void mma_m16n8k16(const char* name, float& d0, float& d1, float& d2, float& d3, uint32_t a0,
-                         uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, float c0,
-                         float c1, float c2, float c3) {
-  MmaOperands<float> own{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+template <typename Format, typename D>
+inline void mma_m16n8k16(const char* name, D& d0, D& d1, D& d2, D& d3, uint32_t a0, uint32_t a1,
+                         uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, uint32_t c0,
+                         uint32_t c1, uint32_t c2, uint32_t c3) {
+  MmaOperands<float> own{{a0, a1, a2, a3},
+                         {b0, b1},
+                         {bit_cast<float>(c0), bit_cast<float>(c1), bit_cast<float>(c2),
+                          bit_cast<float>(c3)}};
   collective(name, __LINE__, kFullWarp, own, [](void* const operands[kWarp], unsigned) {
     auto decode = [](uint32_t word, int e) -> double { return Format::decode(half_of(word, e)); };
     multiply<2, float, double>(operands, decode, decode);
   });
-  d0 = own.c[0], d1 = own.c[1], d2 = own.c[2], d3 = own.c[3];
+  set(d0, own.c[0]), set(d1, own.c[1]), set(d2, own.c[2]), set(d3, own.c[3]);
 }
 
-// A and B are int8_t or uint8_t; D and C are passed as int or as unsigned. Sums wrap.
-template <typename A, typename B, typename D, typename C>
+// A and B are int8_t or uint8_t. Sums wrap.
+template <typename A, typename B, typename D>
 inline void mma_m16n8k32(const char* name, D& d0, D& d1, D& d2, D& d3, uint32_t a0, uint32_t a1,
-                         uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, C c0, C c1, C c2,
-                         C c3) {
-  MmaOperands<uint32_t> own{{a0, a1, a2, a3},
-                            {b0, b1},
-                            {static_cast<uint32_t>(c0), static_cast<uint32_t>(c1),
-                             static_cast<uint32_t>(c2), static_cast<uint32_t>(c3)}};
+                         uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1, uint32_t c0,
+                         uint32_t c1, uint32_t c2, uint32_t c3) {
+  MmaOperands<uint32_t> own{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
   collective(name, __LINE__, kFullWarp, own, [](void* const operands[kWarp], unsigned) {
     multiply<4, uint32_t, uint32_t>(
         operands,
         [](uint32_t word, int e) { return static_cast<uint32_t>(int{A(byte_of(word, e))}); },
         [](uint32_t word, int e) { return static_cast<uint32_t>(int{B(byte_of(word, e))}); });
   });
-  d0 = static_cast<D>(own.c[0]), d1 = static_cast<D>(own.c[1]);
-  d2 = static_cast<D>(own.c[2]), d3 = static_cast<D>(own.c[3]);
+  set(d0, own.c[0]), set(d1, own.c[1]), set(d2, own.c[2]), set(d3, own.c[3]);
 }
 
 // One 8x8 matrix of 16-bit elements: lane l holds elements 2 (l % 4) and the next of row l / 4.
-inline void movmatrix(const char* name, uint32_t& d, uint32_t a) {
-  uint32_t own = a;
+template <typename D, typename A>
+inline void movmatrix(const char* name, D& d, A a) {
+  uint32_t own = word(a);
   collective(name, __LINE__, kFullWarp, own, [](void* const operands[kWarp], unsigned) {
     uint16_t matrix[8][8];
     for (int lane = 0; lane < kWarp; ++lane) {
@@ -97,7 +97,38 @@ inline void movmatrix(const char* name, uint32_t& d, uint32_t a) {
           matrix[column][row] | uint32_t{matrix[column + 1][row]} << 16;
     }
   });
-  d = own;
+  set(d, own);
+}
+
+struct LdmatrixOperands {
+  const void* row;
+  uint32_t words[4];
+};
+
+// Matrix m has its rows at the addresses of lanes 8 m to 8 m + 7; lanes past the last are unused.
+template <bool kTrans, typename... Registers>
+inline void ldmatrix(const char* name, uint32_t address, Registers&... registers) {
+  constexpr int kMatrices = sizeof...(Registers);
+  LdmatrixOperands own{nullptr, {}};
+  if (current->lane < 8 * kMatrices) {
+    own.row = aligned(name, shared_pointer(name, address, 16), 16);
+  }
+  collective(name, __LINE__, kFullWarp, own, [](void* const operands[kWarp], unsigned) {
+    for (int m = 0; m < kMatrices; ++m) {
+      uint16_t matrix[8][8];
+      for (int row = 0; row < 8; ++row) {
+        std::memcpy(matrix[row], operands_of<LdmatrixOperands>(operands, 8 * m + row).row, 16);
+      }
+      for (int lane = 0; lane < kWarp; ++lane) {
+        int row = lane / 4, column = lane % 4 * 2;
+        uint16_t low = kTrans ? matrix[column][row] : matrix[row][column];
+        uint16_t high = kTrans ? matrix[column + 1][row] : matrix[row][column + 1];
+        operands_of<LdmatrixOperands>(operands, lane).words[m] = low | uint32_t{high} << 16;
+      }
+    }
+  });
+  int next = 0;
+  (set(registers, own.words[next++]), ...);
 }
 
 }  // namespace emulated

@@ -25,13 +25,23 @@ inline void* shared_pointer(const char* name, uint64_t address, std::size_t byte
   return pointer;
 }
 
-template <typename Address>
-inline void* global_pointer(const char*, Address address, std::size_t) {
-  return reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(address));
+inline void* global_pointer(const char*, const void* address, std::size_t) {
+  return const_cast<void*>(address);
 }
 inline void* global_pointer(const char*, uint64_t address, std::size_t) {
   return reinterpret_cast<void*>(static_cast<std::uintptr_t>(address));
 }
+inline void* shared_pointer(const char*, const void* address, std::size_t) {
+  return const_cast<void*>(address);
+}
+
+inline const void* offset(const void* address, long bytes) {
+  return static_cast<const char*>(address) + bytes;
+}
+inline uint32_t offset(uint32_t address, long bytes) {
+  return address + static_cast<uint32_t>(bytes);
+}
+inline uint64_t offset(uint64_t address, long bytes) { return address + bytes; }
 
 inline void* aligned(const char* name, void* pointer, std::size_t bytes) {
   if (reinterpret_cast<std::uintptr_t>(pointer) % bytes) {
@@ -75,6 +85,53 @@ inline void write(const char* name, void* pointer, const Registers&... registers
   };
   (put(registers), ...);
 }
+
+// Adds to memory, and gives what the first element was.
+template <typename Element, typename... Registers>
+inline Element add_to(const char* name, void* pointer, Registers... values) {
+  auto* to = static_cast<Element*>(aligned(name, pointer, sizeof...(Registers) * sizeof(Element)));
+  Element before = *to;
+  ((*to = static_cast<Element>(*to + static_cast<Element>(values)), ++to), ...);
+  return before;
+}
+
+// A copy happens when it is waited for; until then its target holds garbage.
+inline void copy_async(const char* name, uint32_t to, const void* from, unsigned bytes,
+                       unsigned valid) {
+  void* target = aligned(name, shared_pointer(name, to, bytes), bytes);
+  aligned(name, const_cast<void*>(from), bytes);
+  if (valid > bytes) {
+    fail(std::string(name) + ": source bytes must be at most " + std::to_string(bytes) + ", got " +
+         std::to_string(valid));
+  }
+  std::memset(target, kPoison, bytes);
+  current->copies.push_back({target, from, bytes, valid, current->group});
+}
+inline void copy_async(const char* name, uint32_t to, const void* from, unsigned bytes) {
+  copy_async(name, to, from, bytes, bytes);
+}
+
+inline void commit_copies(const char*) { ++current->group; }
+
+// Completes the copies of all groups before `end`.
+inline void complete_copies(long end) {
+  auto& copies = current->copies;
+  std::size_t kept = 0;
+  for (const Copy& copy : copies) {
+    if (copy.group >= end) {
+      copies[kept++] = copy;
+      continue;
+    }
+    std::memset(copy.to, 0, copy.bytes);
+    std::memcpy(copy.to, copy.from, copy.valid);
+  }
+  copies.resize(kept);
+}
+
+inline void wait_for_copies(const char*, int pending) {
+  complete_copies(current->group - pending);
+}
+inline void wait_for_all_copies(const char*) { complete_copies(current->group + 1); }
 
 }  // namespace emulated
 

@@ -116,3 +116,16 @@ template <typename Format>
 inline bool __hlt(emulated::Number16<Format> a, emulated::Number16<Format> b) {
   return a < b;
 }
+
+inline unsigned short __half_as_ushort(half value) { return value.bits; }
+inline unsigned short __bfloat16_as_ushort(nv_bfloat16 value) { return value.bits; }
+inline half __ushort_as_half(unsigned short bits) {
+  half value;
+  value.bits = bits;
+  return value;
+}
+inline nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
+  nv_bfloat16 value;
+  value.bits = bits;
+  return value;
+}

@@ -117,7 +117,6 @@ struct SharedArray {
   std::size_t bytes;
 };
 
-constexpr std::size_t kMaxStaticShared = 48 << 10;
 inline std::vector<SharedArray> shared_arrays;
 
 class SharedRegistration {
@@ -125,17 +124,10 @@ class SharedRegistration {
   SharedRegistration(const char* kernel, const char* name, void* data, std::size_t bytes) {
     std::memset(data, kPoison, bytes);
     shared_arrays.push_back({kernel, name, static_cast<char*>(data), bytes});
-    std::size_t total = 0;
-    for (const SharedArray& array : shared_arrays) {
-      if (std::strcmp(array.kernel, kernel) == 0) total += array.bytes;
-    }
-    if (total > kMaxStaticShared) {
-      fail(std::string(kernel) + ": static shared memory must be at most " +
-           std::to_string(kMaxStaticShared) + " bytes, got " + std::to_string(total));
-    }
   }
 };
 
+constexpr std::size_t kMaxStaticShared = 48 << 10;
 constexpr std::size_t kMaxDynamicShared = 227 << 10;
 alignas(1024) inline char dynamic_shared[kMaxDynamicShared];
 inline std::size_t dynamic_shared_bytes = 0;
