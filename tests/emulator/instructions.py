@@ -138,15 +138,12 @@ def _access(function: str) -> Callable[..., str]:
 
 
 def _atomic(instruction: _Instruction, space: str, element: str) -> str:
-    target, address, *values = instruction.operands
-    if len(values) != 1:
-        return _red(_Instruction(instruction.name, [address, *values]), space, element)
+    target, address, value = instruction.operands
     pointer = instruction.call(f"{space}_pointer", [address, f"sizeof({_type(element)})"])
-    call = instruction.call(f"add_to<{_type(element)}>", [pointer, *values])
+    call = instruction.call(f"add_to<{_type(element)}>", [pointer, value])
     return call if target == "_" else f"emulated::set({target}, {call})"
 
 
-_red = _access("add_to")
 _HINT = r"(?:\.(?:nc|weak|relaxed|cta|gpu|sys|ca|cg|cs|lu|cv|wb|wt|noftz|L[12]::\w+(?:::\w+)?))*"
 _SPACE = r"\.(global|shared)(?:::cta)?"
 _VECTOR = r"(?:\.v[248])?"
@@ -197,8 +194,11 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"fma\.rn(?:\.ftz)?\.f32", _result("fmaf({a}, {b}, {c})")),
     (r"ld" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("read")),
     (r"st" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("write")),
-    (r"red" + _HINT + _SPACE + r"\.add" + _HINT + _VECTOR + r"\.([us]32|f32)", _red),
-    (r"atom" + _HINT + _SPACE + r"\.add" + _HINT + _VECTOR + r"\.([us]32|f32)", _atomic),
+    (
+        r"red" + _HINT + _SPACE + r"\.add" + _HINT + _VECTOR + r"\.([us]32|f32)",
+        _access("add_to"),
+    ),
+    (r"atom" + _HINT + _SPACE + r"\.add" + _HINT + r"\.([us]32|f32)", _atomic),
     (
         r"cp\.async\.c[ag]\.shared(?:::cta)?\.global" + _HINT,
         _named("copy_async"),

@@ -50,6 +50,9 @@ def _as_cuda(tensor: torch.Tensor) -> tvm_ffi.Tensor:
 class EmulatedModule:
     """Kernels in a library: ``module["decode"](*arguments)`` runs one on CPU tensors.
 
+    One call at a time: the threads that it plays are the library's own. With ``descending`` they
+    run in the other order, which shows a barrier that is missing.
+
     Attributes
     ----------
     source
