@@ -132,6 +132,7 @@ def module(tmp_path_factory):
             "byte_perm", "  out[row] = __byte_perm(in[row * 3], in[row * 3 + 1], in[row * 3 + 2]);"
         )
     )
+    kernels.append(kernel("counts", "  out[row] = __ffs(in[row]) + 100 * __clz(in[row]);"))
     kernels.append(kernel("to_int", "  out[row] = __float2int_rn(((const float*)in)[row]);"))
     return compile_source(source(*kernels), tmp_path_factory.mktemp("instructions"))
 
@@ -203,6 +204,12 @@ def test_floats(module, name):
     inputs = np.random.default_rng(5).uniform(0.01, 20, (1024, count)).astype(np.float32)
     want = model(*inputs.T.astype(np.float64))
     np.testing.assert_allclose(run(module, name, inputs).view(np.float32), want, rtol=3e-7)
+
+
+def test_first_and_last_bit(module):
+    values = np.array([0, 1, 8, 1 << 31, 0x00F0] * 8 + [0] * 24, np.uint32)[:, None]
+    want = [int(v & -v).bit_length() + 100 * (32 - v.bit_length()) for v in values[:, 0].tolist()]
+    assert run(module, "counts", values).tolist() == want
 
 
 def test_nearest_integer(module):

@@ -34,6 +34,12 @@ inline T __ldg(const T* pointer) {
   return *pointer;
 }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __clz(int value) { return value ? __builtin_clz(static_cast<unsigned>(value)) : 32; }
+inline float __uint_as_float(unsigned bits) { return emulated::bit_cast<float>(bits); }
+inline float __int_as_float(int bits) { return emulated::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float value) { return emulated::bit_cast<unsigned>(value); }
+inline int __float_as_int(float value) { return emulated::bit_cast<int>(value); }
 
 namespace emulated {
 

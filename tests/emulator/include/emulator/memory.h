@@ -135,6 +135,12 @@ inline void wait_for_all_copies(const char*) { complete_copies(current->group + 
 
 }  // namespace emulated
 
+template <typename T>
+inline T atomicAdd(T* pointer, T value) {
+  T before = *pointer;
+  *pointer = before + value;
+  return before;
+}
 inline std::size_t __cvta_generic_to_shared(const void* pointer) {
   return emulated::shared_address(pointer);
 }
