@@ -1,0 +1,146 @@
+// Loads, stores, shared addresses and asynchronous copies.
+#pragma once
+
+#include "emulator/numbers.h"
+#include "emulator/threads.h"
+
+namespace emulated {
+
+// A 32-bit shared address is a distance from one object of this library; alignment is kept.
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - dynamic_shared);
+}
+
+inline void* shared_pointer(const char* name, uint64_t address, std::size_t bytes) {
+  char* pointer = dynamic_shared + static_cast<int32_t>(static_cast<uint32_t>(address));
+  auto holds = [&](const char* data, std::size_t size) {
+    return pointer >= data && pointer + bytes <= data + size;
+  };
+  bool inside = holds(dynamic_shared, dynamic_shared_bytes);
+  for (const SharedArray& array : shared_arrays) inside |= holds(array.data, array.bytes);
+  if (!inside) {
+    fail(std::string(name) + ": address must lie inside of a shared array, got " +
+         std::to_string(static_cast<int32_t>(address)));
+  }
+  return pointer;
+}
+
+inline void* global_pointer(const char*, const void* address, std::size_t) {
+  return const_cast<void*>(address);
+}
+inline void* global_pointer(const char*, uint64_t address, std::size_t) {
+  return reinterpret_cast<void*>(static_cast<std::uintptr_t>(address));
+}
+inline void* shared_pointer(const char*, const void* address, std::size_t) {
+  return const_cast<void*>(address);
+}
+
+inline const void* offset(const void* address, long bytes) {
+  return static_cast<const char*>(address) + bytes;
+}
+inline uint32_t offset(uint32_t address, long bytes) {
+  return address + static_cast<uint32_t>(bytes);
+}
+inline uint64_t offset(uint64_t address, long bytes) { return address + bytes; }
+
+inline void* aligned(const char* name, void* pointer, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(pointer) % bytes) {
+    fail(std::string(name) + ": address must be a multiple of " + std::to_string(bytes) +
+         " bytes, got " + std::to_string(reinterpret_cast<std::uintptr_t>(pointer) % 128) +
+         " past one of 128");
+  }
+  return pointer;
+}
+
+// Elements of type `Element` in memory; registers may be wider.
+template <typename Element, typename... Registers>
+inline void read(const char* name, void* pointer, Registers&... registers) {
+  auto* from = static_cast<const char*>(
+      aligned(name, pointer, sizeof...(Registers) * sizeof(Element)));
+  auto take = [&](auto& target) {
+    Element element;
+    std::memcpy(&element, from, sizeof(Element));
+    from += sizeof(Element);
+    using Target = std::remove_reference_t<decltype(target)>;
+    if constexpr (sizeof(Target) == sizeof(Element)) {
+      std::memcpy(&target, &element, sizeof(Element));
+    } else {
+      target = static_cast<Target>(element);
+    }
+  };
+  (take(registers), ...);
+}
+
+template <typename Element, typename... Registers>
+inline void write(const char* name, void* pointer, const Registers&... registers) {
+  auto* to = static_cast<char*>(aligned(name, pointer, sizeof...(Registers) * sizeof(Element)));
+  auto put = [&](const auto& source) {
+    if constexpr (sizeof(source) == sizeof(Element)) {
+      std::memcpy(to, &source, sizeof(Element));
+    } else {
+      auto element = static_cast<Element>(source);
+      std::memcpy(to, &element, sizeof(Element));
+    }
+    to += sizeof(Element);
+  };
+  (put(registers), ...);
+}
+
+// Adds to memory, and gives what the first element was.
+template <typename Element, typename... Registers>
+inline Element add_to(const char* name, void* pointer, Registers... values) {
+  auto* to = static_cast<Element*>(aligned(name, pointer, sizeof...(Registers) * sizeof(Element)));
+  Element before = *to;
+  ((*to = static_cast<Element>(*to + static_cast<Element>(values)), ++to), ...);
+  return before;
+}
+
+// A copy happens when it is waited for; until then its target holds garbage.
+inline void copy_async(const char* name, uint32_t to, const void* from, unsigned bytes,
+                       unsigned valid) {
+  void* target = aligned(name, shared_pointer(name, to, bytes), bytes);
+  aligned(name, const_cast<void*>(from), bytes);
+  if (valid > bytes) {
+    fail(std::string(name) + ": source bytes must be at most " + std::to_string(bytes) + ", got " +
+         std::to_string(valid));
+  }
+  std::memset(target, kPoison, bytes);
+  current->copies.push_back({target, from, bytes, valid, current->group});
+}
+inline void copy_async(const char* name, uint32_t to, const void* from, unsigned bytes) {
+  copy_async(name, to, from, bytes, bytes);
+}
+
+inline void commit_copies(const char*) { ++current->group; }
+
+// Completes the copies of all groups before `end`.
+inline void complete_copies(long end) {
+  auto& copies = current->copies;
+  std::size_t kept = 0;
+  for (const Copy& copy : copies) {
+    if (copy.group >= end) {
+      copies[kept++] = copy;
+      continue;
+    }
+    std::memset(copy.to, 0, copy.bytes);
+    std::memcpy(copy.to, copy.from, copy.valid);
+  }
+  copies.resize(kept);
+}
+
+inline void wait_for_copies(const char*, int pending) {
+  complete_copies(current->group - pending);
+}
+inline void wait_for_all_copies(const char*) { complete_copies(current->group + 1); }
+
+}  // namespace emulated
+
+template <typename T>
+inline T atomicAdd(T* pointer, T value) {
+  T before = *pointer;
+  *pointer = before + value;
+  return before;
+}
+inline std::size_t __cvta_generic_to_shared(const void* pointer) {
+  return emulated::shared_address(pointer);
+}

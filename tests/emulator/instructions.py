@@ -1,0 +1,211 @@
+"""PTX instructions, as calls of the functions of ``include/emulator``.
+
+An instruction that is not in the table at the end is an error: what it would have to do is for
+whoever adds it to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+__all__ = ["instruction_statement"]
+
+_GUARDED = re.compile(r"\{ \.reg \.pred p; setp\.ne\.b32 p, (%\d+), 0; @p ([^;]+); \}")
+_OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+_TOKEN = re.compile(r"%\d+|_|0[xX][0-9a-fA-F]+|\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    """A name such as ``ld.global.nc.v2.u32`` and the C++ of its operands, vectors flattened."""
+
+    name: str
+    operands: list[str]
+
+    def call(self, function: str, operands: list[str] | None = None) -> str:
+        """The call of a function that names the instruction in its errors."""
+        arguments = [f'"{self.name}"', *(self.operands if operands is None else operands)]
+        return f"emulated::{function}({', '.join(arguments)})"
+
+
+def instruction_statement(text: str, values: list[str]) -> str | None:
+    """The C++ of one PTX instruction, perhaps under a predicate; None if it is unknown.
+
+    Parameters
+    ----------
+    text
+        Template of the assembly, with ``%0`` for the first operand.
+    values
+        C++ expressions of the operands.
+    """
+    text = " ".join(text.split())
+    if guarded := _GUARDED.fullmatch(text):
+        predicate, text = guarded.groups()
+        statement = instruction_statement(text, values)
+        return statement and f"if (({_value(predicate, values)}) != 0) {{ {statement} }}"
+    name, _, rest = text.rstrip("; ").partition(" ")
+    if ";" in rest:
+        return None
+    operands = [c for operand in _OPERANDS.findall(rest) for c in _flatten(operand, values)]
+    if "L2::cache_hint" in name:
+        operands.pop()
+    for pattern, make in _INSTRUCTIONS:
+        if match := re.fullmatch(pattern, name):
+            return make(_Instruction(name, operands), *match.groups()) + ";"
+    return None
+
+
+def _flatten(operand: str, values: list[str]) -> list[str]:
+    inside = operand.strip("{}[]")
+    if operand.startswith("[") and "+" in inside:
+        base, _, offset = inside.partition("+")
+        return [f"emulated::offset({_value(base, values)}, {int(offset)})"]
+    return [_value(token, values) for token in _TOKEN.findall(inside)]
+
+
+def _value(token: str, values: list[str]) -> str:
+    token = token.strip()
+    return values[int(token[1:])] if token.startswith("%") else token
+
+
+def _result(expression: str) -> Callable[..., str]:
+    """An instruction of one result: ``expression`` of the groups, and of operands {a}, {b}, ..."""
+
+    def make(instruction: _Instruction, *groups: str) -> str:
+        target, *operands = instruction.operands
+        named = dict(zip("abcd", operands, strict=False))
+        return f"emulated::set({target}, {expression.format(*map(_type, groups), **named)})"
+
+    return make
+
+
+_TYPES = {
+    "f16": "emulated::HalfFormat", "bf16": "emulated::Bfloat16Format",
+    "f16x2": "emulated::HalfFormat", "bf16x2": "emulated::Bfloat16Format",
+    "u8": "uint8_t", "s8": "int8_t", "b8": "uint8_t",
+    "u16": "uint16_t", "s16": "int16_t", "b16": "uint16_t",
+    "u32": "uint32_t", "s32": "int32_t", "b32": "uint32_t", "f32": "float",
+    "u64": "uint64_t", "s64": "int64_t", "b64": "uint64_t", "f64": "double",
+}  # fmt: skip
+
+
+def _type(group: str) -> str:
+    return _TYPES.get(group, group)
+
+
+def _named(function: str) -> Callable[..., str]:
+    """A call whose template parameters are the groups."""
+
+    def make(instruction: _Instruction, *groups: str) -> str:
+        parameters = ", ".join(map(_type, groups))
+        return instruction.call(f"{function}<{parameters}>" if parameters else function)
+
+    return make
+
+
+def _mma(function: str) -> Callable[..., str]:
+    def make(instruction: _Instruction, *groups: str) -> str:
+        results, inputs = instruction.operands[:4], instruction.operands[4:]
+        parameters = ", ".join(map(_type, groups))
+        operands = [*results, *(f"emulated::word({value})" for value in inputs)]
+        return instruction.call(f"{function}<{parameters}>", operands)
+
+    return make
+
+
+def _ldmatrix(instruction: _Instruction, trans: str | None) -> str:
+    *registers, address = instruction.operands
+    return instruction.call(
+        f"ldmatrix<{'true' if trans else 'false'}>", [f"uint32_t({address})", *registers]
+    )
+
+
+def _access(function: str) -> Callable[..., str]:
+    """A load, a store or an addition to memory: (space, element type)."""
+
+    def make(instruction: _Instruction, space: str, element: str) -> str:
+        operands = list(instruction.operands)
+        address = operands.pop(-1 if function == "read" else 0)
+        kind = _type(element)
+        pointer = instruction.call(
+            f"{space}_pointer", [address, f"{len(operands)} * sizeof({kind})"]
+        )
+        return instruction.call(f"{function}<{kind}>", [pointer, *operands])
+
+    return make
+
+
+def _atomic(instruction: _Instruction, space: str, element: str) -> str:
+    target, address, value = instruction.operands
+    pointer = instruction.call(f"{space}_pointer", [address, f"sizeof({_type(element)})"])
+    call = instruction.call(f"add_to<{_type(element)}>", [pointer, value])
+    return call if target == "_" else f"emulated::set({target}, {call})"
+
+
+_HINT = r"(?:\.(?:nc|weak|relaxed|cta|gpu|sys|ca|cg|cs|lu|cv|wb|wt|noftz|L[12]::\w+(?:::\w+)?))*"
+_SPACE = r"\.(global|shared)(?:::cta)?"
+_VECTOR = r"(?:\.v[248])?"
+_INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
+    (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32", _mma("mma_m16n8k16")),
+    (
+        r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.([su]8)\.([su]8)\.s32",
+        _mma("mma_m16n8k32"),
+    ),
+    (r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", _named("movmatrix")),
+    (r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(?:::cta)?\.b16", _ldmatrix),
+    (r"cvt\.rn\.(f16x2|bf16x2)\.f32", _result("emulated::pack<{0}>({a}, {b})")),
+    (r"cvt\.rn\.(f16|bf16)\.f32", _result("{0}::encode({a})")),
+    (r"cvt\.f32\.(f16|bf16)", _result("{0}::decode({a})")),
+    (
+        r"prmt\.b32",
+        _result("emulated::prmt(emulated::word({a}), emulated::word({b}), emulated::word({c}))"),
+    ),
+    (
+        r"lop3\.b32",
+        _result(
+            "emulated::lop3(emulated::word({a}), emulated::word({b}), emulated::word({c}), {d})"
+        ),
+    ),
+    (r"and\.b32", _result("emulated::word({a}) & emulated::word({b})")),
+    (r"or\.b32", _result("emulated::word({a}) | emulated::word({b})")),
+    (r"xor\.b32", _result("emulated::word({a}) ^ emulated::word({b})")),
+    (r"not\.b32", _result("~emulated::word({a})")),
+    (r"shl\.b32", _result("emulated::shift_left(emulated::word({a}), emulated::word({b}))")),
+    (
+        r"shr\.([bus]32)",
+        _result("emulated::shift_right({0}(emulated::word({a})), emulated::word({b}))"),
+    ),
+    (r"mul\.lo\.[us]32", _result("emulated::word({a}) * emulated::word({b})")),
+    (r"mul\.hi\.([us]32)", _result("emulated::multiply_high<{0}>({a}, {b})")),
+    (
+        r"mad\.lo\.[us]32",
+        _result("emulated::word({a}) * emulated::word({b}) + emulated::word({c})"),
+    ),
+    (
+        r"dp4a\.([us]32)\.([us]32)",
+        _result("emulated::dp4a<{0}, {1}>(emulated::word({a}), emulated::word({b}), {c})"),
+    ),
+    (r"ex2\.approx(?:\.ftz)?\.f32", _result("exp2f({a})")),
+    (r"lg2\.approx(?:\.ftz)?\.f32", _result("log2f({a})")),
+    (r"rcp\.approx(?:\.ftz)?\.f32", _result("1.0f / ({a})")),
+    (r"rsqrt\.approx(?:\.ftz)?\.f32", _result("rsqrtf({a})")),
+    (r"fma\.rn(?:\.ftz)?\.f32", _result("fmaf({a}, {b}, {c})")),
+    (r"ld" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("read")),
+    (r"st" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("write")),
+    (
+        r"red" + _HINT + _SPACE + r"\.add" + _HINT + _VECTOR + r"\.([us]32|f32)",
+        _access("add_to"),
+    ),
+    (r"atom" + _HINT + _SPACE + r"\.add" + _HINT + r"\.([us]32|f32)", _atomic),
+    (
+        r"cp\.async\.c[ag]\.shared(?:::cta)?\.global" + _HINT,
+        _named("copy_async"),
+    ),
+    (r"cp\.async\.commit_group", _named("commit_copies")),
+    (r"cp\.async\.wait_group", _named("wait_for_copies")),
+    (r"cp\.async\.wait_all", _named("wait_for_all_copies")),
+    (r"griddepcontrol\.(?:wait|launch_dependents)", lambda instruction: "(void)0"),
+    (r"bar(?:rier)?\.sync(?:\.aligned)?", _named("synchronize")),
+]
