@@ -168,6 +168,7 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
             "emulated::lop3(emulated::word({a}), emulated::word({b}), emulated::word({c}), {d})"
         ),
     ),
+    (r"mov\.b32", _result("emulated::word({a})")),
     (r"and\.b32", _result("emulated::word({a}) & emulated::word({b})")),
     (r"or\.b32", _result("emulated::word({a}) | emulated::word({b})")),
     (r"xor\.b32", _result("emulated::word({a}) ^ emulated::word({b})")),
@@ -192,6 +193,7 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"rcp\.approx(?:\.ftz)?\.f32", _result("1.0f / ({a})")),
     (r"rsqrt\.approx(?:\.ftz)?\.f32", _result("rsqrtf({a})")),
     (r"fma\.rn(?:\.ftz)?\.f32", _result("fmaf({a}, {b}, {c})")),
+    (r"fma\.rn(?:\.ftz)?\.sat\.f32", _result("emulated::saturate(fmaf({a}, {b}, {c}))")),
     (r"ld" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("read")),
     (r"st" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("write")),
     (

@@ -11,6 +11,8 @@ from specs import make_batch
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
+from tq_tvm.schedules import decode as space
+
 from emulator import compile_functions
 from emulator.guarded import Guarded
 from tq_tvm import reference
@@ -29,6 +31,14 @@ SHARED = {
     "warps": 2, "tile": 32, "depth": 2, "registers": 128, "query_in_shared": 1,
     "multiply_shifts": 1,
 }  # fmt: skip
+PLANES = {
+    "planes": 1, "warps": 4, "tile": 64, "registers": 168, "query_in_shared": 1, "headroom": 1,
+    "reach": 1,
+}  # fmt: skip
+SMALL_PLANES = {
+    "planes": 1, "warps": 2, "tile": 32, "registers": 256, "query_in_shared": 0, "headroom": 0,
+    "reach": 2,
+}  # fmt: skip
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), REGISTERS),
     "group4_shared": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), SHARED),
@@ -36,7 +46,14 @@ CASES = {
     "group1": (CacheSpec(128, 2, 2, 16, "float16", "bshd"), REGISTERS),
     "head64": (CacheSpec(64, 8, 2, 16, "bfloat16", "bhsd"), REGISTERS),
     "head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SHARED),
+    "planes4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), PLANES),
+    "planes4_half": (CacheSpec(128, 4, 1, 16, "float16", "bhsd"), SMALL_PLANES),
+    "planes6": (CacheSpec(128, 6, 1, 128, "bfloat16", "bshd"), PLANES),
+    "planes16": (CacheSpec(128, 16, 1, 32, "float16", "bshd"), SMALL_PLANES),
+    "planes_head64": (CacheSpec(64, 4, 2, 256, "bfloat16", "bshd"), PLANES),
+    "planes_head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SMALL_PLANES),
 }
+PLANE_CASES = [name for name in CASES if name.startswith("planes")]
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +82,15 @@ def problem(spec, lengths=LENGTHS, scale=1.0):
     return q, batch, want
 
 
-def run(module, spec, q, batch, num_splits, descending=False):
+def run(module, case, q, batch, parts, descending=False, sm_scale=None):
     """The output; nothing around it and the workspace is written."""
+    spec, config = CASES[case]
     out = Guarded(tuple(q.shape), q.dtype)
-    workspace = Guarded((workspace_floats(spec, len(q), num_splits),), torch.float32)
+    floats = workspace_floats(spec, len(q), parts, space.launch(spec, "cuda", config))
+    workspace = Guarded((floats,), torch.float32)
     module["decode"](
         q, *batch.caches, batch.block_table, batch.seq_lens, workspace.tensor, out.tensor,
-        num_splits, spec.head_dim**-0.5, descending=descending,
+        parts, spec.head_dim**-0.5 if sm_scale is None else sm_scale, descending=descending,
     )  # fmt: skip
     out.check()
     workspace.check()
@@ -82,35 +101,107 @@ def relative(got, want):
     return ((got.float() - want).norm() / want.norm()).item()
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_reference(compiled, case, num_splits):
+def test_equals_reference(compiled, case, parts):
     spec, _ = CASES[case]
     q, batch, want = problem(spec)
-    out = run(compiled(case), spec, q, batch, num_splits)
+    out = run(compiled(case), case, q, batch, parts)
     assert relative(out, want) <= LIMIT[q.dtype]
     for got, row in zip(out[1:], want[1:], strict=True):
         assert relative(got, row) <= 2 * LIMIT[q.dtype], "a short sequence hides behind no long one"
     assert bool((out[0] == 0).all()), "an empty sequence gives zeros"
 
 
-@pytest.mark.parametrize("case", ["group4_shared", "group8"])
+@pytest.mark.parametrize("case", ["group4_shared", "group8", "planes4", "planes16"])
 def test_order_of_threads_does_not_matter(compiled, case):
     spec, _ = CASES[case]
     q, batch, _ = problem(spec, [130, 17])
-    orders = [run(compiled(case), spec, q, batch, 2, descending=d) for d in (False, True)]
+    orders = [run(compiled(case), case, q, batch, 2, descending=d) for d in (False, True)]
     assert torch.equal(*orders)
 
 
-def test_large_logits(compiled):
+@pytest.mark.parametrize("case", ["group4", *PLANE_CASES])
+def test_large_logits(compiled, case):
     """Weights concentrate on few tokens, and the running maxima move."""
-    spec, _ = CASES["group4"]
+    spec, _ = CASES[case]
     q, batch, want = problem(spec, [203, 64], scale=4.0)
-    assert relative(run(compiled("group4"), spec, q, batch, 2), want) <= LIMIT[q.dtype]
+    assert relative(run(compiled(case), case, q, batch, 2), want) <= LIMIT[q.dtype]
+
+
+# --- shares of all tokens
+
+
+@pytest.mark.parametrize("parts", [2, 7, 60])
+def test_shares_cross_sequences(compiled, parts):
+    """Many sequences, most of them empty: shares begin and end anywhere."""
+    case = "planes_head64"
+    spec, _ = CASES[case]
+    lengths = [900, 1, 0, 0, 0, 300] + [0] * 40 + [5, 0, 64, 129]
+    q, batch, want = problem(spec, lengths)
+    out = run(compiled(case), case, q, batch, parts)
+    for length, got, row in zip(lengths, out, want, strict=True):
+        if length:
+            assert relative(got, row) <= 2 * LIMIT[q.dtype]
+        else:
+            assert bool((got == 0).all())
+
+
+def test_nothing_to_attend_to(compiled):
+    case = "planes4"
+    q, batch, _ = problem(CASES[case][0], [0, 0])
+    assert bool((run(compiled(case), case, q, batch, 4) == 0).all())
+
+
+# --- integer weights
+
+
+def one_hot_problem(spec, tokens, logit):
+    """One key along every query, so that its logit is ``logit``; the others have logits near 0."""
+    q, batch, _ = problem(spec, [tokens])
+    k, v = (rows("gaussian", tokens, spec.num_kv_heads, spec.head_dim, seed=s) for s in (5, 6))
+    v = v + 0.5
+    q = q.float()
+    q = q / q.norm(dim=-1, keepdim=True) * spec.head_dim**0.5
+    group = spec.group_size
+    k[tokens // 2] = q[0, ::group] * (logit / spec.head_dim**0.5)
+    q = q[:, ::group].repeat_interleave(group, 1).to(getattr(torch, spec.dtype))
+    reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots)
+    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
+    return q, batch, want
+
+
+@pytest.mark.parametrize("case", ["planes4", "planes4_half", "planes6"])
+@pytest.mark.parametrize("logit", [7.5, 30.0, 200.0])
+def test_one_token_among_thousands(compiled, case, logit):
+    """At 7.5, the thousands weigh as much as the one."""
+    q, batch, want = one_hot_problem(CASES[case][0], 2500, logit)
+    assert relative(run(compiled(case), case, q, batch, 1), want) <= LIMIT[q.dtype]
+
+
+@pytest.mark.parametrize("case", ["planes4", "planes6"])
+def test_scale_of_either_sign(compiled, case):
+    spec, _ = CASES[case]
+    q, batch, _ = problem(spec, [150])
+    for sm_scale in (-0.2, 0.0, 0.5):
+        want = reference.paged_decode(
+            spec, q, *batch.caches, batch.block_table, batch.seq_lens, sm_scale=sm_scale
+        )
+        out = run(compiled(case), case, q, batch, 2, sm_scale=sm_scale)
+        assert relative(out, want) <= LIMIT[q.dtype]
+
+
+def test_queries_of_zero_weigh_all_tokens_alike(compiled):
+    case = "planes4"
+    spec, _ = CASES[case]
+    q, batch, _ = problem(spec, [150])
+    q = torch.zeros_like(q)
+    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
+    assert relative(run(compiled(case), case, q, batch, 1), want) <= LIMIT[q.dtype]
 
 
 def test_wrong_arguments_are_refused_by_the_launcher(compiled):
     spec, _ = CASES["group4"]
     q, batch, _ = problem(spec, [5])
     with pytest.raises(ValueError, match=r"argument #0"):
-        run(compiled("group4"), spec, q[..., :64].contiguous(), batch, 1)
+        run(compiled("group4"), "group4", q[..., :64].contiguous(), batch, 1)

@@ -26,6 +26,7 @@ __all__ = [
     "ptx",
     "reduce_lanes",
     "shared",
+    "shuffle",
     "shuffle_xor",
     "store",
     "u32",
@@ -83,6 +84,11 @@ def mma(instruction: str, result, a, b, c) -> None:
 def barrier() -> None:
     """``__syncthreads``."""
     I.evaluate(T.tvm_storage_sync("shared"))
+
+
+def shuffle(value, lane):
+    """The value of a lane."""
+    return T.cuda.__shfl_sync(u32(FULL_WARP), value, lane, 32)
 
 
 def shuffle_xor(value, mask: int):

@@ -43,6 +43,9 @@ inline int __float_as_int(float value) { return emulated::bit_cast<int>(value); 
 
 namespace emulated {
 
+// Clamped to [0, 1]; not a number becomes 0.
+inline float saturate(float value) { return value > 0.0f ? fminf(value, 1.0f) : 0.0f; }
+
 // The 32 bits of a register operand, whatever its C++ type.
 template <typename T>
 inline uint32_t word(T value) {

@@ -1,0 +1,390 @@
+r"""``fill`` on NVIDIA GPUs, rotating by tensor cores: the threads of ``kernels.fill``'s equation.
+
+One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the other:
+
+1. reads them in 16-byte pieces (8 at D = 64) and rotates them by tensor cores (`hadamard_cuda`):
+   exact, since rows have 8 or 11 bits a value, the matrix has ones and minus ones, and sums are
+   float32. The sign of the result is turned, so that a zero, which comes as +0, is told from a
+   positive value by its sign;
+2. finds the squared norms as the diagonal of the product of the rows with themselves;
+3. encodes by comparing magnitudes with the boundaries times the norm: a steep difference, cut off
+   at 0 and 1, is a comparison f on the multiplier's pipe. The level is the sum of f, the centroid
+   c_0 + sum f_i (c_(i+1) - c_i). Codes of opposite values mirror each other, so a code is the
+   middle of its range plus a distance with the value's sign: level + 1/2, for K with 4 more or less
+   as the residual's magnitude is positive or negative. Distances times powers of two add up, in float32,
+   to two bytes at a time;
+4. writes 8 bytes a lane and side (4 at D = 64), and the scales.
+
+A lane ``(g, t)``, g = lane / 4, t = lane % 4, works on row g and on the coordinates whose bits 3
+and 4 (2 and 3 at D = 64) are ``t``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.device import (
+    as_bits,
+    as_float,
+    byte_perm,
+    f32,
+    i32,
+    let,
+    local,
+    loop,
+    mma,
+    ptx,
+    reduce_lanes,
+    shuffle,
+    shuffle_xor,
+    store,
+    u32,
+    when,
+)
+from tq_tvm.kernels.hadamard_cuda import (
+    PRODUCTS,
+    RowBits,
+    hadamard_words,
+    numbers,
+    rotate_rows,
+)
+from tq_tvm.spec import NORM_EPS, CacheSpec, Codec
+
+__all__ = ["FillConfig", "fill_cuda"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FillConfig:
+    """The decisions of one kernel; ``schedules/fill.py`` says what each one trades."""
+
+    warps: int
+    tiles: int
+    contracted: int
+    sides: int
+    registers: int
+
+
+_SIGN = 0x80000000
+_STEEP = 2.0**60
+"""A difference of floats times this is above one, if it is not zero."""
+
+_MAGIC = 1.5 * 2**22
+"""A float of this size has a unit of a half."""
+
+
+def _bits(value: float) -> int:
+    return int.from_bytes(struct.pack("<f", value), "little")
+
+
+class _Side:
+    """K or V of 8 rows."""
+
+    def __init__(self, row: RowBits, spec: CacheSpec, codec: Codec, name: str, sign) -> None:
+        self.row, self.codec, self.name, self._sign = row, codec, name, sign
+        self.dtype = spec.dtype
+        self.words = local(spec.head_dim // 8, "uint32")
+        self.value = local(spec.head_dim // 4, "float32")
+
+    def load(self, flat, address) -> None:
+        """Read the row; ``address`` is the lane's first element."""
+        count = self.row.piece // 2
+        for piece in range(self.row.pieces):
+            at = address + T.int64(piece * 4 * self.row.piece)
+            words = [self.words[piece * count + i] for i in range(count)]
+            ptx(f"ld.global.nc.L1::no_allocate.v{count}.u32", *words, flat.ptr_to([at]))
+
+    def squared_norm(self, g):
+        """Sum of squares of the row: the diagonal of the rows times themselves."""
+        row = self.row
+        sums = local((2, 4), "float32")
+        for n, coordinate in enumerate(numbers(sorted(row.inner + row.rest))):
+            a = row.operand(self.words, coordinate)
+            for x in range(2):
+                result = [sums[x, e] for e in range(4)]
+                start = result if n else [f32(0)] * 4
+                mma(PRODUCTS[self.dtype], result, a, [a[x], a[2 + x]], start)
+        own = [T.Select(g % 2 == 1, sums[x, 2 * x + 1], sums[x, 2 * x]) for x in range(2)]
+        return let(shuffle(own[0] + own[1], g * 4 + g // 2))
+
+    def rotate(self, ones) -> None:
+        """``value`` becomes minus the rotated row, unscaled."""
+        rotate_rows(self.row, self.dtype, self.words, ones, self.value)
+
+    def encode(self, squared_norm):
+        """Codes of the row as words, its norm, and its residual's RMS or None."""
+        codec, dim, row = self.codec, self.row.dim, self.row
+        norm = let(T.sqrt(squared_norm + f32(NORM_EPS)))
+        levels = [c for c in codec.centroids if c > 0]
+        bounds = [b for b in codec.boundaries if b > 0]
+        bound, step = local(len(bounds), "float32"), local(len(levels), "float32")
+        for i, b in enumerate(bounds):
+            store(bound, norm * f32(-b * _STEEP), i)
+        for i, level in enumerate(levels):
+            store(step, norm * f32(level - levels[i - 1] if i else level), i)
+        squares = local(1, "float32")
+        store(squares, f32(0))
+        per_byte = codec.codes_per_byte
+        bytes_ = dim // per_byte
+        mine = [c for c in map(row.coordinate, range(dim // 4)) if c < bytes_]
+        sums = local(len(mine) // 2, "float32")
+        for n, byte in enumerate(mine):
+            if n % 2 == 0:
+                # Every code starts from the middle of its range.
+                store(sums, f32(_MAGIC + 32767.5), n // 2)
+            for field in range(per_byte):
+                value = self.value[row.slot(byte + field * bytes_)]
+                weight = float(1 << (8 * (n % 2) + codec.bits * field))
+                signed = self._code(value, bound, step, squares)
+                store(sums, sums[n // 2] - signed * f32(weight), n // 2)
+        words = local(len(mine) // 4, "uint32")
+        for w in range(len(mine) // 4):
+            halves = [let(T.shift_right(as_bits(sums[2 * w + i]), u32(1))) for i in range(2)]
+            store(words, byte_perm(halves[0], halves[1], 0x5410), w)
+        if not codec.residual_sign:
+            return words, norm, None
+        reduce_lanes(squares, 0, lambda a, b: a + b, (1, 2))
+        inverse = let(f32(dim**-0.5) / norm)
+        mean = squares[0] * inverse * inverse + f32(NORM_EPS)
+        return words, norm, let(T.sqrt(mean) * f32(dim**-0.5))
+
+    def _code(self, value, bound, step, squares):
+        """Distance of a code from the middle of its range, with the sign of ``value``."""
+        count = len([b for b in self.codec.boundaries if b > 0])
+        above, code, rest = (local(n, "float32") for n in (count, 1, 2))
+        magnitude = let(T.fabs(value))
+        store(code, f32(0.5))
+        for i in range(count):
+            # One where the magnitude is above the boundary, else zero.
+            ptx("fma.rn.ftz.sat.f32", above[i], magnitude, f32(_STEEP), bound[i])
+            store(code, code[0] + above[i])
+        if self.codec.residual_sign:
+            store(rest, step[0], 0)
+            for i in range(count):
+                store(rest, rest[0] + above[i] * step[i + 1], 0)
+            store(rest, magnitude - rest[0], 0)
+            store(squares, squares[0] + rest[0] * rest[0])
+            store(rest, self._with_sign_of(rest[0], float(count + 1)), 1)
+            store(code, code[0] + rest[1])
+        signed = local(1, "uint32")
+        store(signed, T.bitwise_xor(as_bits(code[0]), T.bitwise_and(as_bits(value), self._sign)))
+        return as_float(signed[0])
+
+    def _with_sign_of(self, value, magnitude: float):
+        word = local(1, "uint32")
+        sign = T.bitwise_and(as_bits(value), self._sign)
+        store(word, T.bitwise_or(sign, u32(_bits(magnitude))))
+        return as_float(word[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arguments:
+    """Flat views of the arguments, and strides."""
+
+    rows: dict[str, Any]
+    row_stride: dict[str, Any]
+    codes: dict[str, Any]
+    metas: dict[str, Any]
+    code_stride: dict[str, Any]
+    meta_stride: dict[str, Any]
+
+
+def _flat(matched) -> Any:
+    buffer = matched.buffer
+    return I.decl_buffer(
+        (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
+    )
+
+
+def _arguments(k_rows, v_rows, caches) -> _Arguments:
+    k_cache, v_cache, k_meta, v_meta = caches
+    return _Arguments(
+        rows={"k": _flat(k_rows), "v": _flat(v_rows)},
+        row_stride={"k": k_rows.strides[0], "v": v_rows.strides[0]},
+        codes={"k": _flat(k_cache), "v": _flat(v_cache)},
+        metas={"k": _flat(k_meta), "v": _flat(v_meta)},
+        code_stride={"k": k_cache.strides[0], "v": v_cache.strides[0]},
+        meta_stride={"k": k_meta.strides[0], "v": v_meta.strides[0]},
+    )
+
+
+def _emit(
+    spec: CacheSpec, config: FillConfig, arguments: _Arguments, tokens, block, side, thread, slot_of
+) -> None:
+    """8 rows of a warp; ``slot_of(token)`` says where a token goes, negative for nowhere."""
+    fmt, heads = spec.cache_format, spec.num_kv_heads
+    codecs = {"k": fmt.key, "v": fmt.value}
+    row = RowBits(spec, config.contracted)
+    warp, lane = let(thread // 32), let(thread % 32)
+    g, t = let(lane // 4), let(lane % 4)
+    total = let(T.cast(tokens, "int32") * heads)
+    # Zeros that the compiler does not know, so that it keeps what they are added to.
+    zero = let(T.shift_right(total + lane, 31))
+    zeros = [let(T.cast(shuffle_xor(zero, 1 << i), "uint32")) for i in range(5)]
+    ones = hadamard_words(spec.dtype, g, t, zeros)
+    # Of two constants in an operation it would make two instructions.
+    sign = local(1, "uint32")
+    store(sign, T.shift_left(zeros[4] + u32(1), u32(31)))
+    first, last = local(1, "int32"), local(1, "int32")
+    store(first, (T.cast(block, "int32") * config.warps + warp) * (8 * config.tiles))
+    store(last, T.min(first[0] + 8 * config.tiles, total))
+
+    def work(names: tuple[str, ...]) -> None:
+        index, token, head = (local(1, "int32") for _ in range(3))
+        # Rows past the end repeat the last one and write nothing.
+        store(index, T.min(first[0] + g, total - 1))
+        store(token, T.truncdiv(index[0], heads))
+        store(head, T.truncmod(index[0], heads))
+        sides = []
+        for name in names:
+            one_side = _Side(row, spec, codecs[name], name, sign[0])
+            inside = T.cast(head[0] * spec.head_dim + t * row.piece, "int64")
+            at = T.cast(token[0], "int64") * arguments.row_stride[name] + inside
+            one_side.load(arguments.rows[name], let(at))
+            sides.append(one_side)
+        slot = local(1, "int64")
+        store(slot, slot_of(token[0]))
+        for one_side in sides:
+            squared = one_side.squared_norm(g)
+            one_side.rotate(ones)
+            encoded = one_side.encode(squared)
+            where = (slot[0], head[0], first[0] + g < total)
+            _write(spec, arguments, one_side, t, where, encoded)
+        store(first, first[0] + 8)
+
+    # A warp whose rows all lie past the end has nothing to exchange either.
+    if config.sides == 1:
+        with loop(first[0] < last[0]):
+            work(("k", "v"))
+    else:
+        with I.If(side == 0):
+            with I.Then(), loop(first[0] < last[0]):
+                work(("k",))
+            with I.Else(), loop(first[0] < last[0]):
+                work(("v",))
+
+
+def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded) -> None:
+    """Codes of a lane, and by one lane of a row the scales."""
+    slot, head, exists = where
+    words, norm, residual = encoded
+    name, row, size = side.name, side.row, spec.page_size
+    codec = side.codec
+
+    def inside(page, offset, width: int, stride):
+        place = offset * spec.num_kv_heads + head if spec.layout == "bshd" else head * size + offset
+        return page * stride + T.cast(place * width, "int64")
+
+    with when(T.And(exists, slot >= T.int64(0))):
+        page = let(T.shift_right(slot, T.int64(size.bit_length() - 1)))
+        offset = let(T.cast(T.bitwise_and(slot, T.int64(size - 1)), "int32"))
+        width = codec.packed_bytes(spec.head_dim)
+        codes = let(inside(page, offset, width, arguments.code_stride[name]))
+        count = row.piece // 4
+        kind = "u32" if count == 1 else f"v{count}.u32"
+        for n in range(width // (4 * row.piece)):
+            at = codes + T.cast(t * row.piece, "int64") + T.int64(n * 4 * row.piece)
+            pieces = [words[n * count + i] for i in range(count)]
+            ptx(f"st.global.{kind}", arguments.codes[name].ptr_to([at]), *pieces)
+        with when(t == 0):
+            count = len(codec.meta)
+            metas = let(inside(page, offset, count, arguments.meta_stride[name]))
+            for i, scale in enumerate((norm, residual)[:count]):
+                store(arguments.metas[name], T.cast(scale, spec.dtype), metas + T.int64(i))
+
+
+def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
+    """The TensorIR of ``fill_table`` or ``fill_slots`` for one configuration."""
+    dim, heads, dtype = spec.head_dim, spec.num_kv_heads, spec.dtype
+    threads = 32 * config.warps
+    resident = max(1, 65536 // (threads * config.registers))
+    rows = 8 * config.warps * config.tiles
+
+    def blocks(tokens):
+        return (tokens * heads + (rows - 1)) // rows
+
+    def emit(k, v, caches, tokens, block, side, thread, slot_of):
+        _emit(spec, config, _arguments(k, v, caches), tokens, block, side, thread, slot_of)
+
+    def slot_in_table(table, lens, starts, batch):
+        def slot_of(token):
+            low, high, probe = (local(1, "int32") for _ in range(3))
+            store(low, i32(0))
+            store(high, T.cast(batch, "int32"))
+            with loop(high[0] - low[0] > 1):
+                store(probe, T.truncdiv(low[0] + high[0], 2))
+                with I.If(starts[probe[0]] <= token):
+                    with I.Then():
+                        store(low, probe[0])
+                    with I.Else():
+                        store(high, probe[0])
+            position = let(lens[low[0]] - starts[low[0] + 1] + token)
+            slot = local(1, "int64")
+            store(slot, T.int64(-1))
+            with when(T.And(token < starts[batch], position >= 0)):
+                size = spec.page_size
+                page = T.cast(table[low[0], T.truncdiv(position, size)], "int64")
+                store(slot, page * size + T.cast(T.truncmod(position, size), "int64"))
+            return slot[0]
+
+        return slot_of
+
+    @T.prim_func(s_tir=True)
+    def by_slots(
+        k: T.handle,
+        v: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        slot_mapping: T.handle,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        n = T.int64()
+        p = T.int64()
+        k_rows = T.meta_var(pages.match_rows(k, n, heads, dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, heads, dim, dtype))
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        SM = T.match_buffer(slot_mapping, (n,), "int64", align=8)
+        for by in T.thread_binding(config.sides, thread="blockIdx.y"):
+            for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
+                for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
+                    emit(k_rows, v_rows, caches, n, bx, by, tx, lambda token: SM[token])
+
+    @T.prim_func(s_tir=True)
+    def by_block_table(
+        k: T.handle,
+        v: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        q_start_loc: T.handle,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        n = T.int64()
+        p = T.int64()
+        b = T.int64()
+        w = T.int64()
+        k_rows = T.meta_var(pages.match_rows(k, n, heads, dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, heads, dim, dtype))
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
+        for by in T.thread_binding(config.sides, thread="blockIdx.y"):
+            for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
+                for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
+                    emit(k_rows, v_rows, caches, n, bx, by, tx, slot_in_table(BT, SL, QS, b))
+
+    return by_block_table if by_table else by_slots

@@ -1,0 +1,415 @@
+r"""``flatten`` on NVIDIA GPUs, by look-ups: the threads of ``kernels.flatten``'s equation.
+
+One launch. Several lanes take a row (output token, KV head), K and V. A row has 16 different keys,
+a value and its negative eight times: ``-key(code) = key(code ^ 15)``. So a lane works out the 8 keys
+of a positive residual once, in the model's dtype, low and high bytes apart in four words, and
+``prmt`` looks up four codes' bytes at a time; codes of a negative residual are turned before, and
+the signs of what was found after. V has four values and no turning. Two more ``prmt`` put the bytes
+of four values together, in the order of the coordinates.
+
+In the rotated domain eight lanes take a row. A lane's bytes of it are contiguous, and so are the
+lanes' writes: 16 bytes of K and 8 of V each, at D = 128.
+
+To rotate back, four lanes take a row and look up halves of unit scale, which tensor cores rotate
+(`hadamard_cuda`); the norm is applied in float32 at the end. Halves round to 2^-12 of a value, an
+eighth of what bfloat16 rounds the result by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.device import (
+    byte_perm,
+    f32,
+    from_half,
+    high_half,
+    i32,
+    let,
+    local,
+    loop,
+    low_half,
+    ptx,
+    shuffle_xor,
+    store,
+    u32,
+    when,
+)
+from tq_tvm.kernels.hadamard_cuda import RowBits, hadamard_words, rotate_rows
+from tq_tvm.spec import CacheSpec, Codec
+
+__all__ = ["FlattenConfig", "flatten_cuda"]
+
+_PAIR = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlattenConfig:
+    """The decisions of one kernel; ``schedules/flatten.py`` says what each one trades."""
+
+    warps: int
+    rows: int
+    tiles: int
+    registers: int
+    contracted: int = 0
+
+
+class _Table:
+    """Values of a row by code, as words of low and of high bytes."""
+
+    def __init__(self, dtype: str, values: list) -> None:
+        pairs = local(len(values) // 2, "uint32")
+        for i in range(len(values) // 2):
+            ptx(_PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
+        self.low, self.high = (local(2, "uint32") for _ in range(2))
+        for i in range(len(values) // 4):
+            store(self.low, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420), i)
+            store(self.high, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531), i)
+        if len(values) == 4:
+            store(self.low, self.low[0], 1)
+            store(self.high, self.high[0], 1)
+
+    def find(self, selector, signs=None):
+        """Four values as words: of codes 0 and 2 of the selector, and of codes 1 and 3."""
+        low, high, words = (local(n, "uint32") for n in (1, 1, 2))
+        ptx("prmt.b32", low[0], self.low[0], self.low[1], selector)
+        ptx("prmt.b32", high[0], self.high[0], self.high[1], selector)
+        if signs is not None:
+            store(high, T.bitwise_xor(high[0], signs))
+        store(words, byte_perm(low[0], high[0], 0x6240), 0)
+        store(words, byte_perm(low[0], high[0], 0x7351), 1)
+        return words
+
+
+def _find_keys(table: _Table, word):
+    """Values of a word of K: ``[nibble, half]``, two neighbouring coordinates each."""
+    turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
+    found = local((2, 2), "uint32")
+    # The top bit of every nibble whose residual is negative, and seven below it.
+    store(turned, T.bitwise_and(T.bitwise_not(word), u32(0x88888888)))
+    sevens = turned[0] - T.shift_right(turned[0], u32(3))
+    store(selector, T.bitwise_and(T.bitwise_xor(word, sevens), u32(0x77777777)), 0)
+    store(selector, T.shift_right(selector[0], u32(16)), 1)
+    for half in range(2):
+        nibbles = turned[0] if half == 0 else T.shift_right(turned[0], u32(16))
+        # 0x80 for a nibble of 0, 0xFF for 8: its copy of the top bit.
+        ptx("prmt.b32", signs[half], u32(0x80808080), u32(0x80808080), nibbles)
+        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(0x80808080)), half)
+        words = table.find(selector[half], signs[half])
+        for nibble in range(2):
+            store(found, words[nibble], nibble, half)
+    return found
+
+
+def _find_values(table: _Table, word):
+    """Values of a word of V: ``[field, half]``."""
+    found, selector = local((4, 2), "uint32"), local(2, "uint32")
+    for odd in range(2):
+        fields = T.shift_right(word, u32(2)) if odd else word
+        store(selector, T.bitwise_and(fields, u32(0x33333333)), 0)
+        store(selector, T.shift_right(selector[0], u32(16)), 1)
+        for half in range(2):
+            words = table.find(selector[half])
+            for upper in range(2):
+                store(found, words[upper], 2 * upper + odd, half)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cache:
+    """Flat views of codes and metas of one side, and their page strides."""
+
+    codes: Any
+    metas: Any
+    code_stride: Any
+    meta_stride: Any
+
+
+class _Side:
+    """K or V of a lane's part of a row: codes, scales, and what becomes of them."""
+
+    def __init__(self, spec: CacheSpec, codec: Codec, cache: _Cache, lanes: int) -> None:
+        self.spec, self.codec, self._cache = spec, codec, cache
+        self.bytes = codec.packed_bytes(spec.head_dim) // lanes
+        self.codes = local(max(1, self.bytes // 4), "uint32")
+        self.meta = local(1, "uint32")
+
+    def load(self, page, place, part) -> None:
+        """Read codes and scales of the row at ``place`` of a page."""
+        cache, count = self._cache, len(self.codec.meta)
+        width = self.codec.packed_bytes(self.spec.head_dim)
+        codes = let(page * cache.code_stride + T.cast(place * width, "int64"))
+        self._load_codes(lambda at: cache.codes.ptr_to([codes + at]), part)
+        metas = cache.metas.ptr_to([page * cache.meta_stride + T.cast(place * count, "int64")])
+        if count == 2:
+            ptx("ld.global.nc.u32", self.meta[0], metas)
+        else:
+            short = local(1, "uint16")
+            ptx("ld.global.nc.u16", short[0], metas)
+            store(self.meta, T.cast(short[0], "uint32"))
+
+    def _load_codes(self, pointer: Callable[[Any], Any], part) -> None:
+        at = pointer(T.cast(part * self.bytes, "int64"))
+        if self.bytes < 4:
+            short = local(1, "uint16")
+            ptx("ld.global.nc.u16", short[0], at)
+            store(self.codes, T.cast(short[0], "uint32"))
+        else:
+            _access("ld.global.nc.L1::no_allocate", self.codes, 0, self.bytes // 4, at)
+
+    def blank(self) -> None:
+        """Codes and scales of a row of zeros, all of them positive."""
+        for i in range(max(1, self.bytes // 4)):
+            store(self.codes, u32(0x88888888 if self.codec.residual_sign else 0xAAAAAAAA), i)
+        store(self.meta, u32(0))
+
+    def _scales(self):
+        """Norm and, for a codec with signs, residual."""
+        dtype = self.spec.dtype
+        if self.codec.residual_sign:
+            return let(low_half(dtype, self.meta[0])), let(high_half(dtype, self.meta[0]))
+        return let(from_half(dtype, self.meta[0])), None
+
+    def write(self, out, row, part) -> None:
+        """Write the values; ``row`` is the index of the row's first element."""
+        spec, codec = self.spec, self.codec
+        norm, residual = self._scales()
+        sigma = spec.head_dim**-0.5
+        values = [norm * f32(c * sigma) for c in codec.centroids]
+        if residual is not None:
+            shift = let(norm * residual)
+            values = [value + shift for value in values]
+        table = _Table(spec.dtype, values)
+        find = _find_keys if codec.residual_sign else _find_values
+        fields, words = codec.codes_per_byte, max(1, self.bytes // 2)
+        found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
+        for i in range(max(1, self.bytes // 4)):
+            part_found = find(table, self.codes[i])
+            for field in range(fields):
+                for half in range(2):
+                    store(found, part_found[field, half], field, 2 * i + half)
+        for field in range(fields):
+            first = field * (spec.head_dim // fields)
+            at = row + T.cast(first + part * self.bytes, "int64")
+            line = local(words, "uint32")
+            for i in range(words):
+                store(line, found[field, i], i)
+            for i in range(0, words, 4):
+                _access("st.global", line, i, min(4, words - i), out.ptr_to([at + T.int64(2 * i)]))
+
+
+class _RotatedSide(_Side):
+    """The same, rotated back: the warp writes 8 rows together."""
+
+    def __init__(
+        self, spec: CacheSpec, codec: Codec, cache: _Cache, row: RowBits, ones: Any
+    ) -> None:
+        super().__init__(spec, codec, cache, 4)
+        self._row, self._ones = row, ones
+
+    def _load_codes(self, pointer: Callable[[Any], Any], part) -> None:
+        piece = self._row.piece
+        for n in range(self.bytes // piece):
+            at = pointer(T.cast(part * piece + n * 4 * piece, "int64"))
+            words = piece // 4
+            _access("ld.global.nc.L1::no_allocate", self.codes, n * words, words, at)
+
+    def rotated(self):
+        """Values of a lane in order of their coordinates, in pairs of the model's dtype."""
+        spec, codec, row = self.spec, self.codec, self._row
+        norm, residual = self._scales()
+        values = [f32(c) for c in codec.centroids]
+        if residual is not None:
+            shift = let(residual * f32(spec.head_dim**0.5))
+            values = [value + shift for value in values]
+        table = _Table("float16", values)
+        find = _find_keys if codec.residual_sign else _find_values
+        words = local(spec.head_dim // 8, "uint32")
+        bytes_ = codec.packed_bytes(spec.head_dim)
+        for i in range(self.bytes // 4):
+            found = find(table, self.codes[i])
+            for field in range(codec.codes_per_byte):
+                for half in range(2):
+                    coordinate = row.coordinate(4 * i) + 2 * half + field * bytes_
+                    store(words, found[field, half], row.slot(coordinate) // 2)
+        value = local(spec.head_dim // 4, "float32")
+        rotate_rows(row, "float16", words, self._ones, value)
+        scale = let(norm * f32(-1 / spec.head_dim))
+        pairs = local(spec.head_dim // 8, "uint32")
+        for i in range(spec.head_dim // 8):
+            ptx(_PAIR[spec.dtype], pairs[i], value[2 * i + 1] * scale, value[2 * i] * scale)
+        return pairs
+
+    def write_rotated(self, pairs, out, row, part) -> None:
+        """Write what `rotated` gave."""
+        piece = self._row.piece
+        for n in range(self._row.pieces):
+            at = out.ptr_to([row + T.cast(part * piece + n * 4 * piece, "int64")])
+            _access("st.global", pairs, n * (piece // 2), piece // 2, at)
+
+
+def _access(operation: str, words, first: int, count: int, address) -> None:
+    """Read or write ``count`` neighbouring words at once."""
+    kind = "u32" if count == 1 else f"v{count}.u32"
+    registers = [words[first + i] for i in range(count)]
+    operands = (address, *registers) if operation.startswith("st") else (*registers, address)
+    ptx(f"{operation}.{kind}", *operands)
+
+
+def _flat(matched) -> Any:
+    buffer = matched.buffer
+    return I.decl_buffer(
+        (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
+    )
+
+
+def _emit(
+    spec: CacheSpec,
+    config: FlattenConfig,
+    unrotated: bool,
+    caches: list,
+    tables: tuple,
+    outputs: list,
+    sizes: tuple,
+    block,
+    thread,
+) -> None:
+    """``tiles`` times ``rows`` rows of a lane."""
+    block_table, seq_lens, start_loc = tables
+    tokens, batch = sizes
+    fmt, heads, size = spec.cache_format, spec.num_kv_heads, spec.page_size
+    k_cache, v_cache, k_meta, v_meta = caches
+    lanes = _lanes(unrotated)
+    abreast = 32 // lanes
+    codecs = (fmt.key, fmt.value)
+    flat = [
+        _Cache(_flat(codes), _flat(metas), codes.strides[0], metas.strides[0])
+        for codes, metas in ((k_cache, k_meta), (v_cache, v_meta))
+    ]
+    out = [_flat(o) for o in outputs]
+    lane = let(thread % 32)
+    own, part = let(lane // lanes), let(lane % lanes)
+    total = let(T.cast(tokens, "int32") * heads)
+    if unrotated:
+        # Zeros that the compiler does not know, so that it keeps what they are added to.
+        zero = let(T.shift_right(total + lane, 31))
+        zeros = [let(T.cast(shuffle_xor(zero, 1 << i), "uint32")) for i in range(4)]
+        bits = RowBits(spec, config.contracted)
+        ones = hadamard_words("float16", let(lane // 4), let(lane % 4), zeros)
+        sides = [_RotatedSide(spec, c, f, bits, ones) for c, f in zip(codecs, flat, strict=True)]
+    share = abreast * config.rows * config.tiles
+    first, last = local(1, "int32"), local(1, "int32")
+    store(first, (T.cast(block, "int32") * config.warps + thread // 32) * share)
+    store(last, T.min(first[0] + share, total))
+    low, high, probe = (local(1, "int32") for _ in range(3))
+    store(low, i32(0))
+    store(high, T.cast(batch, "int32"))
+    start = let(T.truncdiv(first[0] + own, heads))
+    # The last sequence that starts at or before the token; an empty one shares its start with the
+    # next one, which is found.
+    with when(first[0] < last[0]), loop(high[0] - low[0] > 1):
+        store(probe, T.truncdiv(low[0] + high[0], 2))
+        with I.If(start_loc[probe[0]] <= start):
+            with I.Then():
+                store(low, probe[0])
+            with I.Else():
+                store(high, probe[0])
+
+    def read(row, both: list) -> None:
+        """Rows past the end repeat the last one."""
+        token = let(T.truncdiv(row, heads))
+        following = T.cast(batch, "int32") - 1
+        later = T.if_then_else(low[0] < following, start_loc[low[0] + 1] <= token, T.bool(False))
+        with loop(later):
+            store(low, low[0] + 1)
+        position = let(token - start_loc[low[0]])
+        for side in both:
+            side.blank()
+        with when(T.And(position >= 0, position < seq_lens[low[0]])):
+            page = let(T.cast(block_table[low[0], T.truncdiv(position, size)], "int64"))
+            offset, head = T.truncmod(position, size), T.truncmod(row, heads)
+            place = let(offset * heads + head if spec.layout == "bshd" else head * size + offset)
+            for side in both:
+                side.load(page, place, part)
+
+    def target(row, n: int):
+        token, head = T.truncdiv(row, heads), T.truncmod(row, heads)
+        inside = T.cast(head * spec.head_dim, "int64")
+        return let(T.cast(token, "int64") * outputs[n].strides[0] + inside)
+
+    with loop(first[0] < last[0]):
+        if unrotated:
+            row = let(first[0] + own)
+            read(let(T.min(row, total - 1)), sides)
+            # Products need all lanes; writes do not.
+            for n, side in enumerate(sides):
+                pairs = side.rotated()
+                with when(row < last[0]):
+                    side.write_rotated(pairs, out[n], target(row, n), part)
+        else:
+            group = [
+                [_Side(spec, c, f, lanes) for c, f in zip(codecs, flat, strict=True)]
+                for _ in range(config.rows)
+            ]
+            for i, both in enumerate(group):
+                read(let(T.min(first[0] + own + i * abreast, total - 1)), both)
+            for i, both in enumerate(group):
+                row = let(first[0] + own + i * abreast)
+                with when(row < last[0]):
+                    for n, side in enumerate(both):
+                        side.write(out[n], target(row, n), part)
+        store(first, first[0] + abreast * config.rows)
+
+
+def _lanes(unrotated: bool) -> int:
+    """Lanes of a row."""
+    return 4 if unrotated else 8
+
+
+def flatten_cuda(spec: CacheSpec, config: FlattenConfig, unrotated: bool) -> PrimFunc:
+    """The TensorIR of ``flatten`` or ``flatten_unrotated`` for one configuration.
+
+    Rotating back takes one row of a lane at a time: ``rows`` is 1.
+    """
+    dim, heads, dtype = spec.head_dim, spec.num_kv_heads, spec.dtype
+    threads = 32 * config.warps
+    resident = max(1, 65536 // (threads * config.registers))
+    rows = threads // _lanes(unrotated) * config.rows * config.tiles
+
+    @T.prim_func(s_tir=True)
+    def main(
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        start_loc: T.handle,
+        k_out: T.handle,
+        v_out: T.handle,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        n = T.int64()
+        p = T.int64()
+        b = T.int64()
+        w = T.int64()
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        ST = T.match_buffer(start_loc, (b,), "int32", align=4)
+        k_rows = T.meta_var(pages.match_rows(k_out, n, heads, dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v_out, n, heads, dim, dtype))
+        for bx in T.thread_binding((n * heads + (rows - 1)) // rows, thread="blockIdx.x"):
+            for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
+                _emit(
+                    spec, config, unrotated, caches, (BT, SL, ST), [k_rows, v_rows], (n, b), bx, tx
+                )
+
+    return main

@@ -1,0 +1,122 @@
+"""Rotating rows by tensor cores: what `fill_cuda` and `flatten_cuda` share.
+
+A Hadamard matrix is a product of 2 x 2 factors, one a bit of the coordinate. The tensor core takes
+the bits that lie across lanes and two to four more, by ``mma.m16n8k16`` with a matrix of ones and
+minus ones; the bits that are left take an addition a value each, inside a lane.
+
+A warp has 8 rows. A lane ``(g, t)``, g = lane / 4, t = lane % 4, has those coordinates of row g
+whose bits 3 and 4 (2 and 3 at D = 64) are ``t``. A row that is read in 16-byte pieces (8 at
+D = 64), or looked up in words of two values, is an operand as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels.device import f32, let, local, mma, store, u32
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["PRODUCTS", "RowBits", "hadamard_words", "numbers", "rotate_rows"]
+
+PRODUCTS = {
+    "float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+    "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+}
+_ONE = {"float16": 0x3C00, "bfloat16": 0x3F80}
+
+
+class RowBits:
+    """Where the bits of a coordinate are.
+
+    Bit 0 is inside a word of two values, bit 1 tells the two rows of an operand, ``deep`` the two
+    words of a row of it: a piece that was read, or two, is an operand as it is.
+    """
+
+    def __init__(self, spec: CacheSpec, contracted: int) -> None:
+        self.dim = spec.head_dim
+        bits = self.dim.bit_length() - 1
+        # Pieces of 8 values a lane, or of 4, so that the bytes of V's fields stay in a lane.
+        self.lane_bit = 3 if bits >= 7 else 2
+        self.deep = 2 if bits >= 7 else 4
+        self.piece = 1 << self.lane_bit
+        self.pieces = self.dim // (4 * self.piece)
+        lanes = (self.lane_bit, self.lane_bit + 1)
+        others = [b for b in range(2, bits) if b not in (*lanes, self.deep)]
+        self.inner = others[:contracted]
+        self.rest = others[contracted:]
+
+    def slot(self, coordinate: int) -> int:
+        """Index of a coordinate among those of a lane."""
+        low = coordinate & (self.piece - 1)
+        return coordinate >> (self.lane_bit + 2) << self.lane_bit | low
+
+    def coordinate(self, slot: int) -> int:
+        """The coordinate at an index, lane bits 0."""
+        return slot >> self.lane_bit << (self.lane_bit + 2) | slot & (self.piece - 1)
+
+    def operand(self, words, coordinate: int) -> list:
+        """Four words from ``coordinate`` on: bit 1 in turn, then ``deep``."""
+        places = (coordinate | deep << self.deep | x << 1 for deep in (0, 1) for x in (0, 1))
+        return [words[self.slot(place) // 2] for place in places]
+
+
+def numbers(bits: list[int]) -> list[int]:
+    """All numbers that have ones at the places ``bits`` alone."""
+    return [sum(1 << b for i, b in enumerate(bits) if n >> i & 1) for n in range(1 << len(bits))]
+
+
+def _odd(value: int) -> bool:
+    return bin(value).count("1") % 2 == 1
+
+
+def hadamard_words(dtype: str, g, t, zeros):
+    """The lane's column of minus the matrix of the lane bits and bit 0: ``[low, high, word]``.
+
+    ``low`` and ``high`` say whether the signs of the words, without and with the bit ``deep`` of
+    the source, are turned.
+    """
+    one = _ONE[dtype]
+    both = T.bitwise_and(t, g // 2)
+    odd = T.bitwise_xor(both, T.shift_right(both, 1))
+    # Column 2 t' + e: the first value of a word meets e = 0 of the row, the second e = 1.
+    first = T.bitwise_and(odd, 1)
+    second = T.bitwise_and(T.bitwise_xor(odd, g), 1)
+    signs = let(T.cast(T.bitwise_or(T.shift_left(first, 15), T.shift_left(second, 31)), "uint32"))
+    words = local((2, 2, 2), "uint32")
+    for i, (low, high) in enumerate(itertools.product(range(2), repeat=2)):
+        for e, odd_sign in enumerate((low, high)):
+            minus = 0 if odd_sign else 0x80008000
+            word = T.bitwise_xor(signs, u32((one << 16 | one) ^ minus))
+            # Registers of their own: a pair of operands has to be side by side.
+            store(words, word + zeros[i], low, high, e)
+    return words
+
+
+def rotate_rows(row: RowBits, dtype: str, words, ones, value) -> None:
+    """``value`` becomes minus the rows in ``words`` times the unscaled Hadamard matrix.
+
+    ``ones`` are the operands of `hadamard_words`.
+    """
+    for rest in numbers(row.rest):
+        for target in numbers([*row.inner, row.deep]):
+            result = [
+                value[row.slot(rest | target | x << 1 | low)] for x in range(2) for low in range(2)
+            ]
+            for n, source in enumerate(numbers(row.inner)):
+                # Words of the column: without and with the bit ``deep`` of the source.
+                odd = [int(_odd(target & full)) for full in (source, source | 1 << row.deep)]
+                start = result if n else [f32(0)] * 4
+                b = [ones[odd[0], odd[1], e] for e in range(2)]
+                mma(PRODUCTS[dtype], result, row.operand(words, rest | source), b, start)
+    pair = local(2, "float32")
+    for bit in (1, *row.rest):
+        for slot in range(row.dim // 4):
+            coordinate = row.coordinate(slot)
+            if not coordinate >> bit & 1:
+                other = row.slot(coordinate | 1 << bit)
+                store(pair, value[slot], 0)
+                store(pair, value[other], 1)
+                store(value, pair[0] + pair[1], slot)
+                store(value, pair[0] - pair[1], other)
