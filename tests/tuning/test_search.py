@@ -153,6 +153,31 @@ def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
     assert not logs.exists()
 
 
+def test_no_search_for_the_log_of_another_target(folders):
+    """Which would be a log of two targets."""
+    cache, logs = folders
+    target = detect(CPU)
+    metadata = {"target": "nvidia_h200", "device": "", "arch": "", "versions": {}, "date": ""}
+    (logs / target.name).mkdir(parents=True)
+    path = logs / target.name / "metadata.json"
+    path.write_text(json.dumps({**metadata, "seed": 1}))
+    before = path.read_bytes()
+    with pytest.raises(TuningLogError, match="got records of nvidia_h200; move it away"):
+        tune(ROTATE, target, CPU, trials=4, logs=logs)
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
+    assert not cache.exists()
+
+
+def test_a_malformed_work_database(folders):
+    """What a killed search may leave."""
+    cache, logs = folders
+    directory = cache / "tuning" / detect(CPU).name / ROTATE.label
+    directory.mkdir(parents=True)
+    (directory / "database_workload.json").write_text('["1')
+    with pytest.raises(TuningLogError, match=rf"{directory} must hold a readable.*--fresh"):
+        tune(ROTATE, detect(CPU), CPU, trials=4, logs=logs)
+
+
 def test_the_device_must_be_the_target(folders):
     _, logs = folders
     with pytest.raises(TuningLogError, match="device must be a nvidia_h200, got a x86_64"):

@@ -30,7 +30,14 @@ from tq_tvm.errors import TuningLogError
 from tq_tvm.targets import TargetInfo, detect
 from tq_tvm.tuning.candidates import check_and_time, make_builder, make_runner
 from tq_tvm.tuning.cost_model import DecisionModel
-from tq_tvm.tuning.database import Entry, Metadata, save_record, search_workload
+from tq_tvm.tuning.database import (
+    Entry,
+    Metadata,
+    check_log,
+    open_database,
+    save_record,
+    search_workload,
+)
 from tq_tvm.tuning.inputs import make_case
 from tq_tvm.tuning.interrupt import Interrupt, shield_workers
 from tq_tvm.tuning.progress import Progress
@@ -93,7 +100,8 @@ def tune(
     Raises
     ------
     TuningLogError
-        The device is another target, or no candidate was right.
+        The device is another target, the log is malformed or another target's, or no candidate
+        was right.
     KeyboardInterrupt
         After Ctrl-C, once the best record so far is kept.
     """
@@ -103,9 +111,11 @@ def tune(
             f"tune: device must be a {target.name}, got a {local.name}; "
             f"run `tq-tvm tune --target {local.name}`"
         )
+    check_log(workload.kernel, target, logs)
     # The bar tells what MetaSchedule's tables would; its log files stay in the work directory.
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
     work_dir = _work_dir(workload, target, fresh)
+    database = open_database(work_dir, "run again with --fresh, which forgets it", create=True)
     mod = _searched(workload, target)
     space = schedules.space(workload.function, workload.spec, target.kind)
     points = sum(space_size(design) for design in space(Schedule(mod)))
@@ -125,6 +135,7 @@ def tune(
                 num_trials_per_iter=batch,
                 builder=make_builder(target, Path(scratch)),
                 runner=make_runner(workload, str(device), progress.report),
+                database=database,
                 space=ms.space_generator.ScheduleFn(
                     space,
                     sch_rules=[],
@@ -147,7 +158,7 @@ def tune(
             progress.close()
         interrupt.hold()
         try:
-            entry = _keep_best(workload, target, device, work_dir, progress, seed, logs)
+            entry = _keep_best(workload, target, device, database, progress, seed, logs)
         except TuningLogError:
             # Nothing was found yet: that is no error of what was asked for.
             if not interrupt.came:
@@ -171,13 +182,12 @@ def _keep_best(
     workload: Workload,
     target: TargetInfo,
     device: torch.device,
-    work_dir: Path,
+    database: Any,
     progress: Progress,
     seed: int,
     logs: Path | None,
 ) -> Entry:
     """Build the finalists as they ship, check and time them beside the default."""
-    database = ms.database.JSONDatabase(work_dir=str(work_dir))
     found = database.get_top_k(database.commit_workload(_searched(workload, target)), _FINALISTS)
     if not found:
         raise TuningLogError(
