@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
+from tq_tvm.schedules import decode
 from tvm.s_tir import Schedule
 
 from tq_tvm import schedules
@@ -309,6 +310,20 @@ def test_a_record_of_another_kernel_than_todays(tmp_path, function):
         TuningLogError, match=f"got none for the kernel as it is now.*--kernel {function}"
     ):
         find_records(function, SPEC, TARGET, tmp_path)
+
+
+def test_a_record_of_a_decode_that_was_rewritten(tmp_path, monkeypatch):
+    """Its factory makes another kernel of the same decisions."""
+    entry = save(tmp_path, "decode")
+    factory = decode.decode
+
+    def rewritten(spec, kind, point):
+        return factory(spec, kind, point).with_attr("rewritten", 1)
+
+    monkeypatch.setattr(decode, "decode", rewritten)
+    monkeypatch.setattr(decode, "_digest", decode._digest.__wrapped__)
+    with pytest.raises(TuningLogError, match=f"{entry.workload}, got none for the kernel as it is"):
+        find_records("decode", SPEC, TARGET, tmp_path)
 
 
 def test_a_stale_record_of_another_workload_is_dropped(tmp_path, caplog):
