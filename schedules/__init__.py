@@ -13,7 +13,7 @@ from typing import Any
 
 import tvm
 from tq_tvm.schedules import decode, fill, flatten, rotate
-from tq_tvm.schedules.decisions import sampled
+from tq_tvm.schedules.decisions import decided, sampled
 from tq_tvm.schedules.rows import ROW_MULTIPLE
 from tvm.s_tir import Schedule, Trace
 from tvm.tirx import PrimFunc
@@ -34,7 +34,6 @@ __all__ = [
     "instantiate",
     "search_module",
     "space",
-    "trace_config",
     "unscheduled",
 ]
 
@@ -72,8 +71,10 @@ def unscheduled(
 
 
 def _identity(function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None) -> str:
-    sizes = ",".join(f"{k}={v}" for k, v in sorted((shape or {}).items()))
-    return f"{function}/{kind}/{spec.label}/{sizes}"
+    if shape is None:  # no workload, so nothing is filed under it
+        return f"{function}/{kind}/{spec.label}//"
+    sizes = ",".join(f"{k}={v}" for k, v in sorted(shape.items()))
+    return f"{function}/{kind}/{spec.label}/{sizes}/{decode.digest(spec, kind)}"
 
 
 def search_module(
@@ -121,7 +122,7 @@ def _anchored(mod: tvm.IRModule) -> tuple[str, CacheSpec, dict[str, int]] | None
     identity = (func.attrs or {}).get("tq_tvm.anchor")
     if identity is None:
         return None
-    _, kind, label, _ = str(identity).split("/")
+    _, kind, label, *_ = str(identity).split("/")
     return kind, CacheSpec.parse(label), decode.decisions(Schedule(mod))
 
 
@@ -152,19 +153,17 @@ def candidate(mod: tvm.IRModule) -> tvm.IRModule:
     return tvm.IRModule({"main": decode_kernel(spec, kind, config)})
 
 
-def trace_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
-    """Names and values of the decisions of a trace from `space` or `default`."""
-    names: list[tuple[str, Any]] = []
+def _row_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+    """Names and values of the decisions of a row kernel's trace."""
+    names: list[str] = []
 
     def record(name: str, options: Any) -> int:
-        names.append((name, options))
+        names.append(name)
         return options[0]
 
     probe = Schedule(search_module(function, spec, kind, None))
     _SPACES[FUNCTIONS[function]].apply(probe, function, spec, kind, record)
-    # In order of the instructions: the map of decisions has an order of its own.
-    picked = [int(trace.decisions[i]) for i in trace.insts if i.kind.name == "SampleCategorical"]
-    return {n: int(options[i]) for (n, options), i in zip(names, picked, strict=True)}
+    return dict(zip(names, decided(trace), strict=True))
 
 
 def instantiate(
@@ -190,7 +189,7 @@ def instantiate(
         func = decode_kernel(spec, kind, config)
         launch = decode.launch(spec, kind, config)
     else:
-        config = trace_config(trace or sch.trace, function, spec, kind)
+        config = _row_config(trace or sch.trace, function, spec, kind)
         func = sch.mod["main"]
         launch = {}
     return Instance(func.with_attr("global_symbol", symbol), config, launch, tuned)

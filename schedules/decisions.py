@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from tvm.s_tir import Schedule
+from tvm.s_tir import Schedule, Trace
 
-__all__ = ["Decide", "sampled"]
+__all__ = ["Decide", "decided", "sampled"]
 
 
 class Decide(Protocol):
@@ -32,3 +32,16 @@ def sampled(sch: Schedule, values: Mapping[str, int] | None = None) -> Decide:
         return sch.sample_categorical(list(options), [1.0 / len(options)] * len(options), decision)
 
     return decide
+
+
+def decided(trace: Trace) -> list[int]:
+    """Value of every sampled decision, in order of request.
+
+    Read off the trace's own options: those on offer may have changed since.
+    """
+    # The map of decisions has an order of its own.
+    return [
+        int(inst.attrs[0][int(trace.decisions[inst])])
+        for inst in trace.insts
+        if inst.kind.name == "SampleCategorical"
+    ]

@@ -44,17 +44,32 @@ unroll            the loop over the group's heads unrolled: code size against re
 
 from __future__ import annotations
 
+import functools
+import hashlib
+
+import tvm_ffi
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from tq_tvm.kernels.decode import decode
 from tq_tvm.kernels.decode_cuda import DecodeConfig, shared_bytes
 from tq_tvm.kernels.decode_planes import planes_shared_bytes
 from tq_tvm.kernels.decode_shape import head_tile, planes_config
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["DEFAULTS", "OPTIONS", "PLANES", "anchor", "apply", "apply_planes", "launch", "rejected"]
+__all__ = [
+    "DEFAULTS",
+    "OPTIONS",
+    "PLANES",
+    "anchor",
+    "apply",
+    "apply_planes",
+    "digest",
+    "launch",
+    "rejected",
+]
 
 OPTIONS = {
     "cuda": {
@@ -98,7 +113,8 @@ _STATIC_SHARED = 48 * 1024
 def anchor(identity: str) -> PrimFunc:
     """A function that stands for one workload; its block carries the sampled decisions.
 
-    ``identity`` (function, kind, spec and sizes) makes anchors of different workloads different.
+    ``identity`` (function, kind, spec, sizes and `digest`) makes anchors of different workloads
+    different.
     """
 
     @T.prim_func(s_tir=True)
@@ -111,6 +127,27 @@ def anchor(identity: str) -> PrimFunc:
             a[0] = T.float32(0)
 
     return main
+
+
+def digest(spec: CacheSpec, kind: str) -> str:
+    """Tell the TensorIR of the factory from what it once was, as a body does for other kernels.
+
+    Of every design the two kernels with each decision at the first and at the last of its options,
+    so that both sides of a branch count. Names, formatting and comments do not.
+    """
+    tables = [OPTIONS[kind], *([PLANES] if kind == "cuda" else [])]
+    points = tuple(
+        tuple((name, options[end]) for name, options in table.items())
+        for table in tables
+        for end in (0, -1)
+    )
+    return _digest(spec, kind, points)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(spec: CacheSpec, kind: str, points: tuple[tuple[tuple[str, int], ...], ...]) -> str:
+    hashes = [tvm_ffi.structural_hash(decode(spec, kind, dict(point))) for point in points]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
 
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:

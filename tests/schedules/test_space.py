@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +29,7 @@ from tq_tvm.build.compile import compile_library, tvm_target
 from tq_tvm.build.occupancy import KernelResources, with_occupancy
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.kernels import decode_cpu
 from tq_tvm.kernels.decode_cuda import HEAD_TILE
 from tq_tvm.spec import FUNCTIONS, HEAD_DIMS, CacheSpec
 from tq_tvm.targets import detect, get_target
@@ -231,6 +237,105 @@ def test_anchors_of_different_workloads_differ():
     assert not any(tvm_ffi.structural_equal(a, b) for a, b in itertools.combinations(modules, 2))
     again = schedules.search_module("decode", OTHER, "cuda", shape("decode", OTHER, 2))
     assert tvm_ffi.structural_equal(again, modules[-1])
+
+
+# --- what a record of decode is filed under
+
+PRINT_DIGESTS = """
+import tvm.s_tir.meta_schedule
+from tq_tvm.schedules import decode
+from tq_tvm.spec import CacheSpec
+print([decode.digest(CacheSpec.parse({label!r}), kind) for kind in {kinds!r}])
+"""
+
+
+def test_a_digest_is_that_of_another_process():
+    """Whatever that imports first, and however it hashes strings."""
+    script = PRINT_DIGESTS.format(label=SPEC.label, kinds=KINDS)
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == str([decode.digest(SPEC, kind) for kind in KINDS])
+
+
+@pytest.fixture
+def rewritten(tmp_path, monkeypatch):
+    """The digest of SPEC with the CPU's factory made from another source."""
+
+    def digest(rewrite) -> str:
+        path = tmp_path / "factory.py"
+        path.write_text(rewrite(Path(decode_cpu.__file__).read_text()))
+        loader = importlib.util.spec_from_file_location("factory", path)
+        module = importlib.util.module_from_spec(loader)
+        monkeypatch.setitem(sys.modules, "factory", module)
+        loader.loader.exec_module(module)
+        monkeypatch.setattr(
+            decode,
+            "decode",
+            lambda spec, kind, point: module.decode_cpu(spec, module.DecodeCpuConfig(**point)),
+        )
+        decode._digest.cache_clear()
+        return decode.digest(SPEC, "llvm")
+
+    yield digest
+    decode._digest.cache_clear()
+
+
+def test_comments_and_formatting_do_not_change_a_digest(rewritten):
+    want = decode.digest(SPEC, "llvm")
+
+    def spaced(source):
+        assert "for " in source
+        return re.sub(r"^( *)(for .*:)$", r"\1# A comment.\n\n\1\2  # another", source, flags=re.M)
+
+    assert rewritten(spaced) == want
+
+
+def test_code_changes_a_digest(rewritten):
+    want = decode.digest(SPEC, "llvm")
+
+    def changed(source):
+        assert "T.exp2" in source
+        return source.replace("T.exp2", "T.exp")
+
+    assert rewritten(changed) != want
+
+
+@pytest.mark.parametrize("table", [decode.OPTIONS["cuda"], decode.PLANES], ids=["tables", "planes"])
+def test_every_design_changes_a_digest(monkeypatch, table):
+    """The code of a decision that the default leaves out, too."""
+    before = decode.digest(SPEC, "cuda")
+    name = list(table)[-1]
+    last = table[name][-1]
+    factory = decode.decode
+
+    def changed(spec, kind, point):
+        func = factory(spec, kind, point)
+        affected = point.keys() == table.keys() and point[name] == last
+        return func.with_attr("changed", 1) if affected else func
+
+    monkeypatch.setattr(decode, "decode", changed)
+    decode._digest.cache_clear()
+    try:
+        assert decode.digest(SPEC, "cuda") != before
+    finally:
+        decode._digest.cache_clear()
+
+
+@pytest.mark.parametrize("function", ["rotate", "decode"])
+def test_a_trace_keeps_its_values_when_the_options_change(function):
+    """An index of today's table would say something else."""
+    sch = Schedule(schedules.search_module(function, SPEC, "llvm", shape(function, SPEC)))
+    made = {}
+
+    def decide(name, values):
+        then = [values[-1], *values]  # the options had one more at the front
+        made[name] = int(values[-1])
+        return sch.sample_categorical(then, [1.0 / len(then)] * len(then), 0)
+
+    MODULES[function].apply(sch, function, SPEC, "llvm", decide)
+    instance = schedules.instantiate(function, SPEC, "llvm", sch.trace)
+    assert instance.config == made != schedules.instantiate(function, SPEC, "llvm", None).config
 
 
 # --- defaults and limits

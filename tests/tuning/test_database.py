@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
+from tq_tvm.schedules import decode
 from tvm.s_tir import Schedule
 
 from tq_tvm import schedules
@@ -227,6 +228,10 @@ def test_records_of_the_spec_itself_come_first(tmp_path, function):
 # --- what is refused
 
 
+def contents(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 def damage(path: Path, change) -> None:
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
@@ -237,6 +242,19 @@ def test_the_log_of_another_target(tmp_path):
     (tmp_path / TARGET.name).rename(tmp_path / other.name)
     with pytest.raises(TuningLogError, match="must hold records of x86_64_v3, got records of x86"):
         find_records("rotate", SPEC, other, tmp_path)
+
+
+@pytest.mark.parametrize("function", ["rotate", "fill_slots"])
+def test_the_log_of_another_target_is_not_written(tmp_path, function):
+    """Not by a kernel that it has no records of either: all its records would pass for ours."""
+    save(tmp_path, "rotate")
+    other = get_target("x86_64_v3")
+    root = (tmp_path / TARGET.name).rename(tmp_path / other.name)
+    before = contents(root)
+    trace = trace_of(function)
+    with pytest.raises(TuningLogError, match="must hold records of x86_64_v3, got records of x86"):
+        save_record(entry_of(function, trace), trace, other, METADATA, tmp_path)
+    assert contents(root) == before
 
 
 @pytest.mark.parametrize(
@@ -292,6 +310,63 @@ def test_a_record_of_another_kernel_than_todays(tmp_path, function):
         TuningLogError, match=f"got none for the kernel as it is now.*--kernel {function}"
     ):
         find_records(function, SPEC, TARGET, tmp_path)
+
+
+def test_a_record_of_a_decode_that_was_rewritten(tmp_path, monkeypatch):
+    """Its factory makes another kernel of the same decisions."""
+    entry = save(tmp_path, "decode")
+    factory = decode.decode
+
+    def rewritten(spec, kind, point):
+        return factory(spec, kind, point).with_attr("rewritten", 1)
+
+    monkeypatch.setattr(decode, "decode", rewritten)
+    monkeypatch.setattr(decode, "_digest", decode._digest.__wrapped__)
+    with pytest.raises(TuningLogError, match=f"{entry.workload}, got none for the kernel as it is"):
+        find_records("decode", SPEC, TARGET, tmp_path)
+
+
+def test_a_stale_record_of_another_workload_is_dropped(tmp_path, caplog):
+    """So that the command that the error advises works."""
+    kept = save(tmp_path, "fill_slots", seed=3)
+    stale = save(tmp_path, "fill_slots", seed=4, shape={"tokens": 32, "pages": 2})
+    path = tmp_path / TARGET.name / "fill" / "summary.json"
+    damage(
+        path,
+        lambda items: [
+            {**i, "shape": {**i["shape"], "pages": 7}} if i["workload"] == stale.workload else i
+            for i in items
+        ],
+    )
+    with pytest.raises(TuningLogError, match=stale.workload):
+        find_records("fill_slots", SPEC, TARGET, tmp_path)
+    table = save(tmp_path, "fill_table", seed=1)
+    assert stale.workload in caplog.text and kept.workload not in caplog.text
+    assert found_configs(tmp_path, "fill_slots") == {kept.workload: kept.config}
+    assert found_configs(tmp_path, "fill_table") == {table.workload: table.config}
+    assert lines(tmp_path, "fill", "database_tuning_record.json") == 2
+
+
+@pytest.mark.parametrize("name", ["database_workload.json", "database_tuning_record.json"])
+@pytest.mark.parametrize("text", [None, b"garbage", b"\xff{{{", b"[1]", b"cut"])
+def test_a_malformed_database(tmp_path, name, text):
+    """Told by what reads it; what writes leaves it as it is."""
+    save(tmp_path, "rotate")
+    path = tmp_path / TARGET.name / "rotate" / name
+    if text is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:100] if text == b"cut" else text)
+    before = contents(tmp_path)
+    wanted = (
+        rf"{path.parent} must hold a readable database_.*; restore it, or remove .* tune` again"
+    )
+    with pytest.raises(TuningLogError, match=wanted):
+        find_records("rotate", SPEC, TARGET, tmp_path)
+    trace = trace_of("rotate")
+    with pytest.raises(TuningLogError, match=wanted):
+        save_record(entry_of("rotate", trace), trace, TARGET, METADATA, tmp_path)
+    assert contents(tmp_path) == before
 
 
 def test_a_trace_that_does_not_replay(tmp_path):

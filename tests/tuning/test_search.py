@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ from tq_tvm.build.library import build_library
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
 from tq_tvm.targets import detect, get_target
+from tq_tvm.tuning import candidates
+from tq_tvm.tuning.candidates import make_runner
 from tq_tvm.tuning.database import entries, find_records, search_workload
+from tq_tvm.tuning.inputs import make_case
 from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.search import tune
 from tq_tvm.tuning.workloads import Workload
@@ -151,6 +155,49 @@ def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
     ):
         tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
     assert not logs.exists()
+
+
+def test_the_seed_makes_the_inputs_of_candidates(monkeypatch):
+    """Of the worker, too."""
+    runner = make_runner(ROTATE, "cpu", 7, lambda us, error: None)._inst
+    submitted = []
+
+    def submit(function, *arguments):
+        submitted.append(arguments[1:])
+        return SimpleNamespace(result=lambda: 1.0)
+
+    monkeypatch.setattr(runner._pool, "submit", submit)
+    for future in runner.run([SimpleNamespace(artifact_path="x.so")]):
+        future._inst.result()
+    assert submitted == [(ROTATE, "cpu", 7)]
+    one, other = (candidates._case(ROTATE, "cpu", seed).arguments({})[0] for seed in (7, 8))
+    assert torch.equal(one, make_case(ROTATE, CPU, 7).arguments({})[0])
+    assert not torch.equal(one, other)
+
+
+def test_no_search_for_the_log_of_another_target(folders):
+    """Which would be a log of two targets."""
+    cache, logs = folders
+    target = detect(CPU)
+    metadata = {"target": "nvidia_h200", "device": "", "arch": "", "versions": {}, "date": ""}
+    (logs / target.name).mkdir(parents=True)
+    path = logs / target.name / "metadata.json"
+    path.write_text(json.dumps({**metadata, "seed": 1}))
+    before = path.read_bytes()
+    with pytest.raises(TuningLogError, match="got records of nvidia_h200; move it away"):
+        tune(ROTATE, target, CPU, trials=4, logs=logs)
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == before
+    assert not cache.exists()
+
+
+def test_a_malformed_work_database(folders):
+    """What a killed search may leave."""
+    cache, logs = folders
+    directory = cache / "tuning" / detect(CPU).name / ROTATE.label
+    directory.mkdir(parents=True)
+    (directory / "database_workload.json").write_text('["1')
+    with pytest.raises(TuningLogError, match=rf"{directory} must hold a readable.*--fresh"):
+        tune(ROTATE, detect(CPU), CPU, trials=4, logs=logs)
 
 
 def test_the_device_must_be_the_target(folders):

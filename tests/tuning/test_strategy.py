@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
 import tvm_ffi
+from tq_tvm.schedules import decode
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.runner import RunnerResult
@@ -144,6 +145,29 @@ def test_exhaustive_goes_on_where_a_search_stopped(tmp_path, function, kind):
     assert not set(before) & set(after)
     assert len(set(before) | set(after)) == size(function, kind)
     assert search().batch() is None
+
+
+def test_exhaustive_knows_a_point_of_an_older_table():
+    """By its values: their indices were others."""
+    database = ms.database.MemoryDatabase()
+    search = Search("decode", "llvm", Exhaustive(FOREVER), database)
+    sch = Schedule(search.context.mod)
+    made = {}
+
+    def decide(name, options):
+        made[name] = options[0]
+        then = options[::-1]
+        return sch.sample_categorical(then, [1.0 / len(then)] * len(then), len(then) - 1)
+
+    decode.apply(sch, "decode", SPEC, "llvm", decide)
+    database.commit_tuning_record(
+        ms.database.TuningRecord(
+            sch.trace, database.commit_workload(search.context.mod), [1.0], search.target, []
+        )
+    )
+    points = flat(Search("decode", "llvm", Exhaustive(FOREVER), database).batches())
+    assert len(points) == size("decode", "llvm") - 1
+    assert (0,) * len(made) not in points
 
 
 @pytest.mark.parametrize("strategy", [Exhaustive, Evolutionary])

@@ -32,7 +32,7 @@ from tq_tvm.targets import TargetInfo, get_target
 from tq_tvm.tuning.inputs import Case, make_case
 from tq_tvm.tuning.workloads import Workload
 
-__all__ = ["check_and_time", "make_builder", "make_runner"]
+__all__ = ["checked_call", "make_builder", "make_runner"]
 
 _BUILD_SECONDS = 180
 _RUN_SECONDS = 60
@@ -74,27 +74,26 @@ def make_builder(target: TargetInfo, directory: Path) -> ms.builder.LocalBuilder
 
 
 @functools.lru_cache(maxsize=1)
-def _case(workload: Workload, device: str) -> Case:
-    return make_case(workload, torch.device(device))
+def _case(workload: Workload, device: str, seed: int) -> Case:
+    return make_case(workload, torch.device(device), seed)
 
 
-def check_and_time(
-    call: Callable[..., None], case: Case, launch: dict[str, int], device: torch.device
-) -> tuple[float, float]:
-    """(time in us, relative error) of a compiled kernel; raises if its results are wrong."""
+def checked_call(
+    library: Path, case: Case, launch: dict[str, int]
+) -> tuple[Callable[[], None], float]:
+    """A compiled kernel on its arguments, and its relative error; raises if results are wrong."""
+    function = tvm_ffi.load_module(str(library))[_SYMBOL]
     arguments = case.arguments(launch)
     case.poison()
-    call(*arguments)
-    error = case.check()
-    us = time_us(lambda: call(*arguments), device, launches=30, seconds=2.0)
-    return us, error
+    function(*arguments)
+    return lambda: function(*arguments), case.check()
 
 
-def _run(path: str, workload: Workload, device: str) -> tuple[float, float]:
-    """Run one candidate in the worker."""
+def _run(path: str, workload: Workload, device: str, seed: int) -> float:
+    """Time of one candidate in us, in the worker."""
     launch = json.loads(Path(path).with_suffix(".json").read_text())
-    call = tvm_ffi.load_module(path)[_SYMBOL]
-    return check_and_time(call, _case(workload, device), launch, torch.device(device))
+    call, _ = checked_call(Path(path), _case(workload, device, seed), launch)
+    return time_us(call, torch.device(device), launches=30, seconds=2.0)
 
 
 @derived_object
@@ -113,7 +112,7 @@ class _Future(ms.runner.PyRunnerFuture):
     def result(self) -> ms.runner.RunnerResult:
         """Wait for the result."""
         try:
-            us, _ = self._future.result()
+            us = self._future.result()
         except Exception as error:
             self._report(None, f"{type(error).__name__}: {error}")
             return ms.runner.RunnerResult(None, str(error))
@@ -129,11 +128,11 @@ class _Runner(ms.runner.PyRunner):
         self,
         workload: Workload,
         device: str,
+        seed: int,
         report: Callable[[float | None, str | None], None],
     ) -> None:
         super().__init__()
-        self._workload = workload
-        self._device = device
+        self._arguments = (workload, device, seed)
         self._report = report
         self._pool = PopenPoolExecutor(
             max_workers=1, timeout=_RUN_SECONDS, initializer=_worker_init
@@ -143,7 +142,7 @@ class _Runner(ms.runner.PyRunner):
         """Submit the candidates that were built."""
         return [
             _Future(
-                self._pool.submit(_run, str(item.artifact_path), self._workload, self._device),
+                self._pool.submit(_run, str(item.artifact_path), *self._arguments),
                 self._report,
             )
             for item in runner_inputs
@@ -153,7 +152,8 @@ class _Runner(ms.runner.PyRunner):
 def make_runner(
     workload: Workload,
     device: str,
+    seed: int,
     report: Callable[[float | None, str | None], None],
 ) -> Any:
-    """A runner for one workload; ``report(us, error)`` is called for each candidate."""
-    return _Runner(workload, device, report)
+    """A runner on one workload's inputs; ``report(us, error)`` is called for each candidate."""
+    return _Runner(workload, device, seed, report)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -36,12 +37,16 @@ __all__ = [
     "Entry",
     "Metadata",
     "TunedRecord",
+    "check_log",
     "entries",
     "find_records",
     "logs_root",
+    "open_database",
     "save_record",
     "search_workload",
 ]
+
+_log = logging.getLogger("tq_tvm")
 
 _SUMMARY = "summary.json"
 _METADATA = "metadata.json"
@@ -104,10 +109,22 @@ def _without_spans(mod: Any) -> Any:
     return tvm.ir.load_json(json.dumps(graph))
 
 
-def _database(directory: Path) -> Any:
-    return ms.database.JSONDatabase(
-        str(directory / "database_workload.json"), str(directory / "database_tuning_record.json")
-    )
+def open_database(directory: Path, advice: str, *, create: bool = False) -> Any:
+    """MetaSchedule's pair of files in a directory; ``advice`` ends the error about them.
+
+    Raises
+    ------
+    TuningLogError
+        A file is missing, unless ``create``, or malformed.
+    """
+    files = [directory / "database_workload.json", directory / "database_tuning_record.json"]
+    try:
+        return ms.database.JSONDatabase(*map(str, files), allow_missing=create)
+    except Exception as error:  # TVM raises what its JSON reader and its type checks raise
+        raise TuningLogError(
+            f"tuning log: {directory} must hold a readable {files[0].name} and {files[1].name}, "
+            f"got {str(error).strip().splitlines()[-1]}; {advice}"
+        ) from error
 
 
 def _read(path: Path, type_: Any) -> Any:
@@ -116,8 +133,12 @@ def _read(path: Path, type_: Any) -> Any:
     except (OSError, msgspec.DecodeError) as error:
         raise TuningLogError(
             f"tuning log: {path} must be a readable {path.name}, got {error}; "
-            "restore it or run `tq-tvm tune` again"
+            f"{_repair(path.parent)}"
         ) from error
+
+
+def _repair(directory: Path) -> str:
+    return f"restore it, or remove {directory} and run `tq-tvm tune` again"
 
 
 def entries(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[Entry]:
@@ -131,13 +152,31 @@ def entries(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[E
     root = (logs or logs_root()) / target.name
     if not (root / kernel / _SUMMARY).exists():
         return []
+    _check_target(root, target)
+    return _read(root / kernel / _SUMMARY, list[Entry])
+
+
+def _check_target(root: Path, target: TargetInfo) -> None:
     metadata = _read(root / _METADATA, Metadata)
     if metadata.target != target.name:
         raise TuningLogError(
             f"tuning log: {root} must hold records of {target.name}, got records of "
-            f"{metadata.target}; move it or run `tq-tvm tune --target {target.name}`"
+            f"{metadata.target}; move it away and run `tq-tvm tune --target {target.name}`"
         )
-    return _read(root / kernel / _SUMMARY, list[Entry])
+
+
+def check_log(kernel: str, target: TargetInfo, logs: Path | None = None) -> None:
+    """Refuse what `save_record` would refuse, before a search is spent on it.
+
+    Raises
+    ------
+    TuningLogError
+        A file is malformed, or the log is for another target.
+    """
+    root = (logs or logs_root()) / target.name
+    if (root / _METADATA).exists():
+        _check_target(root, target)
+    _stored(kernel, target, logs)
 
 
 def _relevant(function: str, spec: CacheSpec) -> CacheSpec:
@@ -170,6 +209,30 @@ def _chosen(function: str, spec: CacheSpec, found: list[Entry]) -> list[Entry]:
     return own or next(iter(groups.values()), [])
 
 
+def _stored(
+    kernel: str, target: TargetInfo, logs: Path | None, only: list[Entry] | None = None
+) -> list[tuple[Entry, Trace | None]]:
+    """Entries of a kernel, or ``only`` those, with the trace of each.
+
+    None stands for a record that is missing, or that was made for the kernel as it was once.
+    """
+    chosen = entries(kernel, target, logs) if only is None else only
+    if not chosen:
+        return []
+    directory = (logs or logs_root()) / target.name / kernel
+    database = open_database(directory, _repair(directory))
+
+    def trace(entry: Entry) -> Trace | None:
+        spec = CacheSpec.parse(entry.spec)
+        mod = search_workload(entry.function, spec, target.kind, entry.shape)
+        if not database.has_workload(mod):
+            return None
+        found = database.get_top_k(database.commit_workload(mod), 1)
+        return found[0].trace if found else None
+
+    return [(entry, trace(entry)) for entry in chosen]
+
+
 def find_records(
     function: str, spec: CacheSpec, target: TargetInfo, logs: Path | None = None
 ) -> list[TunedRecord]:
@@ -182,24 +245,16 @@ def find_records(
     """
     kernel = FUNCTIONS[function]
     chosen = _chosen(function, spec, entries(kernel, target, logs))
-    if not chosen:
-        return []
-    directory = (logs or logs_root()) / target.name / kernel
-    database = _database(directory)
     records = []
-    for entry in chosen:
-        mod = search_workload(function, CacheSpec.parse(entry.spec), target.kind, entry.shape)
-        found = (
-            database.get_top_k(database.commit_workload(mod), 1)
-            if database.has_workload(mod)
-            else []
-        )
-        if not found:
+    for entry, trace in _stored(kernel, target, logs, chosen):
+        if trace is None:
+            directory = (logs or logs_root()) / target.name / kernel
             raise TuningLogError(
                 f"tuning log: {directory} must hold a record of {entry.workload}, got none for the "
-                f"kernel as it is now; run `tq-tvm tune --target {target.name} --kernel {kernel}`"
+                f"kernel as it is now; run `tq-tvm tune --target {target.name} --kernel {kernel} "
+                f"--spec {entry.spec}`"
             )
-        records.append(TunedRecord(entry.workload, entry.size, entry.us, found[0].trace))
+        records.append(TunedRecord(entry.workload, entry.size, entry.us, trace))
     return records
 
 
@@ -208,45 +263,53 @@ def save_record(
 ) -> Path:
     """Keep one record, in place of an older one of the same workload; others stay.
 
-    The kernel's folder is replaced in one step.
+    Those that no longer fit the kernel are dropped. The kernel's folder is replaced in one step.
+
+    Raises
+    ------
+    TuningLogError
+        The log is malformed or for another target: nothing is written.
     """
     kernel = FUNCTIONS[entry.function]
+    check_log(kernel, target, logs)
     root = (logs or logs_root()) / target.name
     root.mkdir(parents=True, exist_ok=True)
-    directory = root / kernel
     with FileLock(root / ".lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
-        (root / _METADATA).write_bytes(
-            msgspec.json.format(msgspec.json.encode(metadata), indent=2) + b"\n"
-        )
-        kept = []
-        for old in entries(kernel, target, logs):
-            if old.workload != entry.workload:
-                spec = CacheSpec.parse(old.spec)
-                (record,) = [
-                    r
-                    for r in find_records(old.function, spec, target, logs)
-                    if r.workload == old.workload
-                ]
-                kept.append((old, record.trace))
-        kept.append((entry, trace))
+        check_log(kernel, target, logs)
+        kept = [(entry, trace)]
+        for old, old_trace in _stored(kernel, target, logs):
+            if old.workload == entry.workload:
+                continue
+            if old_trace is None:
+                _log.warning(
+                    "tuning log: %s has no record for the kernel as it is now and is dropped",
+                    old.workload,
+                )
+            else:
+                kept.append((old, old_trace))
         kept.sort(key=lambda pair: pair[0].workload)
         fresh = Path(scratch) / kernel
-        fresh.mkdir()
-        database = _database(fresh)
-        for item, item_trace in kept:
-            mod = search_workload(
-                item.function, CacheSpec.parse(item.spec), target.kind, item.shape
-            )
-            workload = database.commit_workload(mod)
-            database.commit_tuning_record(
-                ms.database.TuningRecord(
-                    item_trace, workload, [item.us * 1e-6], tvm_target(target), []
-                )
-            )
-        (fresh / _SUMMARY).write_bytes(
-            msgspec.json.format(msgspec.json.encode([item for item, _ in kept]), indent=2) + b"\n"
-        )
+        _write(fresh, kept, target)
+        directory = root / kernel
         if directory.exists():
             shutil.move(directory, Path(scratch) / "old")
         shutil.move(fresh, directory)
+        (root / _METADATA).write_bytes(_json(metadata))
     return directory
+
+
+def _write(directory: Path, kept: list[tuple[Entry, Trace]], target: TargetInfo) -> None:
+    directory.mkdir()
+    database = open_database(directory, "", create=True)
+    for entry, trace in kept:
+        spec = CacheSpec.parse(entry.spec)
+        mod = search_workload(entry.function, spec, target.kind, entry.shape)
+        workload = database.commit_workload(mod)
+        database.commit_tuning_record(
+            ms.database.TuningRecord(trace, workload, [entry.us * 1e-6], tvm_target(target), [])
+        )
+    (directory / _SUMMARY).write_bytes(_json([entry for entry, _ in kept]))
+
+
+def _json(value: Any) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import datetime
 import importlib.metadata
 import logging
@@ -18,20 +17,25 @@ from tq_tvm import _fast_stack as _fast_stack
 
 # isort: split
 import torch
-import tvm_ffi
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tq_tvm import env, schedules
 from tq_tvm._version import __version__
-from tq_tvm.build.compile import compile_library, tvm_target
-from tq_tvm.build.occupancy import with_occupancy
+from tq_tvm.build.compile import tvm_target
 from tq_tvm.errors import TuningLogError
 from tq_tvm.targets import TargetInfo, detect
-from tq_tvm.tuning.candidates import check_and_time, make_builder, make_runner
+from tq_tvm.tuning.candidates import make_builder, make_runner
 from tq_tvm.tuning.cost_model import DecisionModel
-from tq_tvm.tuning.database import Entry, Metadata, save_record, search_workload
-from tq_tvm.tuning.inputs import make_case
+from tq_tvm.tuning.database import (
+    Entry,
+    Metadata,
+    check_log,
+    open_database,
+    save_record,
+    search_workload,
+)
+from tq_tvm.tuning.finalists import compare
 from tq_tvm.tuning.interrupt import Interrupt, shield_workers
 from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
@@ -93,7 +97,8 @@ def tune(
     Raises
     ------
     TuningLogError
-        The device is another target, or no candidate was right.
+        The device is another target, the log is malformed or another target's, or no candidate
+        was right.
     KeyboardInterrupt
         After Ctrl-C, once the best record so far is kept.
     """
@@ -103,9 +108,11 @@ def tune(
             f"tune: device must be a {target.name}, got a {local.name}; "
             f"run `tq-tvm tune --target {local.name}`"
         )
+    check_log(workload.kernel, target, logs)
     # The bar tells what MetaSchedule's tables would; its log files stay in the work directory.
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
     work_dir = _work_dir(workload, target, fresh)
+    database = open_database(work_dir, "run again with --fresh, which forgets it", create=True)
     mod = _searched(workload, target)
     space = schedules.space(workload.function, workload.spec, target.kind)
     points = sum(space_size(design) for design in space(Schedule(mod)))
@@ -124,7 +131,8 @@ def tune(
                 max_trials_global=min(points, trials),
                 num_trials_per_iter=batch,
                 builder=make_builder(target, Path(scratch)),
-                runner=make_runner(workload, str(device), progress.report),
+                runner=make_runner(workload, str(device), seed, progress.report),
+                database=database,
                 space=ms.space_generator.ScheduleFn(
                     space,
                     sch_rules=[],
@@ -147,7 +155,7 @@ def tune(
             progress.close()
         interrupt.hold()
         try:
-            entry = _keep_best(workload, target, device, work_dir, progress, seed, logs)
+            entry = _keep_best(workload, target, device, database, progress, seed, logs)
         except TuningLogError:
             # Nothing was found yet: that is no error of what was asked for.
             if not interrupt.came:
@@ -171,13 +179,12 @@ def _keep_best(
     workload: Workload,
     target: TargetInfo,
     device: torch.device,
-    work_dir: Path,
+    database: Any,
     progress: Progress,
     seed: int,
     logs: Path | None,
 ) -> Entry:
-    """Build the finalists as they ship, check and time them beside the default."""
-    database = ms.database.JSONDatabase(work_dir=str(work_dir))
+    """Keep the fastest of the best records and the default."""
     found = database.get_top_k(database.commit_workload(_searched(workload, target)), _FINALISTS)
     if not found:
         raise TuningLogError(
@@ -187,48 +194,26 @@ def _keep_best(
     unchanged = Schedule(_searched(workload, target))
     schedules.default(workload.function, workload.spec, target.kind)(unchanged)
     traces = [unchanged.trace, *[record.trace for record in found]]
-    instances = [
-        schedules.instantiate(workload.function, workload.spec, target.kind, trace)
-        for trace in traces
-    ]
-    case = make_case(workload, device, seed)
-    measured: list[tuple[float, float]] = []
-    with tempfile.TemporaryDirectory(prefix="tq_tvm_final_") as scratch:
-        paths = [Path(scratch) / f"{i}.so" for i in range(len(instances))]
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            built = list(
-                pool.map(
-                    lambda instance, path: compile_library({"main": instance.func}, target, path),
-                    instances,
-                    paths,
-                )
-            )
-        for instance, path, result in zip(instances, paths, built, strict=True):
-            call = tvm_ffi.load_module(str(path))["main"]
-            launch = with_occupancy(instance.launch, "main", target.arch, result.resources)
-            measured.append(check_and_time(call, case, launch, device))
-    # The default comes first: a tie is its own.
-    best = min(range(len(measured)), key=lambda i: measured[i][0])
-    us, error = measured[best]
-    default_us = measured[0][0]
-    _log.info("%s: %.1f us, default %.1f us", workload.label, us, default_us)
+    finalists = compare(workload, target, device, traces, seed)
+    default = finalists[0]
+    # The first of those that are equal: a tie is the default's own.
+    best = min(finalists, key=lambda finalist: finalist.us)
+    _log.info("%s: %.1f us, default %.1f us", workload.label, best.us, default.us)
     entry = Entry(
         workload=workload.label,
         function=workload.function,
         spec=workload.spec.label,
         shape=dict(workload.shape),
         size=workload.size,
-        us=round(us, 3),
-        default_us=round(default_us, 3),
+        us=round(best.us, 3),
+        default_us=round(default.us, 3),
         search_us=round(float(found[0].run_secs[0]) * 1e6, 3),
         trials=progress.trials,
         failures=progress.failures,
-        max_error=error,
-        config=instances[best].config,
+        max_error=best.error,
+        config=best.config,
     )
-    save_record(
-        entry, traces[best], target, _metadata(target, device, built[0].versions, seed), logs
-    )
+    save_record(entry, best.trace, target, _metadata(target, device, best.versions, seed), logs)
     return entry
 
 

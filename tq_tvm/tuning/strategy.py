@@ -19,17 +19,13 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.arg_info import ArgInfo
 from tvm.s_tir.meta_schedule.search_strategy import MeasureCandidate, PySearchStrategy
 
+from tq_tvm.schedules.decisions import decided
+
 __all__ = ["Evolutionary", "Exhaustive", "RedrawDecision", "space_size"]
 
 
 def _sampled(trace: Any) -> list[Any]:
     return [inst for inst in trace.insts if inst.kind.name == "SampleCategorical"]
-
-
-def _decided(trace: Any) -> tuple[int, ...]:
-    """Index of every sampled decision."""
-    # In order of the instructions: the map of decisions has an order of its own.
-    return tuple(int(trace.decisions[inst]) for inst in _sampled(trace))
 
 
 def space_size(sch: Schedule) -> int:
@@ -66,13 +62,13 @@ class Exhaustive(PySearchStrategy):
         if database is not None:
             workload = database.commit_workload(self._context.mod)
             for record in database.get_top_k(workload, 1 << 20):
-                seen.add(_decided(record.trace))
+                seen.add(tuple(decided(record.trace)))
         self._pending = iter(
             [
                 (space.trace, point)
                 for space in design_spaces
                 for point in _points(space.trace)
-                if point not in seen
+                if _values(space.trace, point) not in seen
             ]
         )
 
@@ -165,6 +161,11 @@ def _points(trace: Any) -> list[tuple[int, ...]]:
     points = list(itertools.product(*[range(len(i.attrs[0])) for i in _sampled(trace)]))
     stride = next(s for s in range(max(1, len(points) * 5 // 8), 0, -1) if _coprime(s, len(points)))
     return [points[i * stride % len(points)] for i in range(len(points))]
+
+
+def _values(trace: Any, point: tuple[int, ...]) -> tuple[int, ...]:
+    """What the options of a space say at a point."""
+    return tuple(int(i.attrs[0][at]) for i, at in zip(_sampled(trace), point, strict=True))
 
 
 def _coprime(a: int, b: int) -> bool:
