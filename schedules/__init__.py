@@ -2,7 +2,8 @@
 
 ``rotate``, ``fill`` and ``flatten`` are schedulable blocks: a trace found on a function of static
 shape is replayed on the dynamic function that ships. ``decode`` samples the parameters of its
-factory on an anchor function, and the factory makes the kernel.
+factory on an anchor function, and the factory makes the kernel; on GPUs ``fill`` and ``flatten``
+have factories as well, as a second design (`factories`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tq_tvm.schedules import decode, fill, flatten, rotate
+from tq_tvm.schedules import decode, factories, fill, flatten, rotate
 from tq_tvm.schedules.decisions import decided, sampled
 from tq_tvm.schedules.rows import ROW_MULTIPLE
 from tvm.s_tir import Schedule, Trace
@@ -31,6 +32,7 @@ __all__ = [
     "candidate",
     "candidate_launch",
     "default",
+    "has_factory",
     "instantiate",
     "search_module",
     "space",
@@ -96,14 +98,22 @@ def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], lis
 
     def apply(sch: Schedule) -> list[Schedule]:
         designs = [sch]
-        if function == "decode" and kind == "cuda":
-            planes = sch.copy()
-            decode.apply_planes(planes, sampled(planes))
-            designs.append(planes)
+        if kind == "cuda" and function == "decode":
+            designs.append(sch.copy())
+            decode.apply_planes(designs[1], sampled(designs[1]))
+        if kind == "cuda" and factories.options(function, spec) is not None:
+            designs.append(sch.copy())
+            factories.apply(designs[1], function, spec, sampled(designs[1]))
         _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, sampled(sch))
         return designs
 
     return apply
+
+
+def has_factory(function: str, spec: CacheSpec, kind: str) -> bool:
+    """Whether a point of the space may be a factory's parameters, which loops say nothing of."""
+    made = kind == "cuda" and factories.options(function, spec) is not None
+    return function == "decode" or made
 
 
 def default(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], None]:
@@ -136,7 +146,7 @@ def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
 
 
 def candidate(mod: tvm.IRModule) -> tvm.IRModule:
-    """What to compile for a scheduled `search_module`: itself, or the kernel of an anchor.
+    """What to compile for a scheduled `search_module`: itself, or what a factory makes of it.
 
     Raises
     ------
@@ -145,7 +155,10 @@ def candidate(mod: tvm.IRModule) -> tvm.IRModule:
     """
     anchored = _anchored(mod)
     if anchored is None:
-        return mod
+        found = factories.made(Schedule(mod))
+        if found is None:
+            return mod
+        return tvm.IRModule({"main": factories.make(found.function, found.spec, found.config)})
     kind, spec, config = anchored
     reason = decode.rejected(spec, kind, config)
     if reason is not None:
@@ -188,6 +201,10 @@ def instantiate(
         config = decode.decisions(sch)
         func = decode_kernel(spec, kind, config)
         launch = decode.launch(spec, kind, config)
+    elif (found := factories.made(sch)) is not None:
+        config = found.config
+        func = factories.make(function, spec, config)
+        launch = {}
     else:
         config = _row_config(trace or sch.trace, function, spec, kind)
         func = sch.mod["main"]

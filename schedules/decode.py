@@ -26,6 +26,8 @@ headroom          bits of a weight that a rising maximum may use up: fewer moves
                   the bound, against precision
 reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to
                   merge, against parallel work
+overlap           the second launch begins before the first is done: less waiting,
+                  against CTAs that hold an SM while they wait
 ================  ==================================================================
 
 On a GPU there are two designs, V by look-ups (``decode_cuda``) and V by bit planes
@@ -91,6 +93,7 @@ PLANES = {
     "query_in_shared": [0, 1],
     "headroom": [0, 1, 2],
     "reach": [1, 2, 4],
+    "overlap": [0, 1],
 }
 
 DEFAULTS = {

@@ -33,11 +33,11 @@ SHARED = {
 }  # fmt: skip
 PLANES = {
     "planes": 1, "warps": 4, "tile": 64, "registers": 168, "query_in_shared": 1, "headroom": 1,
-    "reach": 1,
+    "reach": 1, "overlap": 0,
 }  # fmt: skip
 SMALL_PLANES = {
     "planes": 1, "warps": 2, "tile": 32, "registers": 256, "query_in_shared": 0, "headroom": 0,
-    "reach": 2,
+    "reach": 2, "overlap": 1,
 }  # fmt: skip
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), REGISTERS),

@@ -24,7 +24,10 @@ _SCALE_SPREAD = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One row to measure. ``batch`` and ``context`` are (rows, 1) for ``rotate``."""
+    """One row to measure. ``batch`` and ``context`` are (rows, 1) for ``rotate``.
+
+    The lengths of a ragged batch are log-uniform in ``shortest`` to ``context``.
+    """
 
     kernel: str
     spec: CacheSpec
@@ -32,6 +35,7 @@ class Workload:
     context: int
     graph: bool = False
     rotate_back: bool = False
+    shortest: int | None = None
 
     def describe(self) -> dict[str, Any]:
         """The fields of ``bench.json``."""
@@ -55,6 +59,8 @@ class Workload:
             "layout": spec.layout,
             "graph": self.graph,
         }
+        if self.shortest is not None:
+            fields["shortest"] = self.shortest
         if self.kernel == "flatten":
             fields["rotate_back"] = self.rotate_back
         if self.kernel == "fill":
@@ -87,6 +93,7 @@ def workloads(kind: str) -> list[Workload]:
             Workload("flatten", _SERVED, 2, 1024, rotate_back=True),
             Workload("decode", _SERVED, 2, 1024),
             Workload("decode", _SERVED, 4, 4096),
+            Workload("decode", _SERVED, 8, 4096, shortest=16),
         ]
     many_heads = dataclasses.replace(_SERVED, num_q_heads=64)
     few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
@@ -100,6 +107,7 @@ def workloads(kind: str) -> list[Workload]:
         Workload("decode", _SERVED, 8, 2048, graph=True),
         Workload("decode", _SERVED, 1, 8192, graph=True),
         Workload("decode", _SERVED, 1, 1024, graph=True),
+        Workload("decode", _SERVED, 64, 32768, shortest=128),
         Workload("fill", _SERVED, 64, 8192),
         Workload("fill", _SERVED, 8, 2048),
         Workload("fill", _SERVED, 64, 1, graph=True),
@@ -133,11 +141,14 @@ def _rotate(workload: Workload, device: torch.device) -> Case:
 
 
 def _pages(workload: Workload, device: torch.device) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """Number of pages, a permuted block table, and full lengths."""
+    """Number of pages, a permuted block table, and lengths."""
     width = -(-workload.context // workload.spec.page_size)
     pages = workload.batch * width
     table = torch.randperm(pages, device=device).int().view(workload.batch, width)
     lengths = torch.full((workload.batch,), workload.context, dtype=torch.int32, device=device)
+    if workload.shortest is not None:
+        ratio = workload.shortest / workload.context
+        lengths = (lengths * ratio ** torch.rand(workload.batch, device=device)).int()
     return pages, table, lengths
 
 
@@ -240,19 +251,21 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     out = torch.empty_like(q)
     size = paged_decode_workspace_size(spec, batch, workload.context, device)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    shape = (2, batch, spec.num_kv_heads, workload.context, spec.head_dim)
-    k, v = torch.randn(shape, device=device, dtype=dtype)
-    query = q.view(batch, spec.num_q_heads, 1, spec.head_dim)
+    baselines: dict[str, Callable[[], object]] = {}
+    if workload.shortest is None:
+        shape = (2, batch, spec.num_kv_heads, workload.context, spec.head_dim)
+        k, v = torch.randn(shape, device=device, dtype=dtype)
+        query = q.view(batch, spec.num_q_heads, 1, spec.head_dim)
+        # On lengths that differ, torch would have to pad.
+        baselines["torch sdpa, dense"] = lambda: F.scaled_dot_product_attention(
+            query, k, v, enable_gqa=True
+        )
     return Case(
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace),
-        bytes=batch * workload.context * spec.bytes_per_token + 2 * q.numel() * q.element_size(),
+        bytes=int(lengths.sum()) * spec.bytes_per_token + 2 * q.numel() * q.element_size(),
         function="decode",
         size=batch * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
-        baselines={
-            "torch sdpa, dense": lambda: F.scaled_dot_product_attention(
-                query, k, v, enable_gqa=True
-            )
-        },
+        baselines=baselines,
     )
 
 

@@ -20,6 +20,8 @@ def _describe(row: Row) -> str:
         text = f"{size['rows']} x {size['n']}"
     else:
         text = f"{size['batch']} x {size['context']}"
+        if "shortest" in size:
+            text = f"{size['batch']} x {size['shortest']}..{size['context']}"
         if row.kernel == "decode":
             text += f", {size['q_heads']}/{size['kv_heads']}"
         if size.get("rotate_back"):

@@ -19,6 +19,7 @@ import tvm_ffi.libinfo
 from tvm.tirx import PrimFunc
 
 from tq_tvm.build.occupancy import KernelResources, parse_resources
+from tq_tvm.build.overlap import overlap_launches
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import BuildError
 from tq_tvm.targets import TargetInfo
@@ -110,7 +111,7 @@ def _compile_cuda(
 
     nvcc = _tool("nvcc", "compile CUDA kernels (CUDA toolkit 12 or newer)")
     source = scratch / "kernels.cu"
-    source.write_text(export_cuda_host(built))
+    source.write_text(overlap_launches(export_cuda_host(built), target.arch))
     sm = target.arch.removeprefix("sm_")
     flags = [*_NVCC_FLAGS, "-gencode", f"arch=compute_{sm},code=sm_{sm}"]
     include = tvm_ffi.libinfo.find_include_path()

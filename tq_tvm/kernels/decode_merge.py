@@ -18,6 +18,7 @@ from tq_tvm.kernels.device import (
     reduce_lanes,
     shared,
     store,
+    wait_for_launch_before,
     when,
 )
 
@@ -108,6 +109,8 @@ def merge_pieces(shape: Shape, seq_lens, workspace, out, batch, head, sequence, 
     def row(slot):
         return T.cast(slot, "int64") * heads + head
 
+    if shape.config.overlap:
+        wait_for_launch_before()
     top, total, at = local(1, "float32"), local(1, "float32"), local(1, "int32")
     store(top, f32(LOWEST))
     store(at, first[0] + lane)

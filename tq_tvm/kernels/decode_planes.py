@@ -11,7 +11,8 @@ same tokens at the same time. A CTA takes its piece of one sequence after the ot
    synchronises warps;
 3. merges its warps and writes (sum of w v, bound, sum of w) to the workspace (`decode_merge`).
 
-The second launch, a CTA a query head and sequence, merges the pieces and rotates back.
+The second launch, a CTA a query head and sequence, merges the pieces and rotates back. With
+``overlap`` it begins before the first is done, and waits for it where it needs its results.
 
 The workspace is ``(B + groups) HQ (D + 2)`` floats.
 
@@ -34,7 +35,7 @@ from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import PlanesConfig, Shape
 from tq_tvm.kernels.decode_values import SumMemory, Values
 from tq_tvm.kernels.decode_work import find_place, share_out, tiles_of, unknown_zero
-from tq_tvm.kernels.device import barrier, i32, let, local, loop, store, when
+from tq_tvm.kernels.device import barrier, i32, let, let_next_launch_begin, local, loop, store, when
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["decode_planes", "planes_shared_bytes"]
@@ -107,6 +108,8 @@ def _attend(
     shares = share_out(shape, seq_lens, batch, lane, groups)
     place = find_place(shape, shares, seq_lens, batch, lane, group)
     table = key_table(shape, let(unknown_zero(shares)))
+    if shape.config.overlap:
+        let_next_launch_begin()
     reader = PageReader(shape, caches, block_table, kv_head, g, t)
     query = Query(shape, query_memory, warp, lane, g, t)
     values = Values(shape, query, sum_memory, warp, lane, g, t)

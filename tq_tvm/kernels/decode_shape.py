@@ -33,6 +33,7 @@ class PlanesConfig:
     query_in_shared: int
     headroom: int
     reach: int
+    overlap: int
 
 
 def planes_config(decisions: Mapping[str, int]) -> PlanesConfig:

@@ -19,6 +19,7 @@ __all__ = [
     "high_half",
     "i32",
     "let",
+    "let_next_launch_begin",
     "local",
     "loop",
     "low_half",
@@ -30,6 +31,7 @@ __all__ = [
     "shuffle_xor",
     "store",
     "u32",
+    "wait_for_launch_before",
     "when",
 ]
 
@@ -136,6 +138,32 @@ def high_half(dtype: str, word):
     if dtype == "bfloat16":
         return as_float(T.bitwise_and(word, u32(0xFFFF0000)))
     return from_half(dtype, T.shift_right(word, u32(16)))
+
+
+def let_next_launch_begin() -> None:
+    """Allow the next launch to begin once every CTA of this one has come here."""
+    _overlap("tq_let_next_launch_begin", "launch_dependents")
+
+
+def wait_for_launch_before() -> None:
+    """Wait until the launch before is done and its writes are seen.
+
+    A kernel that calls this is launched while the one before may still run, see
+    ``tq_tvm.build.overlap``.
+    """
+    _overlap("tq_wait_for_launch_before", "wait")
+
+
+def _overlap(name: str, action: str) -> None:
+    """Before compute capability 9.0 launches do not overlap, so there is nothing to do."""
+    source = f"""
+static __device__ __forceinline__ void {name}() {{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.{action};" ::: "memory");
+#endif
+}}
+"""
+    I.evaluate(T.cuda.func_call(name, source_code=source, return_type="void"))
 
 
 class when:

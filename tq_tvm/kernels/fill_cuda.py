@@ -11,8 +11,8 @@ One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the
    at 0 and 1, is a comparison f on the multiplier's pipe. The level is the sum of f, the centroid
    c_0 + sum f_i (c_(i+1) - c_i). Codes of opposite values mirror each other, so a code is the
    middle of its range plus a distance with the value's sign: level + 1/2, for K with 4 more or less
-   as the residual's magnitude is positive or negative. Distances times powers of two add up, in float32,
-   to two bytes at a time;
+   as the residual's magnitude is positive or negative. Distances times powers of two add up, in
+   float32, to two bytes at a time;
 4. writes 8 bytes a lane and side (4 at D = 64), and the scales.
 
 A lane ``(g, t)``, g = lane / 4, t = lane % 4, works on row g and on the coordinates whose bits 3

@@ -1,8 +1,8 @@
 r"""``flatten`` on NVIDIA GPUs, by look-ups: the threads of ``kernels.flatten``'s equation.
 
 One launch. Several lanes take a row (output token, KV head), K and V. A row has 16 different keys,
-a value and its negative eight times: ``-key(code) = key(code ^ 15)``. So a lane works out the 8 keys
-of a positive residual once, in the model's dtype, low and high bytes apart in four words, and
+a value and its negative eight times: ``-key(code) = key(code ^ 15)``. So a lane works out the 8
+keys of a positive residual once, in the model's dtype, low and high bytes apart in four words, and
 ``prmt`` looks up four codes' bytes at a time; codes of a negative residual are turned before, and
 the signs of what was found after. V has four values and no turning. Two more ``prmt`` put the bytes
 of four values together, in the order of the coordinates.

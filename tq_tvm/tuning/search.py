@@ -142,7 +142,11 @@ def tune(
                     mutator_probs={RedrawDecision(): 1.0},
                 ),
                 strategy=Exhaustive(deadline) if exhaustive else Evolutionary(deadline),
-                cost_model=_cost_model(workload, exhaustive, seed),
+                cost_model=_cost_model(
+                    schedules.has_factory(workload.function, workload.spec, target.kind),
+                    exhaustive,
+                    seed,
+                ),
                 num_tuning_cores=1,
                 seed=seed,
             )
@@ -165,10 +169,10 @@ def tune(
     return entry
 
 
-def _cost_model(workload: Workload, exhaustive: bool, seed: int) -> Any:
+def _cost_model(made: bool, exhaustive: bool, seed: int) -> Any:
     if exhaustive:
         return "random"  # nothing asks it
-    return DecisionModel(seed) if workload.kernel == "decode" else "xgb"
+    return DecisionModel(seed) if made else "xgb"
 
 
 def _searched(workload: Workload, target: TargetInfo) -> Any:

@@ -1,0 +1,132 @@
+"""Designs of row kernels for GPUs that a factory makes, beside the schedules of their blocks.
+
+MetaSchedule searches both on the same function: a schedule transforms it, while these decisions are
+written onto its block ``row``, and whoever builds a candidate or a record calls the factory.
+
+================  ==================================================================
+decision (fill)   what it trades
+================  ==================================================================
+factory           1: tells the designs apart
+warps             rows of a CTA in parallel, against CTAs resident on an SM
+tiles             times that a warp takes 8 rows: constants made once for more of
+                  them, against parallel work
+contracted        bits of the coordinate that the tensor core takes beyond its four:
+                  fewer additions, against twice the products for each
+sides             one warp for K and V, or one each: fewer slots to look up, against
+                  parallel work
+registers         the most a thread may have: more CTAs on an SM, against spills and
+                  loads in flight
+================  ==================================================================
+
+``flatten`` decides ``warps``, ``tiles`` and ``registers`` too; ``rows``, which a lane reads before
+it writes the first, only in the rotated domain, and ``contracted`` only to rotate back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+
+import tvm_ffi
+from tq_tvm.schedules.decisions import Decide
+from tvm.s_tir import Schedule
+from tvm.tirx import PrimFunc
+
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.kernels.fill_cuda import FillConfig, fill_cuda
+from tq_tvm.kernels.flatten_cuda import FlattenConfig, flatten_cuda
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["Made", "apply", "made", "make", "options"]
+
+_BLOCK = "row"
+_PREFIX = "tq_"
+_DESIGN = "tq_design"
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a factory's annotations say: function, the spec it was searched at, decisions."""
+
+    function: str
+    spec: CacheSpec
+    config: dict[str, int]
+
+
+def options(function: str, spec: CacheSpec) -> dict[str, list[int]] | None:
+    """What each decision may be; None where there is no factory."""
+    contracted = [0, 1] if spec.head_dim == 64 else [0, 1, 2]
+    if function in ("fill_slots", "fill_table"):
+        return {
+            "factory": [1],
+            "warps": [2, 4, 8],
+            "tiles": [1, 2, 4, 8],
+            "contracted": contracted,
+            "sides": [1, 2],
+            "registers": [64, 80, 96, 128],
+        }
+    if function in ("flatten", "flatten_unrotated"):
+        shared = {
+            "factory": [1],
+            "warps": [2, 4, 8],
+            "tiles": [1, 4, 16],
+            "registers": [48, 64, 96],
+        }
+        own = {"rows": [1], "contracted": contracted}
+        return {**shared, **(own if function == "flatten_unrotated" else {"rows": [1, 2, 4]})}
+    return None
+
+
+def make(function: str, spec: CacheSpec, config: Mapping[str, int]) -> PrimFunc:
+    """The kernel of some decisions, on functions of dynamic shape."""
+    values = {name: value for name, value in config.items() if name != "factory"}
+    if function in ("fill_slots", "fill_table"):
+        return fill_cuda(spec, FillConfig(**values), function == "fill_table")
+    return flatten_cuda(spec, FlattenConfig(**values), function == "flatten_unrotated")
+
+
+def apply(sch: Schedule, function: str, spec: CacheSpec, decide: Decide) -> None:
+    """Write the design and its decisions onto the row's block."""
+    block = sch.get_sblock(_BLOCK)
+    sch.annotate(block, _DESIGN, f"{function}/{spec.label}/{_digest(function, spec)}")
+    for name, values in (options(function, spec) or {}).items():
+        sch.annotate(block, _PREFIX + name, decide(name, values))
+
+
+def made(sch: Schedule) -> Made | None:
+    """Read the annotations back; None for a function that was scheduled.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        The factory makes other kernels now than when the decisions were found.
+    """
+    annotations = sch.get(sch.get_sblock(_BLOCK)).annotations
+    if _DESIGN not in annotations:
+        return None
+    function, label, digest = str(annotations[_DESIGN]).split("/")
+    spec = CacheSpec.parse(label)
+    if digest != _digest(function, spec):
+        raise UnsupportedSpecError(
+            f"{function}: decisions must be of the kernel as it is now, got those of {digest}; "
+            "run `tq-tvm tune` again"
+        )
+    config = {
+        key.removeprefix(_PREFIX): int(value)
+        for key, value in annotations.items()
+        if key.startswith(_PREFIX) and key != _DESIGN
+    }
+    return Made(function, spec, config)
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(function: str, spec: CacheSpec) -> str:
+    """Of the kernels with each decision at the first and at the last of its options."""
+    table = options(function, spec) or {}
+    hashes = [
+        tvm_ffi.structural_hash(make(function, spec, {n: v[end] for n, v in table.items()}))
+        for end in (0, -1)
+    ]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]

@@ -1,0 +1,124 @@
+"""Designs that a factory makes: sampled on a row kernel's block, built by the factory."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+
+import tvm
+import tvm_ffi
+from tq_tvm.schedules import factories
+from tq_tvm.schedules.decisions import sampled
+from tvm.backend.cuda import export_cuda_host
+from tvm.s_tir import Schedule
+from tvm.s_tir import meta_schedule as ms
+
+from tq_tvm import schedules
+from tq_tvm.build.compile import tvm_target
+from tq_tvm.build.pipeline import build_module
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.spec import HEAD_DIMS, CacheSpec
+from tq_tvm.targets import get_target
+from tq_tvm.tuning.database import search_workload
+
+SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
+FUNCTIONS = ["fill_slots", "fill_table", "flatten", "flatten_unrotated"]
+PAGES = {"batch": 2, "pages": 6, "table_width": 3}
+SHAPES = {
+    "fill_slots": {"tokens": 91, "pages": 6},
+    "fill_table": {"tokens": 96, **PAGES},
+    "flatten": {"tokens": 96, **PAGES},
+    "flatten_unrotated": {"tokens": 96, **PAGES},
+}
+
+
+def made(function, seed=1, spec=SPEC) -> Schedule:
+    """A sample of the second design."""
+    mod = schedules.search_module(function, spec, "cuda", SHAPES[function])
+    _, second = schedules.space(function, spec, "cuda")(Schedule(mod, seed=seed))
+    return second
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_candidate_is_what_ships(function, seed):
+    second = made(function, seed)
+    instance = schedules.instantiate(function, SPEC, "cuda", second.trace)
+    offered = factories.options(function, SPEC)
+    assert set(instance.config) == set(offered)
+    assert all(value in offered[name] for name, value in instance.config.items())
+    assert instance.launch == schedules.candidate_launch(second.mod) == {}
+    built = schedules.candidate(second.mod)["main"]
+    assert tvm_ffi.structural_equal(built, instance.func)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_schedule_is_no_factory_and_a_cpu_has_none(function):
+    first = Schedule(schedules.search_module(function, SPEC, "cuda", SHAPES[function]), seed=1)
+    assert len(schedules.space(function, SPEC, "cuda")(first)) == 2
+    assert factories.made(first) is None
+    cpu = Schedule(schedules.search_module(function, SPEC, "llvm", SHAPES[function]), seed=1)
+    assert schedules.space(function, SPEC, "llvm")(cpu) == [cpu]
+    assert factories.options("rotate", SPEC) is None
+    assert schedules.has_factory(function, SPEC, "cuda")
+    assert not schedules.has_factory(function, SPEC, "llvm")
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_record_carries_over_to_another_spec(tmp_path, function):
+    """By way of the files; heads, pages and layout are the other spec's."""
+    second = made(function)
+    target = tvm_target(get_target("nvidia_h200"))
+    mod = search_workload(function, SPEC, "cuda", SHAPES[function])
+    files = [str(tmp_path / name) for name in ("workload.json", "record.json")]
+    database = ms.database.JSONDatabase(*files)
+    workload = database.commit_workload(mod)
+    database.commit_tuning_record(
+        ms.database.TuningRecord(second.trace, workload, [1e-3], target, [])
+    )
+    (record,) = ms.database.JSONDatabase(*files).get_all_tuning_records()
+    other = CacheSpec(128, 12, 3, 64, "bfloat16", "bhsd")
+    instance = schedules.instantiate(function, other, "cuda", record.trace)
+    assert instance.config == schedules.instantiate(function, SPEC, "cuda", second.trace).config
+    want = factories.make(function, other, instance.config)
+    assert tvm_ffi.structural_equal(instance.func.with_attr("global_symbol", "main"), want)
+
+
+def test_decisions_of_another_kernel_are_refused(monkeypatch):
+    second = made("fill_slots")
+    monkeypatch.setattr(factories, "_digest", lambda function, spec: "another")
+    with pytest.raises(UnsupportedSpecError, match="kernel as it is now"):
+        schedules.instantiate("fill_slots", SPEC, "cuda", second.trace)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cuda_source_of_both_ends_of_the_options(function, head_dim):
+    spec = CacheSpec(head_dim, 2, 1, 64, "float16", "bhsd")
+    table = factories.options(function, spec)
+    for end in (0, -1):
+        config = {name: values[end] for name, values in table.items()}
+        sch = Schedule(schedules.search_module(function, spec, "cuda", SHAPES[function]))
+        factories.apply(sch, function, spec, sampled(sch, config))
+        func = schedules.instantiate(function, spec, "cuda", sch.trace).func
+        target = tvm_target(get_target("nvidia_h200"))
+        source = export_cuda_host(build_module(tvm.IRModule({"main": func}), target))
+        threads = 32 * config["warps"]
+        assert f"__launch_bounds__({threads}, {65536 // (threads * config['registers'])})" in source
+        assert ("mma.sync" in source) == (function != "flatten")
+        assert "prmt.b32" in source or function.startswith("fill")
+        assert "__syncthreads" not in source
+
+
+def test_options_are_points():
+    """As many as a search may count on."""
+    counts = {
+        function: len(list(itertools.product(*factories.options(function, SPEC).values())))
+        for function in FUNCTIONS
+    }
+    assert counts == {
+        "fill_slots": 288, "fill_table": 288, "flatten": 81, "flatten_unrotated": 81,
+    }  # fmt: skip
