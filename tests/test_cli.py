@@ -119,7 +119,7 @@ def test_tuning_for_another_gpu_is_refused(monkeypatch, tmp_path):
 def test_what_ctrl_c_kept_is_shown(monkeypatch, tmp_path, as_json):
     pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
     from tq_tvm.tuning import search
-    from tq_tvm.tuning.database import Entry
+    from tq_tvm.tuning.database import Entry, Environment
     from tq_tvm.tuning.interrupt import SearchInterrupted
 
     def tune(workload, *arguments, **options):
@@ -136,6 +136,7 @@ def test_what_ctrl_c_kept_is_shown(monkeypatch, tmp_path, as_json):
             failures=1,
             max_error=0.0,
             config={"tile": 32},
+            environment=Environment("a CPU", {}, "2026-01-01", 1),
         )
         raise SearchInterrupted(entry)
 

@@ -69,7 +69,7 @@ def small_space(monkeypatch, **options):
 def test_a_record_is_searched_kept_found_and_built(folders, tmp_path):
     cache, logs = folders
     target = detect(CPU)
-    entry = tune(ROTATE, target, CPU, trials=4, logs=logs)
+    entry = tune(ROTATE, target, CPU, trials=4, seed=5, logs=logs)
     assert (entry.workload, entry.function, entry.spec) == (ROTATE.label, "rotate", SPEC.label)
     assert (entry.trials, entry.failures, entry.size) == (4, 0, ROTATE.size)
     assert entry.max_error < 1e-5
@@ -83,8 +83,9 @@ def test_a_record_is_searched_kept_found_and_built(folders, tmp_path):
     (record,) = find_records("rotate", SPEC, target, logs)
     assert schedules.instantiate("rotate", SPEC, "llvm", record.trace).config == entry.config
     metadata = json.loads((logs / target.name / "metadata.json").read_text())
-    assert metadata["target"] == target.name
-    assert {"apache-tvm", "apache-tvm-ffi", "torch", "cxx"} <= set(metadata["versions"])
+    assert metadata == {"target": target.name, "arch": target.arch}
+    assert {"apache-tvm", "apache-tvm-ffi", "torch", "cxx"} <= set(entry.environment.versions)
+    assert entry.environment.seed == 5
 
     directory = build_library(SPEC, target, tmp_path / "artifacts", logs=logs)
     functions = Manifest.read(directory).functions
@@ -232,10 +233,9 @@ def test_no_search_for_the_log_of_another_target(folders):
     """Which would be a log of two targets."""
     cache, logs = folders
     target = detect(CPU)
-    metadata = {"target": "nvidia_h200", "device": "", "arch": "", "versions": {}, "date": ""}
     (logs / target.name).mkdir(parents=True)
     path = logs / target.name / "metadata.json"
-    path.write_text(json.dumps({**metadata, "seed": 1}))
+    path.write_text(json.dumps({"target": "nvidia_h200", "arch": "sm_90a"}))
     before = path.read_bytes()
     with pytest.raises(TuningLogError, match="got records of nvidia_h200; move it away"):
         tune(ROTATE, target, CPU, trials=4, logs=logs)

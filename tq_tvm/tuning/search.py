@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -21,7 +18,6 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tq_tvm import env, schedules
-from tq_tvm._version import __version__
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.errors import TuningLogError
 from tq_tvm.targets import TargetInfo, detect
@@ -29,12 +25,12 @@ from tq_tvm.tuning.candidates import KeepMeasured, make_builder, make_runner
 from tq_tvm.tuning.cost_model import DecisionModel
 from tq_tvm.tuning.database import (
     Entry,
-    Metadata,
     check_log,
     open_database,
     save_record,
     search_workload,
 )
+from tq_tvm.tuning.environment import environment
 from tq_tvm.tuning.finalists import compare
 from tq_tvm.tuning.interrupt import Interrupt, SearchInterrupted, shield_workers
 from tq_tvm.tuning.progress import Progress
@@ -223,40 +219,7 @@ def _keep_best(
         failures=progress.failures,
         max_error=best.error,
         config=best.config,
+        environment=environment(device, best.versions, seed),
     )
-    save_record(entry, best.trace, target, _metadata(target, device, best.versions, seed), logs)
+    save_record(entry, best.trace, target, logs)
     return entry
-
-
-def _metadata(
-    target: TargetInfo, device: torch.device, tools: dict[str, str], seed: int
-) -> Metadata:
-    names = ("apache-tvm", "apache-tvm-ffi", "torch", "xgboost-cpu")
-    versions: dict[str, Any] = {"tq_tvm": __version__, **tools}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "none"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        versions["cuda"] = str(torch.version.cuda)
-    else:
-        name = _cpu_name()
-    return Metadata(
-        target=target.name,
-        device=name,
-        arch=target.arch,
-        versions=versions,
-        date=datetime.date.today().isoformat(),
-        seed=seed,
-    )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return platform.processor() or platform.machine()
