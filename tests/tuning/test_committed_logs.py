@@ -72,8 +72,9 @@ def test_a_record_is_found_and_replays(target, entry):
     record = records[entry.workload]
     assert (record.size, record.us) == (entry.size, entry.us)
     instance = schedules.instantiate(entry.function, spec, target.kind, record.trace)
-    assert instance.tuned
     assert instance.config == entry.config
+    default = schedules.instantiate(entry.function, spec, target.kind, None)
+    assert instance.tuned == (instance.config != default.config)
 
 
 @each_entry

@@ -15,6 +15,7 @@ from tq_tvm.schedules import decode
 from tvm.s_tir import Schedule
 
 from tq_tvm import schedules
+from tq_tvm.artifacts import Manifest
 from tq_tvm.build.library import build_library
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import CacheSpec
@@ -177,6 +178,24 @@ def test_logs_name_no_path_of_this_machine(tmp_path):
     here = str(Path(__file__).resolve().parents[2])
     for path in tmp_path.rglob("*.json"):
         assert here not in path.read_text(), path
+
+
+def test_a_record_of_the_default_is_no_tuned_variant(tmp_path):
+    """In the manifest it has the record's label all the same."""
+    for function, tuned in (("rotate", False), ("fill_slots", True)):
+        sch = Schedule(search_workload(function, SPEC, TARGET.kind, SHAPES[function]), seed=1)
+        point = schedules.space if tuned else schedules.default
+        point(function, SPEC, TARGET.kind)(sch)
+        save_record(entry_of(function, sch.trace), sch.trace, TARGET, tmp_path)
+    functions = Manifest.read(
+        build_library(SPEC, TARGET, tmp_path / "artifacts", logs=tmp_path)
+    ).functions
+    told = {name: [(v.tuned, v.workload is not None) for v in functions[name]] for name in SHAPES}
+    assert told == {
+        **{name: [(False, False)] for name in SHAPES},
+        "rotate": [(False, True)],
+        "fill_slots": [(True, True)],
+    }
 
 
 # --- which spec a record serves
