@@ -9,6 +9,7 @@ have factories as well, as a second design (`factories`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ _SPACES: dict[str, Any] = {"rotate": rotate, "fill": fill, "flatten": flatten, "
 
 @dataclasses.dataclass(frozen=True)
 class Instance:
-    """A kernel ready to compile, and the decisions in it."""
+    """A kernel ready to compile, and the decisions in it; ``tuned`` if the default's are others."""
 
     func: PrimFunc
     config: dict[str, int]
@@ -179,6 +180,20 @@ def _row_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict
     return dict(zip(names, decided(trace), strict=True))
 
 
+def _config(sch: Schedule, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+    """Names and values of the decisions that a schedule has made."""
+    if function == "decode":
+        return decode.decisions(sch)
+    return _row_config(sch.trace, function, spec, kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _default_config(function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+    sch = Schedule(search_module(function, spec, kind, None))
+    default(function, spec, kind)(sch)
+    return _config(sch, function, spec, kind)
+
+
 def instantiate(
     function: str,
     spec: CacheSpec,
@@ -196,9 +211,8 @@ def instantiate(
         default(function, spec, kind)(sch)
     else:
         trace.apply_to_schedule(sch, remove_postproc=True)
-    tuned = trace is not None
+    config = _config(sch, function, spec, kind)
     if function == "decode":
-        config = decode.decisions(sch)
         func = decode_kernel(spec, kind, config)
         launch = decode.launch(spec, kind, config)
     elif (found := factories.made(sch)) is not None:
@@ -206,7 +220,7 @@ def instantiate(
         func = factories.make(function, spec, config)
         launch = {}
     else:
-        config = _row_config(trace or sch.trace, function, spec, kind)
         func = sch.mod["main"]
         launch = {}
+    tuned = config != _default_config(function, spec, kind)
     return Instance(func.with_attr("global_symbol", symbol), config, launch, tuned)

@@ -115,6 +115,42 @@ def test_tuning_for_another_gpu_is_refused(monkeypatch, tmp_path):
     assert "tune: device must be a nvidia_a100" in result.stderr
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_ctrl_c_kept_is_shown(monkeypatch, tmp_path, as_json):
+    pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+    from tq_tvm.tuning import search
+    from tq_tvm.tuning.database import Entry, Environment
+    from tq_tvm.tuning.interrupt import SearchInterrupted
+
+    def tune(workload, *arguments, **options):
+        entry = Entry(
+            workload=workload.label,
+            function=workload.function,
+            spec=workload.spec.label,
+            shape=workload.shape,
+            size=1,
+            us=12.5,
+            default_us=13.5,
+            search_us=12.0,
+            trials=6,
+            failures=1,
+            max_error=0.0,
+            config={"tile": 32},
+            environment=Environment("a CPU", {}, "2026-01-01", 1),
+        )
+        raise SearchInterrupted(entry)
+
+    monkeypatch.setattr(search, "tune", tune)
+    arguments = ["tune", "--target", detect("cpu").name, "--kernel", "decode"]
+    result = invoke(*arguments, "--logs", str(tmp_path), *(["--json"] if as_json else []))
+    assert result.exit_code == 130
+    if as_json:
+        (entry,) = json.loads(result.stdout)
+        assert (entry["trials"], entry["failures"], entry["us"]) == (6, 1, 12.5)
+    else:
+        assert "12.5" in result.stdout and "tile=32" in result.stdout
+
+
 def test_bench_times_every_row_of_a_kernel(built, monkeypatch, tmp_path):
     root, _ = built
     monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(root))

@@ -170,6 +170,7 @@ def tune(
     _require_compiler("tune")
     import torch
 
+    from tq_tvm.tuning.interrupt import SearchInterrupted
     from tq_tvm.tuning.search import tune as search
     from tq_tvm.tuning.workloads import workloads
 
@@ -196,8 +197,10 @@ def tune(
             except TQError as error:
                 failed.append(workload.label)
                 click.echo(f"Error: {error}", err=True)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         failed.append("interrupted")
+        if isinstance(stop, SearchInterrupted) and stop.entry is not None:
+            kept.append(stop.entry)
     if as_json:
         _print_json(kept)
     else:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ __all__ = [
     "canonical_gpu_name",
     "cpu_features",
     "detect",
+    "driver_version",
     "get_target",
     "missing_cpu_features",
 ]
@@ -173,6 +175,16 @@ def detect(device: torch.device | str | None = None) -> TargetInfo:
         )
     index = torch.cuda.current_device() if device.index is None else device.index
     return _detect_gpu(index)
+
+
+@functools.cache
+def driver_version() -> str:
+    """Version of the NVIDIA driver, or "unknown"."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 @functools.cache

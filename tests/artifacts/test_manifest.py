@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tq_tvm.artifacts import FileRecord, Manifest, Variant
+from tq_tvm.artifacts import FileRecord, Manifest, Variant, schedule_word
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
@@ -48,6 +48,15 @@ def test_write_then_read(manifest, directory):
     assert manifest.cache_spec == SPEC
     assert manifest.counts() == {"rotate": (1, 2)}
     assert [p.name for p in directory.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("tuned", "workload", "word"),
+    [(True, "w", "tuned"), (False, "w", "default is best"), (False, None, "default")],
+)
+def test_the_word_for_a_schedule(tuned, workload, word):
+    """A search that found nothing faster than the default did not tune it."""
+    assert schedule_word(tuned, workload) == word
 
 
 def test_fields_of_later_writers_are_ignored(manifest, directory):

@@ -160,7 +160,7 @@ def test_a_trace_means_the_same_on_any_shape(function, kind):
     dynamic = schedules.instantiate(function, SPEC, kind, again.trace)
     assert tvm_ffi.structural_equal(static.func, sch.mod["main"])
     assert dynamic.config == static.config
-    assert dynamic.tuned and dynamic.launch == {}
+    assert dynamic.launch == {}
     offered = options(function, SPEC, kind)
     named = MODULES[FUNCTIONS[function]].DEFAULTS[kind]
     assert list(dynamic.config) == list(offered) == list(named)
@@ -351,6 +351,18 @@ def test_defaults_are_points_of_the_space(function, kind, head_dim):
     assert not instance.tuned
     assert list(instance.config) == list(offered)
     assert all(value in offered[name] for name, value in instance.config.items())
+
+
+@pytest.mark.parametrize("function", ["rotate", "decode"])
+def test_a_record_of_the_default_is_not_tuned(function):
+    """Its decisions are those that every call without a record has."""
+    for seed in (None, 1, 2):
+        sch = Schedule(schedules.search_module(function, SPEC, "llvm", None), seed=seed)
+        point = schedules.default if seed is None else schedules.space
+        point(function, SPEC, "llvm")(sch)
+        instance = schedules.instantiate(function, SPEC, "llvm", sch.trace)
+        default = schedules.instantiate(function, SPEC, "llvm", None)
+        assert instance.tuned == (instance.config != default.config) == (seed is not None)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

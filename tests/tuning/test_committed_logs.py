@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import msgspec
 import pytest
 
@@ -41,12 +43,14 @@ each_target = pytest.mark.parametrize("target", targets(), ids=lambda target: ta
 each_entry = pytest.mark.parametrize(("target", "entry"), every_entry())
 
 
-@each_target
-def test_the_environment_is_told(target):
-    metadata = metadata_of(target.name)
-    assert (metadata.target, metadata.arch) == (target.name, target.arch)
-    assert metadata.device
-    assert {"tq_tvm", "apache-tvm", "apache-tvm-ffi", "torch"} <= set(metadata.versions)
+@each_entry
+def test_the_environment_is_told(target, entry):
+    environment = entry.environment
+    tools = {"cuda": {"nvcc", "cuda", "driver"}, "llvm": {"cxx"}}[target.kind]
+    packages = {"tq_tvm", "apache-tvm", "apache-tvm-ffi", "torch", "xgboost-cpu"}
+    assert set(environment.versions) == packages | tools
+    assert environment.device and "unknown" not in environment.versions.values()
+    assert datetime.date.fromisoformat(environment.date)
 
 
 @each_target
@@ -68,8 +72,9 @@ def test_a_record_is_found_and_replays(target, entry):
     record = records[entry.workload]
     assert (record.size, record.us) == (entry.size, entry.us)
     instance = schedules.instantiate(entry.function, spec, target.kind, record.trace)
-    assert instance.tuned
     assert instance.config == entry.config
+    default = schedules.instantiate(entry.function, spec, target.kind, None)
+    assert instance.tuned == (instance.config != default.config)
 
 
 @each_entry

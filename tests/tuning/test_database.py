@@ -15,13 +15,14 @@ from tq_tvm.schedules import decode
 from tvm.s_tir import Schedule
 
 from tq_tvm import schedules
+from tq_tvm.artifacts import Manifest
 from tq_tvm.build.library import build_library
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import (
     Entry,
-    Metadata,
+    Environment,
     entries,
     find_records,
     save_record,
@@ -39,7 +40,7 @@ SHAPES = {
     "flatten": {"tokens": 32, **PAGES},
     "decode": PAGES,
 }
-METADATA = Metadata(TARGET.name, "a CPU", TARGET.arch, {"tq_tvm": "0"}, "2026-01-01", 1)
+ENVIRONMENT = Environment("a CPU", {"tq_tvm": "0"}, "2026-01-01", 1)
 OTHER_HEADS = dataclasses.replace(SPEC, num_q_heads=4)
 OTHER_PAGES = dataclasses.replace(SPEC, page_size=32)
 
@@ -71,13 +72,14 @@ def entry_of(function, trace, spec=SPEC, us=1.0, shape=None) -> Entry:
         failures=0,
         max_error=0.0,
         config=config_of(function, trace, spec),
+        environment=ENVIRONMENT,
     )
 
 
 def save(logs, function, spec=SPEC, seed=1, us=1.0, shape=None) -> Entry:
     trace = trace_of(function, spec, seed, shape)
     entry = entry_of(function, trace, spec, us, shape)
-    save_record(entry, trace, TARGET, METADATA, logs)
+    save_record(entry, trace, TARGET, logs)
     return entry
 
 
@@ -100,14 +102,14 @@ def lines(logs, kernel, name) -> int:
 def test_a_record_is_found_again(tmp_path, function):
     trace = trace_of(function, seed=5)
     entry = entry_of(function, trace, us=12.5)
-    directory = save_record(entry, trace, TARGET, METADATA, tmp_path)
+    directory = save_record(entry, trace, TARGET, tmp_path)
     assert directory.parent == tmp_path / TARGET.name
     (record,) = find_records(function, SPEC, TARGET, tmp_path)
     assert (record.workload, record.size, record.us) == (entry.workload, entry.size, 12.5)
     assert config_of(function, record.trace) == entry.config == config_of(function, trace)
     assert entries(directory.name, TARGET, tmp_path) == [entry]
     metadata = msgspec.json.decode((directory.parent / "metadata.json").read_bytes())
-    assert metadata == msgspec.to_builtins(METADATA)
+    assert metadata == {"target": TARGET.name, "arch": TARGET.arch}
 
 
 def test_nothing_is_found_where_there_is_no_log(tmp_path):
@@ -151,12 +153,23 @@ def test_a_newer_record_replaces_the_older_one(tmp_path):
     newer = old
     while newer.config == old.config:
         newer = entry_of("fill_table", trace := trace_of("fill_table", seed=next(seeds)), us=3.0)
-    save_record(newer, trace, TARGET, METADATA, tmp_path)
+    save_record(newer, trace, TARGET, tmp_path)
     (record,) = find_records("fill_table", SPEC, TARGET, tmp_path)
     assert record.us == 3.0
     assert found_configs(tmp_path, "fill_table") == {newer.workload: newer.config}
     assert found_configs(tmp_path, "fill_slots") == {kept.workload: kept.config}
     assert lines(tmp_path, "fill", "database_tuning_record.json") == 2
+
+
+def test_an_older_record_keeps_its_environment(tmp_path):
+    """A save tells of itself alone."""
+    old = save(tmp_path, "fill_slots", seed=3)
+    trace = trace_of("fill_table")
+    environment = Environment("another CPU", {"tq_tvm": "1"}, "2027-01-01", 2)
+    new = msgspec.structs.replace(entry_of("fill_table", trace), environment=environment)
+    save_record(new, trace, TARGET, tmp_path)
+    assert entries("fill", TARGET, tmp_path) == [old, new]
+    assert old.environment == ENVIRONMENT
 
 
 def test_logs_name_no_path_of_this_machine(tmp_path):
@@ -165,6 +178,24 @@ def test_logs_name_no_path_of_this_machine(tmp_path):
     here = str(Path(__file__).resolve().parents[2])
     for path in tmp_path.rglob("*.json"):
         assert here not in path.read_text(), path
+
+
+def test_a_record_of_the_default_is_no_tuned_variant(tmp_path):
+    """In the manifest it has the record's label all the same."""
+    for function, tuned in (("rotate", False), ("fill_slots", True)):
+        sch = Schedule(search_workload(function, SPEC, TARGET.kind, SHAPES[function]), seed=1)
+        point = schedules.space if tuned else schedules.default
+        point(function, SPEC, TARGET.kind)(sch)
+        save_record(entry_of(function, sch.trace), sch.trace, TARGET, tmp_path)
+    functions = Manifest.read(
+        build_library(SPEC, TARGET, tmp_path / "artifacts", logs=tmp_path)
+    ).functions
+    told = {name: [(v.tuned, v.workload is not None) for v in functions[name]] for name in SHAPES}
+    assert told == {
+        **{name: [(False, False)] for name in SHAPES},
+        "rotate": [(False, True)],
+        "fill_slots": [(True, True)],
+    }
 
 
 # --- which spec a record serves
@@ -253,7 +284,7 @@ def test_the_log_of_another_target_is_not_written(tmp_path, function):
     before = contents(root)
     trace = trace_of(function)
     with pytest.raises(TuningLogError, match="must hold records of x86_64_v3, got records of x86"):
-        save_record(entry_of(function, trace), trace, other, METADATA, tmp_path)
+        save_record(entry_of(function, trace), trace, other, tmp_path)
     assert contents(root) == before
 
 
@@ -365,7 +396,7 @@ def test_a_malformed_database(tmp_path, name, text):
         find_records("rotate", SPEC, TARGET, tmp_path)
     trace = trace_of("rotate")
     with pytest.raises(TuningLogError, match=wanted):
-        save_record(entry_of("rotate", trace), trace, TARGET, METADATA, tmp_path)
+        save_record(entry_of("rotate", trace), trace, TARGET, tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -375,7 +406,7 @@ def test_a_trace_that_does_not_replay(tmp_path):
     schedules.space("rotate", SPEC, TARGET.kind)(sch)
     entry = entry_of("rotate", sch.trace)
     sch.sample_categorical([1, 2], [0.5, 0.5])
-    save_record(entry, sch.trace, TARGET, METADATA, tmp_path)
+    save_record(entry, sch.trace, TARGET, tmp_path)
     with pytest.raises(TuningLogError, match=r"record rotate-.* must replay on .*--no-records"):
         build_library(SPEC, TARGET, tmp_path / "artifacts", logs=tmp_path)
     assert not (tmp_path / "artifacts").exists()

@@ -28,6 +28,7 @@ from tq_tvm.tuning import candidates
 from tq_tvm.tuning.candidates import make_runner
 from tq_tvm.tuning.database import entries, find_records, search_workload
 from tq_tvm.tuning.inputs import make_case
+from tq_tvm.tuning.interrupt import Interrupt, SearchInterrupted
 from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.search import tune
 from tq_tvm.tuning.workloads import Workload
@@ -68,7 +69,7 @@ def small_space(monkeypatch, **options):
 def test_a_record_is_searched_kept_found_and_built(folders, tmp_path):
     cache, logs = folders
     target = detect(CPU)
-    entry = tune(ROTATE, target, CPU, trials=4, logs=logs)
+    entry = tune(ROTATE, target, CPU, trials=4, seed=5, logs=logs)
     assert (entry.workload, entry.function, entry.spec) == (ROTATE.label, "rotate", SPEC.label)
     assert (entry.trials, entry.failures, entry.size) == (4, 0, ROTATE.size)
     assert entry.max_error < 1e-5
@@ -82,14 +83,16 @@ def test_a_record_is_searched_kept_found_and_built(folders, tmp_path):
     (record,) = find_records("rotate", SPEC, target, logs)
     assert schedules.instantiate("rotate", SPEC, "llvm", record.trace).config == entry.config
     metadata = json.loads((logs / target.name / "metadata.json").read_text())
-    assert metadata["target"] == target.name
-    assert {"apache-tvm", "apache-tvm-ffi", "torch", "cxx"} <= set(metadata["versions"])
+    assert metadata == {"target": target.name, "arch": target.arch}
+    assert {"apache-tvm", "apache-tvm-ffi", "torch", "cxx"} <= set(entry.environment.versions)
+    assert entry.environment.seed == 5
 
     directory = build_library(SPEC, target, tmp_path / "artifacts", logs=logs)
     functions = Manifest.read(directory).functions
     assert set(functions) == set(FUNCTIONS)
     (variant,) = functions["rotate"]
-    assert (variant.tuned, variant.workload, variant.us) == (True, ROTATE.label, entry.us)
+    assert (variant.workload, variant.us) == (ROTATE.label, entry.us)
+    assert variant.tuned == (entry.config != default)
     assert variant.config == entry.config
     assert not any(v.tuned for name in functions for v in functions[name] if name != "rotate")
 
@@ -120,30 +123,82 @@ def test_a_search_goes_on_where_one_stopped(folders, monkeypatch):
     assert entries("decode", target, logs) == [entry]
 
 
-@pytest.mark.parametrize("found", [2, 0])
-def test_ctrl_c_keeps_what_was_found(folders, monkeypatch, found):
-    """In the batch after the first, or before anything was measured."""
+@pytest.fixture
+def press(monkeypatch):
+    """Ctrl-C while the candidate after the first ``measured`` ones is reported."""
+
+    def after(measured, times=1):
+        report = Progress.report
+
+        def pressed(self, us, error):
+            if self.trials == measured:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            report(self, us, error)
+
+        monkeypatch.setattr(Progress, "report", pressed)
+
+    return after
+
+
+@pytest.fixture
+def handler():
+    """The handler of Ctrl-C, which is the same one afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_inside_a_batch_keeps_what_was_measured(folders, monkeypatch, press, handler):
+    """The candidate that is being measured is the last one; all four are one batch."""
     cache, logs = folders
     small_space(monkeypatch, tile=[16, 32], vector=[16], unroll=[0, 1])
-    tune_tir, report = ms.tir_integration.tune_tir, Progress.report
-
-    def in_pairs(*args, **kwargs):
-        return tune_tir(*args, **{**kwargs, "num_trials_per_iter": 2})
-
-    def press(self, us, error):
-        if self.trials == found:
-            signal.raise_signal(signal.SIGINT)
-        report(self, us, error)
-
-    monkeypatch.setattr(ms.tir_integration, "tune_tir", in_pairs)
-    monkeypatch.setattr(Progress, "report", press)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    press(2)
+    with pytest.raises(SearchInterrupted) as stop:
         tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
-    assert signal.getsignal(signal.SIGINT) is handler
-    assert len(measured(cache, DECODE)) == found
-    kept = entries("decode", detect(CPU), logs)
-    assert [entry.trials for entry in kept] == ([found] if found else [])
+    assert len(measured(cache, DECODE)) == 3
+    assert entries("decode", detect(CPU), logs) == [stop.value.entry]
+    assert (stop.value.entry.trials, stop.value.entry.failures) == (3, 0)
+
+
+def test_a_second_ctrl_c_keeps_nothing(folders, monkeypatch, press, handler):
+    _, logs = folders
+    small_space(monkeypatch, tile=[16, 32], vector=[16], unroll=[0, 1])
+    press(2, times=2)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
+    assert stop.type is KeyboardInterrupt
+    assert not logs.exists()
+
+
+def test_ctrl_c_before_anything_was_measured(folders, monkeypatch, handler):
+    """While the first batch is built."""
+    cache, logs = folders
+
+    def build(self, inputs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ms.builder.LocalBuilder._cls, "build", build)
+    with pytest.raises(SearchInterrupted) as stop:
+        tune(ROTATE, detect(CPU), CPU, trials=4, logs=logs)
+    assert stop.value.entry is None
+    assert measured(cache, ROTATE) == []
+    assert not logs.exists()
+
+
+def test_what_cannot_be_built_is_a_failure(folders, monkeypatch):
+    cache, logs = folders
+    small_space(monkeypatch, tile=[16, 32], vector=[16], unroll=[0, 1])
+    build = ms.builder.LocalBuilder._cls.build
+
+    def one_fails(self, inputs):
+        _, *others = build(self, inputs)
+        return [ms.builder.BuilderResult(None, "a build that failed"), *others]
+
+    monkeypatch.setattr(ms.builder.LocalBuilder._cls, "build", one_fails)
+    entry = tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
+    assert (entry.trials, entry.failures) == (4, 1)
+    assert len(measured(cache, DECODE)) == 3
 
 
 def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
@@ -159,7 +214,7 @@ def test_a_wrong_kernel_is_a_failure(folders, monkeypatch):
 
 def test_the_seed_makes_the_inputs_of_candidates(monkeypatch):
     """Of the worker, too."""
-    runner = make_runner(ROTATE, "cpu", 7, lambda us, error: None)._inst
+    runner = make_runner(ROTATE, "cpu", 7, Interrupt(), lambda us, error: None)._inst
     submitted = []
 
     def submit(function, *arguments):
@@ -179,10 +234,9 @@ def test_no_search_for_the_log_of_another_target(folders):
     """Which would be a log of two targets."""
     cache, logs = folders
     target = detect(CPU)
-    metadata = {"target": "nvidia_h200", "device": "", "arch": "", "versions": {}, "date": ""}
     (logs / target.name).mkdir(parents=True)
     path = logs / target.name / "metadata.json"
-    path.write_text(json.dumps({**metadata, "seed": 1}))
+    path.write_text(json.dumps({"target": "nvidia_h200", "arch": "sm_90a"}))
     before = path.read_bytes()
     with pytest.raises(TuningLogError, match="got records of nvidia_h200; move it away"):
         tune(ROTATE, target, CPU, trials=4, logs=logs)

@@ -5,7 +5,7 @@ Nothing here imports the compiler. Order of the modules: `manifest`, `verify`, `
 
 from tq_tvm.artifacts.load import LoadedFunction, LoadedVariant, clear_cache, load
 from tq_tvm.artifacts.locate import ArtifactInfo, list_artifacts, locate
-from tq_tvm.artifacts.manifest import FileRecord, Manifest, Variant
+from tq_tvm.artifacts.manifest import FileRecord, Manifest, Variant, schedule_word
 from tq_tvm.artifacts.verify import verify_all, verify_directory
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "list_artifacts",
     "load",
     "locate",
+    "schedule_word",
     "verify_all",
     "verify_directory",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "Manifest",
     "Variant",
     "build_command",
+    "schedule_word",
 ]
 
 FORMAT = 1
@@ -36,6 +37,13 @@ LIBRARY_NAME = "kernels.so"
 def build_command(target: str, spec: str) -> str:
     """Return the command that builds the library of a target name and a spec label."""
     return f"tq-tvm build --target {target} --spec {spec}"
+
+
+def schedule_word(tuned: bool, workload: str | None) -> str:
+    """Where a variant's decisions come from, see `Variant`."""
+    if tuned:
+        return "tuned"
+    return "default" if workload is None else "default is best"
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -61,9 +69,9 @@ class Variant(msgspec.Struct, frozen=True):
     size
         Problem size that it was tuned at; a call takes the variant nearest in log(size).
     tuned
-        Whether ``config`` comes from a tuning record, not from the default schedule.
+        Whether a tuning record chose other decisions than the default schedule's.
     workload
-        Label of the tuned workload.
+        Label of the record's workload; with ``tuned`` False the default is the best for it.
     us
         Time that the record was kept for, in microseconds.
     config

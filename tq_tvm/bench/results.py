@@ -27,9 +27,9 @@ class Row(msgspec.Struct):
     tb_per_s, copy_tb_per_s, fraction_of_copy
         ``bytes`` over ``us``; the bandwidth of a large copy in the same run; their ratio.
     tuned
-        Whether a tuning record chose the kernel's decisions.
+        Whether a tuning record chose other decisions than the default schedule's.
     record
-        Label of that record.
+        Label of the record that served; with ``tuned`` False the default is the best for it.
     default_us
         The same call with the default schedule, in the same run; None if no library had it.
     baselines

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tq_tvm.bench.cases import Workload, make_case
 from tq_tvm.bench.results import Row
 from tq_tvm.bench.timing import capture, copy_tb_per_s, time_us
 from tq_tvm.errors import ArtifactNotFoundError
+from tq_tvm.targets import driver_version
 
 __all__ = ["conditions", "run_rows"]
 
@@ -55,12 +55,7 @@ def conditions(device: torch.device) -> dict[str, str]:
         return {"device": platform.processor() or platform.machine(), **facts} | {
             "threads": str(env.num_threads() or torch.get_num_threads())
         }
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        driver = "unknown"
-    return {"device": torch.cuda.get_device_name(device), "driver": driver, **facts}
+    return {"device": torch.cuda.get_device_name(device), "driver": driver_version(), **facts}
 
 
 def run_rows(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from tq_tvm.artifacts import schedule_word
 from tq_tvm.bench.results import Row
 from tq_tvm.errors import ArgumentValueError
 
@@ -43,7 +44,7 @@ def table(rows: list[Row], style: str = "simple") -> str:
                 "-" if row.default_us is None else f"{row.default_us:.1f}",
                 "-" if baseline is None else f"{baseline:.1f} ({name})",
                 "-" if baseline is None else f"{baseline / row.us:.2f}x",
-                "tuned" if row.tuned else "default",
+                schedule_word(row.tuned, row.record),
             ]
         )
     headers = [

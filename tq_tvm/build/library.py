@@ -125,7 +125,7 @@ def _variants(
             Variant(
                 symbol=symbol,
                 size=record.size,
-                tuned=True,
+                tuned=instance.tuned,
                 workload=record.workload,
                 us=record.us,
                 config=instance.config,

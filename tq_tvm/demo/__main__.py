@@ -12,6 +12,7 @@ import torch
 from tabulate import tabulate
 
 from tq_tvm import env
+from tq_tvm.artifacts import schedule_word
 from tq_tvm.demo.batch import OFFSET, OFFSET_CHANNELS, Batch
 from tq_tvm.demo.measure import Call, Errors, calls, measure_errors, time_call
 from tq_tvm.demo.prepare import prepare
@@ -212,9 +213,9 @@ def _print_variants(served: list[Call]) -> None:
     rows = []
     for call in served:
         variant = call.variant
-        label = "default schedule"
-        if variant.tuned:
-            label = (variant.workload or "").rsplit("-", 1)[0]
+        label = schedule_word(variant.tuned, variant.workload)
+        if variant.workload is not None:
+            label = f"{variant.workload.rsplit('-', 1)[0]}, {label}"
         decisions = " ".join(f"{name}={value}" for name, value in variant.config.items())
         us = f"{variant.us:.1f}" if variant.us is not None else ""
         rows.append([call.name, label, us, decisions])

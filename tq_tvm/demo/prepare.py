@@ -108,12 +108,16 @@ def _require_compiler(spec: CacheSpec, target: TargetInfo) -> None:
 
 
 def _tuned(directory: Path) -> str:
-    """Which functions of a library have tuning records."""
-    counts = artifacts.Manifest.read(directory).counts()
-    tuned = [function for function, (count, _) in counts.items() if count]
-    default = [function for function in counts if function not in tuned]
-    parts = [("tuned", tuned), ("default schedule", default)]
-    return "; ".join(f"{what} {', '.join(names)}" for what, names in parts if names)
+    """What the records say of each function of a library."""
+    words: dict[str, list[str]] = {}
+    for function, variants in artifacts.Manifest.read(directory).functions.items():
+        # The first word, in this order, that is true of a variant.
+        word = min(
+            (artifacts.schedule_word(v.tuned, v.workload) for v in variants),
+            key=("tuned", "default is best", "default").index,
+        )
+        words.setdefault(word, []).append(function)
+    return "; ".join(f"{word} {', '.join(names)}" for word, names in words.items())
 
 
 def _check_served(spec: CacheSpec, target: TargetInfo, directory: Path) -> None:

@@ -30,9 +30,10 @@ from tq_tvm.build.compile import compile_library
 from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.targets import TargetInfo, get_target
 from tq_tvm.tuning.inputs import Case, make_case
+from tq_tvm.tuning.interrupt import Interrupt
 from tq_tvm.tuning.workloads import Workload
 
-__all__ = ["checked_call", "make_builder", "make_runner"]
+__all__ = ["KeepMeasured", "checked_call", "make_builder", "make_runner"]
 
 _BUILD_SECONDS = 180
 _RUN_SECONDS = 60
@@ -96,23 +97,30 @@ def _run(path: str, workload: Workload, device: str, seed: int) -> float:
     return time_us(call, torch.device(device), launches=30, seconds=2.0)
 
 
+Report = Callable[[float | None, str | None], None]
+"""Told of each candidate: its time in us, or None and the error."""
+
+
 @derived_object
 class _Future(ms.runner.PyRunnerFuture):
-    """The pending result of one candidate."""
+    """One candidate, which is run when its result is asked for, unless Ctrl-C came first."""
 
-    def __init__(self, future: Any, report: Callable[[float | None, str | None], None]) -> None:
+    def __init__(self, run: Callable[[], float], interrupt: Interrupt, report: Report) -> None:
         super().__init__()
-        self._future = future
+        self._run = run
+        self._interrupt = interrupt
         self._report = report
 
     def done(self) -> bool:
-        """Whether the result is there."""
-        return bool(self._future.done())
+        """Whether asking for the result makes sense: always, it is not there before."""
+        return True
 
     def result(self) -> ms.runner.RunnerResult:
-        """Wait for the result."""
+        """Run the candidate."""
+        if self._interrupt.came:
+            return ms.runner.RunnerResult(None, "interrupted")
         try:
-            us = self._future.result()
+            us = self._run()
         except Exception as error:
             self._report(None, f"{type(error).__name__}: {error}")
             return ms.runner.RunnerResult(None, str(error))
@@ -129,31 +137,80 @@ class _Runner(ms.runner.PyRunner):
         workload: Workload,
         device: str,
         seed: int,
-        report: Callable[[float | None, str | None], None],
+        interrupt: Interrupt,
+        report: Report,
     ) -> None:
         super().__init__()
         self._arguments = (workload, device, seed)
+        self._interrupt = interrupt
         self._report = report
         self._pool = PopenPoolExecutor(
             max_workers=1, timeout=_RUN_SECONDS, initializer=_worker_init
         )
 
     def run(self, runner_inputs: list[Any]) -> list[Any]:
-        """Submit the candidates that were built."""
+        """Take the candidates that were built; Ctrl-C waits until they are in the database."""
+        self._interrupt.hold()
         return [
             _Future(
-                self._pool.submit(_run, str(item.artifact_path), *self._arguments),
+                functools.partial(self._measure, str(item.artifact_path)),
+                self._interrupt,
                 self._report,
             )
             for item in runner_inputs
         ]
 
+    def _measure(self, path: str) -> float:
+        return float(self._pool.submit(_run, path, *self._arguments).result())
+
+    def close(self) -> None:
+        """End the worker, which would share the device with what is timed next."""
+        self._pool.shutdown()
+
 
 def make_runner(
-    workload: Workload,
-    device: str,
-    seed: int,
-    report: Callable[[float | None, str | None], None],
+    workload: Workload, device: str, seed: int, interrupt: Interrupt, report: Report
 ) -> Any:
-    """A runner on one workload's inputs; ``report(us, error)`` is called for each candidate."""
-    return _Runner(workload, device, seed, report)
+    """A runner on one workload's inputs; to be closed."""
+    return _Runner(workload, device, seed, interrupt, report)
+
+
+@derived_object
+class KeepMeasured(ms.measure_callback.PyMeasureCallback):
+    """Puts what was measured into the database, then lets Ctrl-C end the search.
+
+    MetaSchedule's own callback files a candidate that was not run as one that failed.
+    """
+
+    def __init__(self, database: Any, target: Any, interrupt: Interrupt, report: Report) -> None:
+        super().__init__()
+        self._database = database
+        self._target = target
+        self._interrupt = interrupt
+        self._report = report
+
+    def apply(
+        self,
+        task_scheduler: Any,
+        task_id: int,
+        measure_candidates: list[Any],
+        builder_results: list[Any],
+        runner_results: list[Any],
+    ) -> None:
+        """Commit a batch; report those that could not be built, which no runner saw."""
+        workload = self._database.commit_workload(task_scheduler.tasks_[task_id].ctx.mod)
+        for candidate, result in zip(measure_candidates, runner_results, strict=True):
+            if result.run_secs is not None:
+                self._database.commit_tuning_record(
+                    ms.database.TuningRecord(
+                        candidate.sch.trace,
+                        workload,
+                        result.run_secs,
+                        self._target,
+                        candidate.args_info,
+                    )
+                )
+        for built in builder_results:
+            if built.error_msg is not None:
+                self._report(None, str(built.error_msg))
+        self._interrupt.release()

@@ -1,9 +1,9 @@
 """The committed records: ``<logs>/<target>/<kernel>/``, MetaSchedule's pair of files and a summary.
 
 ``database_workload.json`` and ``database_tuning_record.json`` are one unit and hold the best record
-a workload; ``summary.json`` says, for each, what it is and how it was found. ``metadata.json`` of a
-target holds the environment. MetaSchedule ignores the target when it looks up a record, so the
-folder's target is checked here.
+a workload; ``summary.json`` says, for each, what it is, how it was found and in which environment.
+MetaSchedule ignores the target when it looks up a record, so ``metadata.json`` of a target's folder
+names it, and is checked here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tq_tvm.targets import TargetInfo
 
 __all__ = [
     "Entry",
+    "Environment",
     "Metadata",
     "TunedRecord",
     "check_log",
@@ -52,6 +53,15 @@ _SUMMARY = "summary.json"
 _METADATA = "metadata.json"
 
 
+class Environment(msgspec.Struct, frozen=True):
+    """What a record was found with: ``versions`` are of packages, compilers and the driver."""
+
+    device: str
+    versions: dict[str, str]
+    date: str
+    seed: int
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One kept record, as ``summary.json`` tells it."""
 
@@ -67,17 +77,14 @@ class Entry(msgspec.Struct, frozen=True):
     failures: int
     max_error: float
     config: dict[str, int]
+    environment: Environment
 
 
 class Metadata(msgspec.Struct, frozen=True):
-    """The environment that the records of a target were found in."""
+    """Which target the records of a folder are for."""
 
     target: str
-    device: str
     arch: str
-    versions: dict[str, str]
-    date: str
-    seed: int
 
 
 class TunedRecord(msgspec.Struct, frozen=True):
@@ -258,9 +265,7 @@ def find_records(
     return records
 
 
-def save_record(
-    entry: Entry, trace: Trace, target: TargetInfo, metadata: Metadata, logs: Path | None = None
-) -> Path:
+def save_record(entry: Entry, trace: Trace, target: TargetInfo, logs: Path | None = None) -> Path:
     """Keep one record, in place of an older one of the same workload; others stay.
 
     Those that no longer fit the kernel are dropped. The kernel's folder is replaced in one step.
@@ -294,7 +299,7 @@ def save_record(
         if directory.exists():
             shutil.move(directory, Path(scratch) / "old")
         shutil.move(fresh, directory)
-        (root / _METADATA).write_bytes(_json(metadata))
+        (root / _METADATA).write_bytes(_json(Metadata(target.name, target.arch)))
     return directory
 
 

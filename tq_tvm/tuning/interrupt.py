@@ -9,18 +9,30 @@ from typing import Any
 
 from tvm.support import popen_pool
 
-__all__ = ["Interrupt", "shield_workers"]
+from tq_tvm.tuning.database import Entry
+
+__all__ = ["Interrupt", "SearchInterrupted", "shield_workers"]
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a search; ``entry`` is what was kept, None where nothing was found yet."""
+
+    def __init__(self, entry: Entry | None) -> None:
+        super().__init__()
+        self.entry = entry
 
 
 class Interrupt:
-    """Context in which Ctrl-C is noted, and raises KeyboardInterrupt until it is held.
+    """Context in which Ctrl-C raises KeyboardInterrupt, or waits for the end of what is held.
 
-    An exception that crosses TVM comes out as a RuntimeError, so its type does not tell. Outside of
-    the main thread, which gets no signals, nothing is noted.
+    An exception that crosses TVM comes out as a RuntimeError, so its type does not tell: ``came``
+    does, and ``insisted``, of a second Ctrl-C, which never waits. Outside of the main thread, which
+    gets no signals, nothing is noted.
     """
 
     def __init__(self) -> None:
         self.came = False
+        self.insisted = False
         self._held = False
         self._previous: Any = None
 
@@ -39,12 +51,18 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._previous)
 
     def hold(self) -> None:
-        """From now on the first Ctrl-C is only noted; a second one raises."""
+        """From now on the first Ctrl-C is only noted."""
         self._held = True
 
+    def release(self) -> None:
+        """End of `hold`: a Ctrl-C that came raises now."""
+        self._held = False
+        if self.came:
+            raise KeyboardInterrupt
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        first, self.came = not self.came, True
-        if not (self._held and first):
+        self.insisted, self.came = self.came, True
+        if self.insisted or not self._held:
             raise KeyboardInterrupt
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -21,22 +18,21 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tq_tvm import env, schedules
-from tq_tvm._version import __version__
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.errors import TuningLogError
 from tq_tvm.targets import TargetInfo, detect
-from tq_tvm.tuning.candidates import make_builder, make_runner
+from tq_tvm.tuning.candidates import KeepMeasured, make_builder, make_runner
 from tq_tvm.tuning.cost_model import DecisionModel
 from tq_tvm.tuning.database import (
     Entry,
-    Metadata,
     check_log,
     open_database,
     save_record,
     search_workload,
 )
+from tq_tvm.tuning.environment import environment
 from tq_tvm.tuning.finalists import compare
-from tq_tvm.tuning.interrupt import Interrupt, shield_workers
+from tq_tvm.tuning.interrupt import Interrupt, SearchInterrupted, shield_workers
 from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
 from tq_tvm.tuning.workloads import Workload
@@ -99,8 +95,9 @@ def tune(
     TuningLogError
         The device is another target, the log is malformed or another target's, or no candidate
         was right.
-    KeyboardInterrupt
-        After Ctrl-C, once the best record so far is kept.
+    SearchInterrupted
+        After Ctrl-C, once the best record so far is kept. A second Ctrl-C raises KeyboardInterrupt
+        at once.
     """
     local = detect(device if torch.cuda.is_available() else "cpu")
     if local.kind != target.kind or (target.kind == "cuda" and local.name != target.name):
@@ -122,7 +119,9 @@ def tune(
     shield_workers()
     # Few enough that Ctrl-C and the deadline lose little, enough for every worker.
     batch = min(points, trials, max(4, 2 * (os.cpu_count() or 1)))
+    entry = None
     with Interrupt() as interrupt, tempfile.TemporaryDirectory(prefix="tq_tvm_tune_") as scratch:
+        runner = make_runner(workload, str(device), seed, interrupt, progress.report)
         try:
             ms.tir_integration.tune_tir(
                 mod,
@@ -131,7 +130,12 @@ def tune(
                 max_trials_global=min(points, trials),
                 num_trials_per_iter=batch,
                 builder=make_builder(target, Path(scratch)),
-                runner=make_runner(workload, str(device), seed, progress.report),
+                runner=runner,
+                measure_callbacks=[
+                    KeepMeasured(database, tvm_target(target), interrupt, progress.report),
+                    ms.measure_callback.RemoveBuildArtifact(),
+                    ms.measure_callback.UpdateCostModel(),
+                ],
                 database=database,
                 space=ms.space_generator.ScheduleFn(
                     space,
@@ -150,22 +154,25 @@ def tune(
                 num_tuning_cores=1,
                 seed=seed,
             )
-        except (KeyboardInterrupt, RuntimeError):
+        except (KeyboardInterrupt, RuntimeError) as error:
             # Out of a callback of TVM, KeyboardInterrupt comes as a RuntimeError.
             if not interrupt.came:
                 raise
+            if interrupt.insisted:
+                raise KeyboardInterrupt from error
             _log.warning("tune: interrupted; keeping the best of %d trials", progress.trials)
         finally:
             progress.close()
         interrupt.hold()
+        runner.close()
         try:
             entry = _keep_best(workload, target, device, database, progress, seed, logs)
-        except TuningLogError:
-            # Nothing was found yet: that is no error of what was asked for.
+        except TuningLogError as error:
             if not interrupt.came:
                 raise
-    if interrupt.came:
-        raise KeyboardInterrupt
+            _log.warning("%s", error)
+    if interrupt.came or entry is None:
+        raise SearchInterrupted(entry)
     return entry
 
 
@@ -216,40 +223,7 @@ def _keep_best(
         failures=progress.failures,
         max_error=best.error,
         config=best.config,
+        environment=environment(device, best.versions, seed),
     )
-    save_record(entry, best.trace, target, _metadata(target, device, best.versions, seed), logs)
+    save_record(entry, best.trace, target, logs)
     return entry
-
-
-def _metadata(
-    target: TargetInfo, device: torch.device, tools: dict[str, str], seed: int
-) -> Metadata:
-    names = ("apache-tvm", "apache-tvm-ffi", "torch", "xgboost-cpu")
-    versions: dict[str, Any] = {"tq_tvm": __version__, **tools}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "none"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        versions["cuda"] = str(torch.version.cuda)
-    else:
-        name = _cpu_name()
-    return Metadata(
-        target=target.name,
-        device=name,
-        arch=target.arch,
-        versions=versions,
-        date=datetime.date.today().isoformat(),
-        seed=seed,
-    )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return platform.processor() or platform.machine()
