@@ -22,6 +22,8 @@ bit planes)
 warps, tile,      as above
 registers,
 query_in_shared
+abreast           KV heads of a CTA: sectors that they share are read once, against more
+                  pieces to merge
 headroom          bits of a weight that a rising maximum may use up: fewer moves of
                   the bound, against precision
 reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to
@@ -58,7 +60,7 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels.decode import decode
 from tq_tvm.kernels.decode_cuda import DecodeConfig, shared_bytes
 from tq_tvm.kernels.decode_planes import planes_shared_bytes
-from tq_tvm.kernels.decode_shape import head_tile, planes_config
+from tq_tvm.kernels.decode_shape import Shape, planes_config
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
@@ -87,7 +89,8 @@ OPTIONS = {
 
 PLANES = {
     "planes": [1],
-    "warps": [2, 4, 5, 6, 8],
+    "warps": [1, 2, 4, 5, 8],
+    "abreast": [1, 2, 4],
     "tile": [32, 64],
     "registers": [128, 168, 200, 256],
     "query_in_shared": [0, 1],
@@ -111,6 +114,7 @@ DEFAULTS = {
 _BLOCK = "decisions"
 _PREFIX = "tq_"
 _STATIC_SHARED = 48 * 1024
+_THREADS = 512
 
 
 def anchor(identity: str) -> PrimFunc:
@@ -182,6 +186,9 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     if kind != "cuda":
         return None
     if "planes" in config:
+        threads = Shape(spec, planes_config(config)).threads
+        if threads > _THREADS:
+            return f"{threads} threads of a CTA exceed {_THREADS}"
         used = planes_shared_bytes(spec, planes_config(config))
     else:
         used = shared_bytes(DecodeConfig(**config), spec.head_dim)
@@ -198,9 +205,10 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
     if kind != "cuda":
         return {"ctas_per_sm": 1, "split_tokens": 64}
     if "planes" in config:
+        shape = Shape(spec, planes_config(config))
         return {
-            "threads": 32 * config["warps"],
-            "head_tile": head_tile(spec),
+            "threads": shape.threads,
+            "units": shape.units,
             "group_tokens": config["tile"] * config["warps"] * config["reach"],
         }
     return {"threads": 32 * config["warps"], "split_tokens": 16}

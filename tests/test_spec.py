@@ -308,7 +308,7 @@ def test_splits_of_known_cases():
 group_launches = st.fixed_dictionaries(
     {
         "ctas_per_sm": st.integers(1, 8),
-        "head_tile": st.sampled_from([4, 8]),
+        "units": st.sampled_from([1, 4, 8, 64]),
         "group_tokens": st.sampled_from([64, 128, 1024]),
     }
 )
@@ -318,12 +318,11 @@ group_launches = st.fixed_dictionaries(
 @given(specs, batches, contexts, group_launches, processors)
 def test_groups_are_resident_at_once_and_have_enough_to_read(spec, batch, context, launch, count):
     groups = num_groups(spec, batch, context, launch, count)
-    tiles = spec.num_kv_heads * math.ceil(spec.group_size / launch["head_tile"])
     slots = launch["ctas_per_sm"] * count
-    assert groups == 1 or groups * tiles <= slots
+    assert groups == 1 or groups * launch["units"] <= slots
     assert groups == 1 or (groups - 1) * launch["group_tokens"] < batch * context
     more = groups + 1
-    assert more * tiles > slots or groups * launch["group_tokens"] >= batch * context
+    assert more * launch["units"] > slots or groups * launch["group_tokens"] >= batch * context
 
 
 @untimed

@@ -28,11 +28,11 @@ def launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
     """What a kernel has to say about itself.
 
     ``ctas_per_sm`` is the CTAs resident on a processor; ``split_tokens`` the tokens that a CTA
-    could have read in the time by which one more split makes the merge longer; ``head_tile`` the
-    query heads of a CTA, and ``group_tokens`` the least tokens of a group.
+    could have read in the time by which one more split makes the merge longer; ``units`` the
+    CTAs of a group, and ``group_tokens`` its least tokens.
     """
     if "group_tokens" in launch:
-        return ("ctas_per_sm", "head_tile", "group_tokens")
+        return ("ctas_per_sm", "units", "group_tokens")
     return ("ctas_per_sm", "split_tokens")
 
 
@@ -73,11 +73,10 @@ def num_groups(
 ) -> int:
     """As many groups as are resident at once, but no more than have the least tokens to read.
 
-    A group has a CTA for each KV head and tile of query heads; it gets an equal share of all tokens
-    of the batch.
+    The CTAs of a group have all heads between them; it gets an equal share of all tokens of the
+    batch.
     """
-    ctas = spec.num_kv_heads * -(-spec.group_size // launch["head_tile"])
-    resident = launch["ctas_per_sm"] * processors // ctas
+    resident = launch["ctas_per_sm"] * processors // launch["units"]
     return max(1, min(resident, -(-batch * context // launch["group_tokens"])))
 
 

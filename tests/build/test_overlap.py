@@ -18,8 +18,8 @@ from tq_tvm.targets import get_target
 
 SPEC = CacheSpec(64, 4, 1, 64, "bfloat16", "bshd")
 PLANES = {
-    "planes": 1, "warps": 2, "tile": 32, "registers": 256, "query_in_shared": 0, "headroom": 0,
-    "reach": 2,
+    "planes": 1, "warps": 2, "abreast": 1, "tile": 32, "registers": 256, "query_in_shared": 0,
+    "headroom": 0, "reach": 2,
 }  # fmt: skip
 
 

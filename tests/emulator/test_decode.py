@@ -32,12 +32,16 @@ SHARED = {
     "multiply_shifts": 1,
 }  # fmt: skip
 PLANES = {
-    "planes": 1, "warps": 4, "tile": 64, "registers": 168, "query_in_shared": 1, "headroom": 1,
-    "reach": 1, "overlap": 0,
+    "planes": 1, "warps": 4, "abreast": 1, "tile": 64, "registers": 168, "query_in_shared": 1,
+    "headroom": 1, "reach": 1, "overlap": 0,
 }  # fmt: skip
 SMALL_PLANES = {
-    "planes": 1, "warps": 2, "tile": 32, "registers": 256, "query_in_shared": 0, "headroom": 0,
-    "reach": 2, "overlap": 1,
+    "planes": 1, "warps": 2, "abreast": 1, "tile": 32, "registers": 256, "query_in_shared": 0,
+    "headroom": 0, "reach": 2, "overlap": 1,
+}  # fmt: skip
+WIDE_PLANES = {
+    "planes": 1, "warps": 1, "abreast": 4, "tile": 64, "registers": 168, "query_in_shared": 1,
+    "headroom": 2, "reach": 4, "overlap": 0,
 }  # fmt: skip
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), REGISTERS),
@@ -50,6 +54,8 @@ CASES = {
     "planes4_half": (CacheSpec(128, 4, 1, 16, "float16", "bhsd"), SMALL_PLANES),
     "planes6": (CacheSpec(128, 6, 1, 128, "bfloat16", "bshd"), PLANES),
     "planes16": (CacheSpec(128, 16, 1, 32, "float16", "bshd"), SMALL_PLANES),
+    "planes_abreast4": (CacheSpec(128, 16, 4, 64, "bfloat16", "bshd"), WIDE_PLANES),
+    "planes_abreast3": (CacheSpec(64, 18, 3, 16, "float16", "bhsd"), WIDE_PLANES),
     "planes_head64": (CacheSpec(64, 4, 2, 256, "bfloat16", "bshd"), PLANES),
     "planes_head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SMALL_PLANES),
 }

@@ -33,8 +33,8 @@ POINTS = {
     ("rotate", "cuda"): 48,
     ("decode", "cuda"): 144,
 }
-# Bit planes, the other design of decode for GPUs: 5 x 2 x 4 x 2 x 3 x 3 x 2.
-MORE = {("decode", "cuda"): 1440}
+# Bit planes, the other design of decode for GPUs: 5 x 3 x 2 x 4 x 2 x 3 x 3 x 2.
+MORE = {("decode", "cuda"): 4320}
 FOREVER = math.inf
 
 

@@ -1,4 +1,4 @@
-"""Merging in ``decode_planes``: the warps of a CTA, then the pieces of a sequence."""
+"""Merging in ``decode_planes``: the warps of a column, then the pieces of a sequence."""
 
 from __future__ import annotations
 
@@ -31,40 +31,43 @@ _AHEAD = 4
 
 
 def merge_warps(
-    shape: Shape, memory: SumMemory, workspace, stats, first_row, heads, thread
+    shape: Shape, memory: SumMemory, column, workspace, stats, first_row, heads, thread
 ) -> None:
-    """Write the sum of the warps' outputs of every head, its bound and its total.
+    """Write the sum of a column's outputs of every head, its bound and its total.
 
-    Row ``first_row + head`` of the workspace has the output, two floats from ``stats`` on the rest.
+    ``thread`` counts those of the column. Row ``first_row + head`` of the workspace has the output,
+    two floats from ``stats`` on the rest.
     """
     warps, dim = shape.config.warps, shape.spec.head_dim
+    threads = 32 * warps
+    first = let(column * warps)
     inner, outer = shape.value_levels
     unit = dim**-0.5 / WEIGHT_TOP
     lanes = 2 if shape.packed else 4
     pieces = shape.quads * 8 * lanes
     output, high, low = (local(4, "float32") for _ in range(3))
     top, factor, weights = (local(2, "float32") for _ in range(3))
-    for turn in range(-(-pieces // shape.threads)):
-        piece = let(thread + turn * shape.threads)
+    for turn in range(-(-pieces // threads)):
+        piece = let(thread + turn * threads)
         with when(piece < pieces):
             t, g, quad = let(piece % lanes), let(piece // lanes % 8), let(piece // (lanes * 8))
             for j in range(2):
                 store(top, f32(LOWEST), j)
                 for w in range(warps):
-                    store(top, T.max(top[j], memory.bound[w, 2 * t + j]), j)
+                    store(top, T.max(top[j], memory.bound[first + w, 2 * t + j]), j)
                 store(weights, f32(0), j)
             for e in range(4):
                 store(output, f32(0), e)
             for w in range(warps):
                 for j in range(2):
-                    raised = T.exp2(memory.bound[w, 2 * t + j] - top[j])
-                    store(factor, raised * memory.norm[w], j)
-                    store(weights, weights[j] + factor[j] * memory.weights[w, 2 * t + j], j)
+                    raised = T.exp2(memory.bound[first + w, 2 * t + j] - top[j])
+                    store(factor, raised * memory.norm[first + w], j)
+                    store(weights, weights[j] + factor[j] * memory.weights[first + w, 2 * t + j], j)
                 with I.vectorized(0, 4) as e:
-                    store(high, memory.values[w, quad, g * 4 + t, e], e)
+                    store(high, memory.values[first + w, quad, g * 4 + t, e], e)
                 if shape.packed:
                     with I.vectorized(0, 4) as e:
-                        store(low, memory.values[w, quad, g * 4 + t + 2, e], e)
+                        store(low, memory.values[first + w, quad, g * 4 + t + 2, e], e)
                 for e in range(4):
                     value = high[e] * f32(256) + low[e] if shape.packed else high[e]
                     store(output, output[e] + factor[e % 2] * value, e)
@@ -83,10 +86,10 @@ def merge_warps(
         store(top, f32(LOWEST), 0)
         store(weights, f32(0), 0)
         for w in range(warps):
-            store(top, T.max(top[0], memory.bound[w, thread]), 0)
+            store(top, T.max(top[0], memory.bound[first + w, thread]), 0)
         for w in range(warps):
-            raised = T.exp2(memory.bound[w, thread] - top[0])
-            store(weights, weights[0] + memory.total[w, thread] * raised, 0)
+            raised = T.exp2(memory.bound[first + w, thread] - top[0])
+            store(weights, weights[0] + memory.total[first + w, thread] * raised, 0)
         store(workspace, top[0], stats + (first_row + thread) * 2)
         store(workspace, weights[0], stats + (first_row + thread) * 2 + 1)
 

@@ -1,15 +1,18 @@
 r"""``decode`` on NVIDIA GPUs, with V as bit planes: the threads of ``kernels.decode``'s equation.
 
 Two launches. In the first, the tiles of all sequences are shared out equally (`decode_work`) among
-groups of CTAs; the CTAs of a group, one a KV head and tile of 4 or 8 query heads, go through the
-same tokens at the same time. A CTA takes its piece of one sequence after the other:
+groups of CTAs; the CTAs of a group go through the same tokens at the same time. A CTA has columns
+of warps, one a KV head and tile of 4 or 8 query heads: with several, what lies between heads in a
+page (scales, in layout bshd) comes from L2 once for all of them. It takes its piece of one sequence
+after the other:
 
 1. rotates and quantises its queries to 16 bits, two signed bytes a value (`decode_query`);
 2. lets every warp walk its own tiles of ``tile`` tokens: scores from integer products of codes
    (`decode_score`), then softmax and integer sums of V (`decode_values`); the registers of K, then
    those of V, are filled again (`decode_pages`) as soon as they are used up. Nothing in that loop
    synchronises warps;
-3. merges its warps and writes (sum of w v, bound, sum of w) to the workspace (`decode_merge`).
+3. merges the warps of a column and writes (sum of w v, bound, sum of w) to the workspace
+   (`decode_merge`).
 
 The second launch, a CTA a query head and sequence, merges the pieces and rotates back. With
 ``overlap`` it begins before the first is done, and waits for it where it needs its results.
@@ -47,7 +50,7 @@ def planes_shared_bytes(spec: CacheSpec, config: PlanesConfig) -> int:
     queries = shape.heads * (2 * spec.head_dim + 4 + 8)
     fragments = 512 * shape.key_words * shape.parts * config.query_in_shared
     sums = config.warps * (512 * shape.quads + 12 * shape.heads + 4)
-    return queries + fragments + sums
+    return shape.abreast * (queries + fragments + sums)
 
 
 def decode_planes(spec: CacheSpec, config: PlanesConfig) -> PrimFunc:
@@ -99,9 +102,12 @@ def _attend(
 ) -> None:  # fmt: skip
     """One CTA of the first launch."""
     spec, warps = shape.spec, shape.config.warps
-    warp, lane = let(thread // 32), let(thread % 32)
+    # Columns of warps have heads of their own, and go through the same tokens.
+    column, inside = let(thread // (32 * warps)), let(thread % (32 * warps))
+    warp, lane = let(inside // 32), let(inside % 32)
     g, t = let(lane // 4), let(lane % 4)
-    kv_head, head_tile = let(unit // shape.head_tiles), let(unit % shape.head_tiles)
+    part = let(unit * shape.abreast + column)
+    kv_head, head_tile = let(part // shape.head_tiles), let(part % shape.head_tiles)
     first_head = let(kv_head * spec.group_size + head_tile * shape.heads)
     heads = let(T.min(i32(shape.heads), i32(spec.group_size) - head_tile * shape.heads))
     query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
@@ -111,8 +117,8 @@ def _attend(
     if shape.config.overlap:
         let_next_launch_begin()
     reader = PageReader(shape, caches, block_table, kv_head, g, t)
-    query = Query(shape, query_memory, warp, lane, g, t)
-    values = Values(shape, query, sum_memory, warp, lane, g, t)
+    query = Query(shape, query_memory, column, warp, lane, g, t)
+    values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
     tile = Tile.allocate(shape)
     stats = let((batch + T.cast(groups, "int64")) * (spec.num_q_heads * spec.head_dim))
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
@@ -150,7 +156,7 @@ def _attend(
             barrier()
             slot = T.cast(sequence + group, "int64")
             row = let(slot * spec.num_q_heads + T.cast(first_head, "int64"))
-            merge_warps(shape, sum_memory, workspace, stats, row, heads, thread)
+            merge_warps(shape, sum_memory, column, workspace, stats, row, heads, inside)
             barrier()
         store(place.tile, place.tile[0] + count)
         store(place.sequence, sequence + 1)

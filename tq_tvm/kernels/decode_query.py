@@ -59,7 +59,7 @@ def rotate_row(shape: Shape, x, lane) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class QueryMemory:
-    """Shared memory: both bytes of every query, its unit, the sums of its bytes, and fragments."""
+    """Shared memory of each column of warps: codes, units, sums of bytes, and fragments."""
 
     codes: Any
     unit: Any
@@ -68,13 +68,14 @@ class QueryMemory:
 
     @classmethod
     def allocate(cls, shape: Shape) -> QueryMemory:
-        """Shared memory for the heads of a CTA."""
+        """Shared memory for all columns."""
         in_shared = shape.config.query_in_shared
+        count = shape.abreast
         return cls(
-            codes=shared((2, shape.heads, shape.spec.head_dim // 4), "uint32"),
-            unit=shared(shape.heads, "float32"),
-            sums=shared((2, shape.heads), "int32"),
-            fragments=shared((shape.key_words, shape.parts, 32, 4), "uint32")
+            codes=shared((count, 2, shape.heads, shape.spec.head_dim // 4), "uint32"),
+            unit=shared((count, shape.heads), "float32"),
+            sums=shared((count, 2, shape.heads), "int32"),
+            fragments=shared((count, shape.key_words, shape.parts, 32, 4), "uint32")
             if in_shared
             else None,
         )
@@ -88,8 +89,8 @@ class Query:
     otherwise they are the heads themselves.
     """
 
-    def __init__(self, shape: Shape, memory: QueryMemory, warp, lane, g, t) -> None:
-        self._shape, self._memory = shape, memory
+    def __init__(self, shape: Shape, memory: QueryMemory, column, warp, lane, g, t) -> None:
+        self._shape, self._memory, self._column = shape, memory, column
         self._warp, self._lane, self._g, self._t = warp, lane, g, t
         self.low_bytes = let(t >= 2)
         self.scale = local(2, "float32")
@@ -144,19 +145,20 @@ class Query:
                     reduce_lanes(sums, part, lambda a, b: a + b)
                     self._store_codes(part, head, word)
                 with when(lane == 0):
-                    store(memory.unit, top[0] * f32(1.0 / FULL_SCALE), head)
+                    store(memory.unit, top[0] * f32(1.0 / FULL_SCALE), self._column, head)
                     for part in range(2):
-                        store(memory.sums, sums[part], part, head)
+                        store(memory.sums, sums[part], self._column, part, head)
 
     def _store_codes(self, part: int, head, word) -> None:
         count, lane, codes = self._shape.row_values, self._lane, self._memory.codes
+        column = self._column
         if count == 2:
             upper = let(T.shift_left(shuffle_xor(word[part, 0], 1), u32(16)))
             with when(lane % 2 == 0):
-                store(codes, T.bitwise_or(word[part, 0], upper), part, head, lane // 2)
+                store(codes, T.bitwise_or(word[part, 0], upper), column, part, head, lane // 2)
         else:
             for j in range(count // 4):
-                store(codes, word[part, j], part, head, lane * (count // 4) + j)
+                store(codes, word[part, j], column, part, head, lane * (count // 4) + j)
 
     def prepare(self, sm_scale) -> None:
         """Fragments and factors, after the barrier behind `quantise`.
@@ -188,8 +190,8 @@ class Query:
         head = self._g % 4 if shape.packed else self._g
         at = let(self._t * shape.key_words + i)
         pair = local(2, "uint32")
-        store(pair, codes[byte, head, at], 0)
-        store(pair, codes[byte, head, at + shape.spec.head_dim // 8], 1)
+        store(pair, codes[self._column, byte, head, at], 0)
+        store(pair, codes[self._column, byte, head, at + shape.spec.head_dim // 8], 1)
         arranged = [
             byte_perm(pair[0], pair[1], 0x5140),
             byte_perm(pair[0], pair[1], 0x7362),
@@ -198,7 +200,7 @@ class Query:
         ]
         for e, value in enumerate(arranged):
             if self._fragments is None:
-                store(self._memory.fragments, value, i, part, self._lane, e)
+                store(self._memory.fragments, value, self._column, i, part, self._lane, e)
             else:
                 store(self._fragments, value, i, part, e)
 
@@ -211,9 +213,9 @@ class Query:
         """
         shape, memory = self._shape, self._memory
         head = let((2 * self._t + j) % 4 if shape.packed else 2 * self._t + j)
-        scale = memory.unit[head] * T.fabs(sm_scale) * f32(math.log2(math.e))
+        scale = memory.unit[self._column, head] * T.fabs(sm_scale) * f32(math.log2(math.e))
         store(self.scale, T.max(scale, f32(SMALLEST_SCALE)), j)
-        high, low = memory.sums[0, head], memory.sums[1, head]
+        high, low = (memory.sums[self._column, part, head] for part in range(2))
         codes = [i32(0)] * shape.code_sums
         if not shape.wide:
             offset = let(i32(0) - T.shift_right(high * 256 + low, 1))
@@ -240,7 +242,7 @@ class Query:
                 with I.vectorized(0, 4) as e:
                     store(
                         fragments,
-                        self._memory.fragments[i, part, self._lane, e],
+                        self._memory.fragments[self._column, i, part, self._lane, e],
                         i,
                         part,
                         e,

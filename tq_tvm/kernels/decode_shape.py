@@ -9,18 +9,10 @@ from collections.abc import Mapping
 from tq_tvm.kernels.decode_tables import KeyTables, narrow_tables, wide_tables
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["PlanesConfig", "Shape", "head_tile", "planes_config"]
+__all__ = ["PlanesConfig", "Shape", "planes_config"]
 
 REGISTERS = 65536
 """Registers of an SM."""
-
-
-def head_tile(spec: CacheSpec) -> int:
-    """Query heads of a CTA: 4, whose high and low bytes are the 8 columns of the N side, or 8.
-
-    Rows of 256 values leave no registers for the sums of 8.
-    """
-    return 4 if spec.group_size <= 4 or spec.head_dim > 128 else 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +20,7 @@ class PlanesConfig:
     """The decisions of one kernel; ``schedules/decode.py`` says what each one trades."""
 
     warps: int
+    abreast: int
     tile: int
     registers: int
     query_in_shared: int
@@ -49,9 +42,15 @@ class Shape:
     config: PlanesConfig
 
     @property
+    def abreast(self) -> int:
+        """KV heads, or parts of their query heads, of a CTA: as decided, or what divides."""
+        most = self.config.abreast
+        return max(n for n in range(1, most + 1) if self.parts_of_heads % n == 0)
+
+    @property
     def threads(self) -> int:
         """Threads of a CTA."""
-        return 32 * self.config.warps
+        return 32 * self.config.warps * self.abreast
 
     @property
     def ctas_per_sm(self) -> int:
@@ -60,8 +59,12 @@ class Shape:
 
     @property
     def heads(self) -> int:
-        """Query heads of a CTA."""
-        return head_tile(self.spec)
+        """Query heads that warps work for together.
+
+        4, whose high and low bytes are the 8 columns of the N side, or 8. Rows of 256 values leave
+        no registers for the sums of 8.
+        """
+        return 4 if self.spec.group_size <= 4 or self.spec.head_dim > 128 else 8
 
     @property
     def packed(self) -> bool:
@@ -75,13 +78,18 @@ class Shape:
 
     @property
     def head_tiles(self) -> int:
-        """CTAs that share a KV head."""
+        """Parts that the query heads of a KV head are in."""
         return -(-self.spec.group_size // self.heads)
+
+    @property
+    def parts_of_heads(self) -> int:
+        """KV heads, times the parts of each."""
+        return self.spec.num_kv_heads * self.head_tiles
 
     @property
     def units(self) -> int:
         """CTAs that share the tokens of a group."""
-        return self.spec.num_kv_heads * self.head_tiles
+        return self.parts_of_heads // self.abreast
 
     @property
     def octets(self) -> int:

@@ -83,7 +83,7 @@ class SumMemory:
     @classmethod
     def allocate(cls, shape: Shape) -> SumMemory:
         """Shared memory for every warp."""
-        warps = shape.config.warps
+        warps = shape.config.warps * shape.abreast
         return cls(
             values=shared((warps, shape.quads, 32, 4), "float32"),
             bound=shared((warps, shape.heads), "float32"),

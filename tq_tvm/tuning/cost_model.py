@@ -14,7 +14,7 @@ from tvm.s_tir import meta_schedule as ms
 __all__ = ["DecisionModel"]
 
 
-_MOST_DECISIONS = 8
+_MOST_DECISIONS = 12
 
 
 def _features(candidate: Any) -> list[float]:
