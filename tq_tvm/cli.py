@@ -171,11 +171,13 @@ def tune(
     import torch
 
     from tq_tvm.tuning.interrupt import SearchInterrupted
+    from tq_tvm.tuning.search import check_tunable
     from tq_tvm.tuning.search import tune as search
     from tq_tvm.tuning.workloads import workloads
 
     device = torch.device("cuda" if target.kind == "cuda" else "cpu")
     chosen = kernels or _KERNELS
+    check_tunable(chosen, target, device, logs)
     kept, failed = [], []
     try:
         for workload in (w for spec in specs for w in workloads(spec, target)):
