@@ -89,7 +89,7 @@ _kernel_option = click.option(
 _logs_option = click.option(
     "--logs",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Directory of tuning logs, instead of the package's.",
+    help="Directory of tuning logs, instead of the package's and this user's.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

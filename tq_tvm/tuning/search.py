@@ -105,7 +105,7 @@ def tune(
     fresh
         Forget what an earlier search measured.
     logs
-        Directory of tuning logs; None takes those of the package.
+        Directory of tuning logs; None takes the package's in a clone, else this user's.
 
     Returns
     -------
