@@ -108,11 +108,29 @@ def test_tuning_for_another_gpu_is_refused(monkeypatch, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, which may be that one")
     monkeypatch.setenv("TQ_TVM_CACHE_DIR", str(tmp_path))
-    result = invoke(
-        "tune", "--target", "nvidia_a100", "--kernel", "rotate", "--logs", str(tmp_path)
-    )
+    result = invoke("tune", "--target", "nvidia_a100", "--logs", str(tmp_path))
     assert result.exit_code == 1
-    assert "tune: device must be a nvidia_a100" in result.stderr
+    # Once, not for each workload.
+    assert result.stderr.count("tune: device must be a nvidia_a100") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_cannot_be_written_to_is_told_once(monkeypatch, tmp_path):
+    """Before any search."""
+    pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+    from tq_tvm.tuning import search
+
+    def tune(*arguments, **options):
+        raise AssertionError("a search")
+
+    monkeypatch.setattr(search, "tune", tune)
+    name = detect("cpu").name
+    root = tmp_path / name
+    root.mkdir()
+    (root / "metadata.json").write_text('{"target": "nvidia_h200", "arch": "sm_90a"}')
+    result = invoke("tune", "--target", name, "--logs", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr.count("got records of nvidia_h200") == 1
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -89,7 +89,7 @@ _kernel_option = click.option(
 _logs_option = click.option(
     "--logs",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Directory of tuning logs, instead of the package's.",
+    help="Directory of tuning logs, instead of the package's and this user's.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -171,11 +171,13 @@ def tune(
     import torch
 
     from tq_tvm.tuning.interrupt import SearchInterrupted
+    from tq_tvm.tuning.search import check_tunable
     from tq_tvm.tuning.search import tune as search
     from tq_tvm.tuning.workloads import workloads
 
     device = torch.device("cuda" if target.kind == "cuda" else "cpu")
     chosen = kernels or _KERNELS
+    check_tunable(chosen, target, device, logs)
     kept, failed = [], []
     try:
         for workload in (w for spec in specs for w in workloads(spec, target)):

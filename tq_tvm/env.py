@@ -7,7 +7,8 @@ variable                    meaning
 ==========================  =======================================================================
 ``TQ_TVM_ARTIFACT_DIR``     directories of libraries (``os.pathsep`` between them); if set, no other
                             place is searched
-``TQ_TVM_CACHE_DIR``        where files of this user go, instead of the platform's cache directory
+``TQ_TVM_CACHE_DIR``        where files of this user go, instead of the platform's cache and data
+                            directories
 ``TQ_TVM_NUM_THREADS``      threads of the CPU kernels, instead of torch's number
 ``TQ_TVM_LOG_LEVEL``        level of the ``tq_tvm`` logger: DEBUG, INFO, WARNING (default) or ERROR
 ==========================  =======================================================================
@@ -31,13 +32,14 @@ __all__ = [
     "num_threads",
     "prebuilt_dir",
     "user_artifact_dir",
+    "user_logs_dir",
 ]
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def cache_dir() -> Path:
-    """Directory of everything that this package writes for the current user."""
+    """Directory of what this package writes for the current user and can make again."""
     chosen = os.environ.get("TQ_TVM_CACHE_DIR")
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("tq_tvm"))
 
@@ -54,6 +56,13 @@ def user_artifact_dir() -> Path:
     """
     chosen = _chosen_artifact_dirs()
     return chosen[0] if chosen else cache_dir() / "artifacts" / __version__
+
+
+def user_logs_dir() -> Path:
+    """Where tuning logs of this user go if the package's directory is not for writing."""
+    chosen = os.environ.get("TQ_TVM_CACHE_DIR")
+    root = Path(chosen).expanduser() if chosen else Path(platformdirs.user_data_dir("tq_tvm"))
+    return root / "tuning_logs"
 
 
 def artifact_dirs() -> tuple[Path, ...]:

@@ -20,6 +20,7 @@ from tq_tvm.build.library import build_library
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
+from tq_tvm.tuning import database
 from tq_tvm.tuning.database import (
     Entry,
     Environment,
@@ -196,6 +197,54 @@ def test_a_record_of_the_default_is_no_tuned_variant(tmp_path):
         "rotate": [(False, True)],
         "fill_slots": [(True, True)],
     }
+
+
+# --- where
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The package's logs outside of a clone; (its logs, those of this user)."""
+    packaged = tmp_path / "site-packages" / "tq_tvm" / "tuning_logs"
+    packaged.mkdir(parents=True)
+    monkeypatch.setattr(database, "logs_root", lambda: packaged)
+    monkeypatch.setenv("TQ_TVM_CACHE_DIR", str(tmp_path / "user"))
+    return packaged, tmp_path / "user" / "tuning_logs"
+
+
+def test_an_installed_package_is_not_written_to(installed):
+    packaged, user = installed
+    entry = save(None, "rotate")
+    assert not list(packaged.iterdir())
+    assert entries("rotate", TARGET, user) == [entry]
+    assert [r.workload for r in find_records("rotate", SPEC, TARGET)] == [entry.workload]
+
+
+def test_a_clone_is_written_to(installed):
+    packaged, user = installed
+    (packaged.parent / "pyproject.toml").touch()
+    entry = save(None, "rotate")
+    assert entries("rotate", TARGET, packaged) == [entry]
+    assert not user.exists()
+
+
+def test_a_clone_that_is_read_only(installed, monkeypatch):
+    packaged, user = installed
+    (packaged.parent / "pyproject.toml").touch()
+    monkeypatch.setattr(database.os, "access", lambda path, mode: path != packaged)
+    save(None, "rotate")
+    assert not list(packaged.iterdir()) and user.exists()
+
+
+def test_records_of_the_user_come_before_those_of_the_package(installed):
+    """For the workloads that they are of; the package's others stay."""
+    packaged, user = installed
+    for n in (64, 128):
+        save(packaged, "rotate", us=1.0, shape={"n": n})
+    save(user, "rotate", us=2.0, shape={"n": 128})
+    save(user, "rotate", us=3.0, shape={"n": 256})
+    found = {r.workload.split("-")[1]: r.us for r in find_records("rotate", SPEC, TARGET)}
+    assert found == {"n64": 1.0, "n128": 2.0, "n256": 3.0}
 
 
 # --- which spec a record serves

@@ -48,7 +48,7 @@ def build_library(
     use_records
         False builds every function with the default schedule.
     logs
-        Directory of tuning logs; None takes those of the package.
+        Directory of tuning logs; None takes this user's and the package's.
 
     Returns
     -------

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.resources
 import json
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,7 +28,7 @@ import tvm
 from tvm.s_tir import Trace
 from tvm.s_tir import meta_schedule as ms
 
-from tq_tvm import schedules
+from tq_tvm import env, schedules
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
@@ -43,6 +44,7 @@ __all__ = [
     "find_records",
     "logs_root",
     "open_database",
+    "own_logs",
     "save_record",
     "search_workload",
 ]
@@ -99,6 +101,13 @@ class TunedRecord(msgspec.Struct, frozen=True):
 def logs_root() -> Path:
     """Directory of the logs that come with the package."""
     return Path(str(importlib.resources.files("tq_tvm.tuning_logs")))
+
+
+def own_logs() -> Path:
+    """Directory that records are written to: the package's in a clone, else this user's."""
+    packaged = logs_root()
+    is_clone = (packaged.parent / "pyproject.toml").is_file()
+    return packaged if is_clone and os.access(packaged, os.W_OK) else env.user_logs_dir()
 
 
 def search_workload(function: str, spec: CacheSpec, kind: str, shape: dict[str, int]) -> Any:
@@ -180,7 +189,8 @@ def check_log(kernel: str, target: TargetInfo, logs: Path | None = None) -> None
     TuningLogError
         A file is malformed, or the log is for another target.
     """
-    root = (logs or logs_root()) / target.name
+    logs = logs or own_logs()
+    root = logs / target.name
     if (root / _METADATA).exists():
         _check_target(root, target)
     _stored(kernel, target, logs)
@@ -217,7 +227,7 @@ def _chosen(function: str, spec: CacheSpec, found: list[Entry]) -> list[Entry]:
 
 
 def _stored(
-    kernel: str, target: TargetInfo, logs: Path | None, only: list[Entry] | None = None
+    kernel: str, target: TargetInfo, logs: Path, only: list[Entry] | None = None
 ) -> list[tuple[Entry, Trace | None]]:
     """Entries of a kernel, or ``only`` those, with the trace of each.
 
@@ -226,7 +236,7 @@ def _stored(
     chosen = entries(kernel, target, logs) if only is None else only
     if not chosen:
         return []
-    directory = (logs or logs_root()) / target.name / kernel
+    directory = logs / target.name / kernel
     database = open_database(directory, _repair(directory))
 
     def trace(entry: Entry) -> Trace | None:
@@ -245,21 +255,27 @@ def find_records(
 ) -> list[TunedRecord]:
     """Records that serve a function of a spec on a target: one a workload of one spec.
 
+    With ``logs`` None those of this user come first, workload by workload, then the package's.
+
     Raises
     ------
     TuningLogError
         The log is malformed, for another target, or no longer fits the kernel.
     """
     kernel = FUNCTIONS[function]
-    chosen = _chosen(function, spec, entries(kernel, target, logs))
+    found: dict[str, tuple[Entry, Path]] = {}
+    for root in [logs] if logs else [own_logs(), logs_root()]:
+        for entry in entries(kernel, target, root):
+            found.setdefault(entry.workload, (entry, root))
     records = []
-    for entry, trace in _stored(kernel, target, logs, chosen):
+    for chosen in _chosen(function, spec, [entry for entry, _ in found.values()]):
+        root = found[chosen.workload][1]
+        ((entry, trace),) = _stored(kernel, target, root, [chosen])
         if trace is None:
-            directory = (logs or logs_root()) / target.name / kernel
             raise TuningLogError(
-                f"tuning log: {directory} must hold a record of {entry.workload}, got none for the "
-                f"kernel as it is now; run `tq-tvm tune --target {target.name} --kernel {kernel} "
-                f"--spec {entry.spec}`"
+                f"tuning log: {root / target.name / kernel} must hold a record of "
+                f"{entry.workload}, got none for the kernel as it is now; run `tq-tvm tune "
+                f"--target {target.name} --kernel {kernel} --spec {entry.spec}`"
             )
         records.append(TunedRecord(entry.workload, entry.size, entry.us, trace))
     return records
@@ -276,8 +292,9 @@ def save_record(entry: Entry, trace: Trace, target: TargetInfo, logs: Path | Non
         The log is malformed or for another target: nothing is written.
     """
     kernel = FUNCTIONS[entry.function]
+    logs = logs or own_logs()
     check_log(kernel, target, logs)
-    root = (logs or logs_root()) / target.name
+    root = logs / target.name
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
         check_log(kernel, target, logs)

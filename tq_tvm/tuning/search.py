@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
 from tq_tvm.tuning.workloads import Workload
 
-__all__ = ["tune"]
+__all__ = ["check_tunable", "tune"]
 
 _log = logging.getLogger("tq_tvm")
 
@@ -51,6 +52,26 @@ def _work_dir(workload: Workload, target: TargetInfo, fresh: bool) -> Path:
         shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def check_tunable(
+    kernels: Iterable[str], target: TargetInfo, device: torch.device, logs: Path | None = None
+) -> None:
+    """Refuse a search whose record could not be kept, before any time is spent on it.
+
+    Raises
+    ------
+    TuningLogError
+        The device is another target, or a log is malformed or another target's.
+    """
+    local = detect(device if torch.cuda.is_available() else "cpu")
+    if local.kind != target.kind or (target.kind == "cuda" and local.name != target.name):
+        raise TuningLogError(
+            f"tune: device must be a {target.name}, got a {local.name}; "
+            f"run `tq-tvm tune --target {local.name}`"
+        )
+    for kernel in kernels:
+        check_log(kernel, target, logs)
 
 
 def tune(
@@ -84,7 +105,7 @@ def tune(
     fresh
         Forget what an earlier search measured.
     logs
-        Directory of tuning logs; None takes those of the package.
+        Directory of tuning logs; None takes the package's in a clone, else this user's.
 
     Returns
     -------
@@ -93,19 +114,12 @@ def tune(
     Raises
     ------
     TuningLogError
-        The device is another target, the log is malformed or another target's, or no candidate
-        was right.
+        See `check_tunable`; or no candidate was right.
     SearchInterrupted
         After Ctrl-C, once the best record so far is kept. A second Ctrl-C raises KeyboardInterrupt
         at once.
     """
-    local = detect(device if torch.cuda.is_available() else "cpu")
-    if local.kind != target.kind or (target.kind == "cuda" and local.name != target.name):
-        raise TuningLogError(
-            f"tune: device must be a {target.name}, got a {local.name}; "
-            f"run `tq-tvm tune --target {local.name}`"
-        )
-    check_log(workload.kernel, target, logs)
+    check_tunable([workload.kernel], target, device, logs)
     # The bar tells what MetaSchedule's tables would; its log files stay in the work directory.
     logging.getLogger("tvm.s_tir.meta_schedule").setLevel(logging.WARNING)
     work_dir = _work_dir(workload, target, fresh)
