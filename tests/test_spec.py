@@ -24,6 +24,7 @@ from tq_tvm.spec import (
 )
 from tq_tvm.splits import (
     HEAD_TILE,
+    WORKSPACE_BYTES,
     launch_keys,
     num_groups,
     num_parts,
@@ -321,8 +322,14 @@ def test_groups_are_resident_at_once_and_have_enough_to_read(spec, batch, contex
     slots = launch["ctas_per_sm"] * count
     assert groups == 1 or groups * launch["units"] <= slots
     assert groups == 1 or (groups - 1) * launch["group_tokens"] < batch * context
+    budget = WORKSPACE_BYTES + batch * context * spec.bytes_per_token / 100
+    assert groups == 1 or 4 * workspace_floats(spec, batch, groups, launch) <= budget
     more = groups + 1
-    assert more * launch["units"] > slots or groups * launch["group_tokens"] >= batch * context
+    assert (
+        more * launch["units"] > slots
+        or groups * launch["group_tokens"] >= batch * context
+        or 4 * workspace_floats(spec, batch, more, launch) > budget
+    )
 
 
 @untimed
@@ -339,7 +346,7 @@ def test_a_kernel_says_what_its_parts_are(spec, batch, context, launch, count):
 def test_workspace_holds_outputs_maxima_and_sums(spec, batch, parts):
     for launch, pieces in (
         ({"split_tokens": 16}, batch * parts),
-        ({"group_tokens": 64}, batch + parts),
+        ({"group_tokens": 64}, 2 * parts),
     ):
         outputs = pieces * spec.num_q_heads * spec.head_dim
         maxima = sums = pieces * spec.num_q_heads

@@ -13,6 +13,7 @@ from tq_tvm.spec import CacheSpec
 
 __all__ = [
     "HEAD_TILE",
+    "WORKSPACE_BYTES",
     "launch_keys",
     "num_groups",
     "num_parts",
@@ -22,6 +23,10 @@ __all__ = [
 
 HEAD_TILE = 8
 """Query heads of a group that one CTA serves where contexts are split."""
+
+
+WORKSPACE_BYTES = 2 << 20
+"""What the workspace of groups may take beside a hundredth of the cache."""
 
 
 def launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
@@ -74,17 +79,20 @@ def num_groups(
     """As many groups as are resident at once, but no more than have the least tokens to read.
 
     The CTAs of a group have all heads between them; it gets an equal share of all tokens of the
-    batch.
+    batch. Their workspace stays within `WORKSPACE_BYTES` and a hundredth of the cache that is read.
     """
     resident = launch["ctas_per_sm"] * processors // launch["units"]
-    return max(1, min(resident, -(-batch * context // launch["group_tokens"])))
+    budget = WORKSPACE_BYTES + batch * context * spec.bytes_per_token // 100
+    affordable = budget // (4 * workspace_floats(spec, batch, 1, launch))
+    enough = -(-batch * context // launch["group_tokens"])
+    return max(1, min(resident, affordable, enough))
 
 
 def workspace_floats(spec: CacheSpec, batch: int, parts: int, launch: Mapping[str, int]) -> int:
     """float32 values of workspace: a partial output, a maximum and a sum a query head and piece.
 
-    Splits make a piece of every sequence each; a group begins one piece more than there are
-    sequences at most.
+    Splits make a piece of every sequence each; of a group, only the first and the last piece can be
+    parts of a sequence.
     """
-    pieces = batch + parts if "group_tokens" in launch else batch * parts
+    pieces = 2 * parts if "group_tokens" in launch else batch * parts
     return pieces * spec.num_q_heads * (spec.head_dim + 2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
@@ -12,6 +15,7 @@ from tq_tvm.kernels.decode_work import share_out, tiles_of
 from tq_tvm.kernels.device import (
     barrier,
     f32,
+    i32,
     let,
     local,
     loop,
@@ -22,7 +26,15 @@ from tq_tvm.kernels.device import (
     when,
 )
 
-__all__ = ["MERGE_THREADS", "merge_pieces", "merge_warps"]
+__all__ = [
+    "MERGE_THREADS",
+    "MergedMemory",
+    "merge_pieces",
+    "merge_warps",
+    "piece_slot",
+    "write_output",
+    "write_piece",
+]
 
 MERGE_THREADS = 128
 _WARPS = MERGE_THREADS // 32
@@ -30,14 +42,27 @@ _AHEAD = 4
 """Pieces that a warp of the second launch reads at a time."""
 
 
-def merge_warps(
-    shape: Shape, memory: SumMemory, column, workspace, stats, first_row, heads, thread
-) -> None:
-    """Write the sum of a column's outputs of every head, its bound and its total.
+@dataclasses.dataclass(frozen=True)
+class MergedMemory:
+    """Shared memory of each column: outputs of its heads, their bounds and totals."""
 
-    ``thread`` counts those of the column. Row ``first_row + head`` of the workspace has the output,
-    two floats from ``stats`` on the rest.
-    """
+    output: Any
+    bound: Any
+    total: Any
+
+    @classmethod
+    def allocate(cls, shape: Shape) -> MergedMemory:
+        """Shared memory for all columns."""
+        heads = (shape.abreast, shape.heads)
+        return cls(
+            output=shared((*heads, shape.spec.head_dim), "float32"),
+            bound=shared(heads, "float32"),
+            total=shared(heads, "float32"),
+        )
+
+
+def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thread) -> None:
+    """Merge the warps of a column, ``thread`` counting theirs; barriers go around this."""
     warps, dim = shape.config.warps, shape.spec.head_dim
     threads = 32 * warps
     first = let(column * warps)
@@ -54,105 +79,156 @@ def merge_warps(
             for j in range(2):
                 store(top, f32(LOWEST), j)
                 for w in range(warps):
-                    store(top, T.max(top[j], memory.bound[first + w, 2 * t + j]), j)
+                    store(top, T.max(top[j], sums.bound[first + w, 2 * t + j]), j)
                 store(weights, f32(0), j)
             for e in range(4):
                 store(output, f32(0), e)
             for w in range(warps):
                 for j in range(2):
-                    raised = T.exp2(memory.bound[first + w, 2 * t + j] - top[j])
-                    store(factor, raised * memory.norm[first + w], j)
-                    store(weights, weights[j] + factor[j] * memory.weights[first + w, 2 * t + j], j)
+                    raised = T.exp2(sums.bound[first + w, 2 * t + j] - top[j])
+                    store(factor, raised * sums.norm[first + w], j)
+                    store(weights, weights[j] + factor[j] * sums.weights[first + w, 2 * t + j], j)
                 with I.vectorized(0, 4) as e:
-                    store(high, memory.values[first + w, quad, g * 4 + t, e], e)
+                    store(high, sums.values[first + w, quad, g * 4 + t, e], e)
                 if shape.packed:
                     with I.vectorized(0, 4) as e:
-                        store(low, memory.values[first + w, quad, g * 4 + t + 2, e], e)
+                        store(low, sums.values[first + w, quad, g * 4 + t + 2, e], e)
                 for e in range(4):
                     value = high[e] * f32(256) + low[e] if shape.packed else high[e]
                     store(output, output[e] + factor[e % 2] * value, e)
             for e in range(4):
-                head = 2 * t + e % 2
                 field = 2 * (quad % 2) + e // 2
                 coordinate = shape.value_bytes * g + quad // 2 + dim // 4 * field
                 level = output[e] * f32((outer - inner) * unit)
-                with when(head < heads):
-                    store(
-                        workspace,
-                        level - weights[e % 2] * f32(outer * unit),
-                        (first_row + head) * dim + coordinate,
-                    )
-    with when(thread < heads):
+                level = level - weights[e % 2] * f32(outer * unit)
+                store(merged.output, level, column, 2 * t + e % 2, coordinate)
+    with when(thread < shape.heads):
         store(top, f32(LOWEST), 0)
         store(weights, f32(0), 0)
         for w in range(warps):
-            store(top, T.max(top[0], memory.bound[first + w, thread]), 0)
+            store(top, T.max(top[0], sums.bound[first + w, thread]), 0)
         for w in range(warps):
-            raised = T.exp2(memory.bound[first + w, thread] - top[0])
-            store(weights, weights[0] + memory.total[first + w, thread] * raised, 0)
-        store(workspace, top[0], stats + (first_row + thread) * 2)
-        store(workspace, weights[0], stats + (first_row + thread) * 2 + 1)
+            raised = T.exp2(sums.bound[first + w, thread] - top[0])
+            store(weights, weights[0] + sums.total[first + w, thread] * raised, 0)
+        store(merged.bound, top[0], column, thread)
+        store(merged.total, weights[0], column, thread)
+
+
+def write_output(
+    shape: Shape, merged: MergedMemory, column, out, sequence, first_head, heads, warp, lane
+) -> None:
+    """Finish a sequence that no other CTA has a piece of: a warp a head rotates back."""
+    count = shape.row_values
+    x = local(count, "float32")
+    with I.serial(0, -(-shape.heads // shape.config.warps)) as turn:
+        head = let(turn * shape.config.warps + warp)
+        with when(head < heads):
+            for i in range(count):
+                store(x, merged.output[column, head, lane * count + i], i)
+            _finish_row(
+                shape, x, merged.total[column, head], out, (sequence, first_head + head), lane
+            )
+
+
+def _finish_row(shape: Shape, x, total, out, where, lane) -> None:
+    """Divide by the total, rotate back and write; no weights give zeros."""
+    rotate_row(shape, x, lane)
+    scale = f32(shape.spec.head_dim**-0.5)
+    inverse = let(T.Select(total > f32(0), scale / total, f32(0)))
+    for i in range(shape.row_values):
+        value = T.cast(x[i] * inverse, shape.spec.dtype)
+        store(out, value, *where, lane * shape.row_values + i)
+
+
+def piece_slot(group, begins_later):
+    """Slot of a group's piece: of its first one, or of its last, if that is another one.
+
+    Pieces between them are whole sequences, which have none.
+    """
+    return 2 * group + T.Select(begins_later, i32(1), i32(0))
+
+
+def stats_start(shape: Shape, groups):
+    """Where, behind the slots' outputs, their bounds and totals are."""
+    return T.cast(groups, "int64") * (2 * shape.spec.num_q_heads * shape.spec.head_dim)
+
+
+def write_piece(
+    shape: Shape, merged: MergedMemory, column, workspace, groups, slot, first_head, heads, thread
+) -> None:
+    """Leave a piece of a sequence to the second launch."""
+    dim, threads = shape.spec.head_dim, 32 * shape.config.warps
+    stats = let(stats_start(shape, groups))
+    row = let(T.cast(slot * shape.spec.num_q_heads + first_head, "int64"))
+    for turn in range(-(-shape.heads * dim // threads)):
+        element = let(thread + turn * threads)
+        with when(element < heads * dim):
+            value = merged.output[column, element // dim, element % dim]
+            store(workspace, value, row * dim + T.cast(element, "int64"))
+    with when(thread < heads):
+        at = let(stats + (row + T.cast(thread, "int64")) * 2)
+        store(workspace, merged.bound[column, thread], at)
+        store(workspace, merged.total[column, thread], at + 1)
 
 
 def merge_pieces(shape: Shape, seq_lens, workspace, out, batch, head, sequence, thread, groups):
-    """One CTA of the second launch: merge a sequence's pieces of a query head and rotate back."""
-    spec, count = shape.spec, shape.row_values
-    dim, heads = spec.head_dim, spec.num_q_heads
+    """One CTA of the second launch: merge a sequence's pieces of a query head and rotate back.
+
+    A sequence in one piece is finished; one of no tokens gets zeros.
+    """
+    count, dim, heads = shape.row_values, shape.spec.head_dim, shape.spec.num_q_heads
     warp, lane = let(thread // 32), let(thread % 32)
-    stats = let((T.cast(batch, "int64") + T.cast(groups, "int64")) * (heads * dim))
+    stats = let(stats_start(shape, groups))
     shares = share_out(shape, seq_lens, batch, lane, groups, sequence)
-    first, last = local(1, "int32"), local(1, "int32")
     own = let(tiles_of(shape, seq_lens[sequence]))
+    first, last = local(1, "int32"), local(1, "int32")
     store(first, T.truncdiv(shares.before[0], shares.size[0]))
     past = T.truncdiv(shares.before[0] + own - 1, shares.size[0]) + 1
-    # Slots of the sequence: none where it is empty.
-    store(last, sequence + T.Select(own > 0, past, first[0]))
-    store(first, sequence + first[0])
+    store(last, T.Select(own > 0, past, first[0]))
+    begins_later = let(shares.before[0] > first[0] * shares.size[0])
 
-    def row(slot):
-        return T.cast(slot, "int64") * heads + head
+    def row(group):
+        slot = piece_slot(group, T.And(group == first[0], begins_later))
+        return T.cast(slot * heads + head, "int64")
 
+    # All CTAs wait: the launch is not done before the one that it overlaps.
     if shape.config.overlap:
         wait_for_launch_before()
+    partial, totals = shared((_WARPS, dim), "float32"), shared(_WARPS, "float32")
     top, total, at = local(1, "float32"), local(1, "float32"), local(1, "int32")
-    store(top, f32(LOWEST))
-    store(at, first[0] + lane)
-    with loop(at[0] < last[0]):
-        store(top, T.max(top[0], workspace[stats + row(at[0]) * 2]))
-        store(at, at[0] + 32)
-    reduce_lanes(top, 0, T.max)
     x = local(count, "float32")
-    for i in range(count):
-        store(x, f32(0), i)
-    store(total, f32(0))
-    store(at, first[0] + warp)
     weight, piece = local(_AHEAD, "float32"), local((_AHEAD, count), "float32")
-    with loop(at[0] < last[0]):
-        for n in range(_AHEAD):
-            slot = let(T.min(at[0] + n * _WARPS, last[0] - 1))
-            raised = T.exp2(workspace[stats + row(slot) * 2] - top[0])
-            store(weight, T.Select(at[0] + n * _WARPS < last[0], raised, f32(0)), n)
-            store(total, total[0] + weight[n] * workspace[stats + row(slot) * 2 + 1])
-            for i in range(count):
-                store(piece, workspace[row(slot) * dim + lane * count + i], n, i)
-        for n in range(_AHEAD):
-            for i in range(count):
-                store(x, x[i] + weight[n] * piece[n, i], i)
-        store(at, at[0] + _AHEAD * _WARPS)
-    partial = shared((_WARPS, dim), "float32")
-    totals = shared(_WARPS, "float32")
-    for i in range(count):
-        store(partial, x[i], warp, lane * count + i)
-    with when(lane == 0):
-        store(totals, total[0], warp)
-    barrier()
-    with when(warp == 0):
-        for w in range(1, _WARPS):
-            store(total, total[0] + totals[w])
-            for i in range(count):
-                store(x, x[i] + partial[w, lane * count + i], i)
-        rotate_row(shape, x, lane)
-        inverse = let(T.Select(total[0] > f32(0), f32(dim**-0.5) / total[0], f32(0)))
+    with when(T.Or(own == 0, last[0] - first[0] > 1)):
+        store(top, f32(LOWEST))
+        store(at, first[0] + lane)
+        with loop(at[0] < last[0]):
+            store(top, T.max(top[0], workspace[stats + row(at[0]) * 2]))
+            store(at, at[0] + 32)
+        reduce_lanes(top, 0, T.max)
         for i in range(count):
-            value = T.cast(x[i] * inverse, spec.dtype)
-            store(out, value, sequence, head, lane * count + i)
+            store(x, f32(0), i)
+        store(total, f32(0))
+        store(at, first[0] + warp)
+        with loop(at[0] < last[0]):
+            for n in range(_AHEAD):
+                group = let(T.min(at[0] + n * _WARPS, last[0] - 1))
+                raised = T.exp2(workspace[stats + row(group) * 2] - top[0])
+                store(weight, T.Select(at[0] + n * _WARPS < last[0], raised, f32(0)), n)
+                store(total, total[0] + weight[n] * workspace[stats + row(group) * 2 + 1])
+                for i in range(count):
+                    store(piece, workspace[row(group) * dim + lane * count + i], n, i)
+            for n in range(_AHEAD):
+                for i in range(count):
+                    store(x, x[i] + weight[n] * piece[n, i], i)
+            store(at, at[0] + _AHEAD * _WARPS)
+        for i in range(count):
+            store(partial, x[i], warp, lane * count + i)
+        with when(lane == 0):
+            store(totals, total[0], warp)
+        barrier()
+        with when(warp == 0):
+            for w in range(1, _WARPS):
+                store(total, total[0] + totals[w])
+                for i in range(count):
+                    store(x, x[i] + partial[w, lane * count + i], i)
+            _finish_row(shape, x, total[0], out, (sequence, head), lane)

@@ -11,13 +11,14 @@ after the other:
    (`decode_score`), then softmax and integer sums of V (`decode_values`); the registers of K, then
    those of V, are filled again (`decode_pages`) as soon as they are used up. Nothing in that loop
    synchronises warps;
-3. merges the warps of a column and writes (sum of w v, bound, sum of w) to the workspace
-   (`decode_merge`).
+3. merges the warps of a column (`decode_merge`). A sequence that the CTA has to itself is rotated
+   back and done; of a piece, (sum of w v, bound, sum of w) goes to the workspace.
 
-The second launch, a CTA a query head and sequence, merges the pieces and rotates back. With
+The second launch, a CTA a query head and sequence, merges pieces and rotates back. With
 ``overlap`` it begins before the first is done, and waits for it where it needs its results.
 
-The workspace is ``(B + groups) HQ (D + 2)`` floats.
+The workspace is ``2 groups HQ (D + 2)`` floats: only the first and the last piece of a group can be
+parts of a sequence.
 
 Main loop of 64 tokens and 4 query heads, D = 128, bfloat16, as compiled for sm_90a with 213
 registers: 1022 instructions, 178 of which run only where a bound moves. Of the other 844, 475 are
@@ -28,10 +29,19 @@ on the integer pipe (0.029 a value): masks 242, look-ups and byte moves 112, shi
 from __future__ import annotations
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces, merge_warps
+from tq_tvm.kernels.decode_merge import (
+    MERGE_THREADS,
+    MergedMemory,
+    merge_pieces,
+    merge_warps,
+    piece_slot,
+    write_output,
+    write_piece,
+)
 from tq_tvm.kernels.decode_pages import PageReader, Tile
 from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
@@ -50,7 +60,8 @@ def planes_shared_bytes(spec: CacheSpec, config: PlanesConfig) -> int:
     queries = shape.heads * (2 * spec.head_dim + 4 + 8)
     fragments = 512 * shape.key_words * shape.parts * config.query_in_shared
     sums = config.warps * (512 * shape.quads + 12 * shape.heads + 4)
-    return shape.abreast * (queries + fragments + sums)
+    merged = 4 * shape.heads * (spec.head_dim + 2)
+    return shape.abreast * (queries + fragments + sums + merged)
 
 
 def decode_planes(spec: CacheSpec, config: PlanesConfig) -> PrimFunc:
@@ -87,7 +98,7 @@ def decode_planes(spec: CacheSpec, config: PlanesConfig) -> PrimFunc:
             for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
                 for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                    _attend(shape, Q, caches, BT, SL, WS, b, bx, by, tx, num_groups, sm_scale)
+                    _attend(shape, Q, caches, BT, SL, WS, OUT, b, bx, by, tx, num_groups, sm_scale)
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
             for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
@@ -97,8 +108,8 @@ def decode_planes(spec: CacheSpec, config: PlanesConfig) -> PrimFunc:
 
 
 def _attend(
-    shape: Shape, q, caches, block_table, seq_lens, workspace, batch, unit, group, thread, groups,
-    sm_scale,
+    shape: Shape, q, caches, block_table, seq_lens, workspace, out, batch, unit, group, thread,
+    groups, sm_scale,
 ) -> None:  # fmt: skip
     """One CTA of the first launch."""
     spec, warps = shape.spec, shape.config.warps
@@ -111,6 +122,7 @@ def _attend(
     first_head = let(kv_head * spec.group_size + head_tile * shape.heads)
     heads = let(T.min(i32(shape.heads), i32(spec.group_size) - head_tile * shape.heads))
     query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
+    merged = MergedMemory.allocate(shape)
     shares = share_out(shape, seq_lens, batch, lane, groups)
     place = find_place(shape, shares, seq_lens, batch, lane, group)
     table = key_table(shape, let(unknown_zero(shares)))
@@ -120,7 +132,6 @@ def _attend(
     query = Query(shape, query_memory, column, warp, lane, g, t)
     values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
     tile = Tile.allocate(shape)
-    stats = let((batch + T.cast(groups, "int64")) * (spec.num_q_heads * spec.head_dim))
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
     with loop(place.tile[0] < place.end[0]):
         sequence = place.sequence[0]
@@ -154,9 +165,19 @@ def _attend(
                 store(now, ahead[0])
             values.finish()
             barrier()
-            slot = T.cast(sequence + group, "int64")
-            row = let(slot * spec.num_q_heads + T.cast(first_head, "int64"))
-            merge_warps(shape, sum_memory, column, workspace, stats, row, heads, inside)
+            merge_warps(shape, sum_memory, merged, column, inside)
+            barrier()
+            with I.If(count == tiles_of(shape, seq_len[0])):
+                with I.Then():
+                    write_output(
+                        shape, merged, column, out, sequence, first_head, heads, warp, lane
+                    )
+                with I.Else():
+                    later = place.tile[0] > group * shares.size[0]
+                    slot = let(piece_slot(group, later))
+                    write_piece(
+                        shape, merged, column, workspace, groups, slot, first_head, heads, inside
+                    )
             barrier()
         store(place.tile, place.tile[0] + count)
         store(place.sequence, sequence + 1)

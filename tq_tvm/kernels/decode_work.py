@@ -1,9 +1,7 @@
 """Which tokens a CTA of ``decode_planes`` attends to: equal shares, whatever the lengths.
 
-The tiles of all sequences, one after another, are cut into ``groups`` equal shares. A share crosses
-sequences; what it finds of each goes to a slot of the workspace of its own: sequence ``b`` and
-group ``g`` have slot ``b + g``, which no other pair has, since of two neighbouring pieces one of
-the two numbers goes up by one.
+The tiles of all sequences, one after another, are cut into ``groups`` equal shares, which cross
+sequences.
 """
 
 from __future__ import annotations
