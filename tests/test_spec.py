@@ -121,6 +121,9 @@ def test_parse_rejects_what_the_constructor_rejects(label, argument):
         ("dtype", "float64", "float16, bfloat16, float32"),
         ("dtype", torch.bfloat16, "float16, bfloat16, float32"),
         ("layout", "bhdk", "bshd, bhsd"),
+        ("head_dim", 128.0, "64, 128, 256"),
+        ("page_size", 64.0, "16, 32, 64, 128, 256"),
+        ("format", 42, "k4v2"),
     ],
 )
 def test_values_out_of_a_list(field, value, expected):
@@ -130,10 +133,19 @@ def test_values_out_of_a_list(field, value, expected):
     assert message == f"CacheSpec: {field} must be one of {expected}, got {value!r}"
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 0), (32, -8), (33, 8), (4, 8), (8, 3)])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(33, 8), (4, 8), (8, 3)])
 def test_head_counts(q_heads, kv_heads):
     with pytest.raises(UnsupportedSpecError, match=f"multiple.*got {q_heads} and {kv_heads}$"):
         dataclasses.replace(SPEC, num_q_heads=q_heads, num_kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("field", ["num_q_heads", "num_kv_heads"])
+@pytest.mark.parametrize("count", [0, -8, 32.0, "32", True, None])
+def test_head_counts_are_positive_integers(field, count):
+    with pytest.raises(UnsupportedSpecError) as error:
+        dataclasses.replace(SPEC, **{field: count})
+    message = str(error.value)
+    assert message == f"CacheSpec: {field} must be a positive integer, got {count!r}"
 
 
 def test_errors_are_value_errors():
