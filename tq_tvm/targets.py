@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.errors import ArgumentValueError, UnsupportedSpecError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TARGETS",
     "TargetInfo",
+    "as_device",
     "canonical_gpu_name",
     "cpu_features",
     "detect",
@@ -147,6 +148,44 @@ def missing_cpu_features(arch: str) -> list[str]:
     return sorted(CPU_LEVELS[arch] - cpu_features())
 
 
+def as_device(op: str, device: torch.device | str | None = None) -> torch.device:
+    """Return a torch device that is there, with its index if it is a GPU.
+
+    Parameters
+    ----------
+    op
+        The operation that asks, for its errors.
+    device
+        None is the current GPU, or the CPU where there is none.
+
+    Raises
+    ------
+    ArgumentValueError
+        torch knows no such device, or sees no such GPU.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentValueError(
+            f"{op}: device must be a torch device, got {device!r} ({reason}); name cuda or cpu"
+        ) from None
+    if found.type != "cuda":
+        return found
+    count = torch.cuda.device_count()
+    if (found.index or 0) >= count:
+        seen = f"{count} CUDA GPUs" if count else "no CUDA GPU"
+        raise ArgumentValueError(
+            f"{op}: device must be one that torch can use, got {found} with torch "
+            f"{torch.__version__}, which sees {seen}; use one of them or the CPU"
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
+
+
 def detect(device: torch.device | str | None = None) -> TargetInfo:
     """Find the target of a device: its entry in `TARGETS`, or one derived from the device.
 
@@ -157,22 +196,21 @@ def detect(device: torch.device | str | None = None) -> TargetInfo:
 
     Raises
     ------
+    ArgumentValueError
+        torch has no such device.
     UnsupportedSpecError
         Neither an NVIDIA GPU nor a CPU.
     """
     import torch
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = as_device("detect", device)
     if device.type == "cpu":
         return _detect_cpu()
     if device.type != "cuda" or torch.version.hip is not None:
         raise UnsupportedSpecError(
             f"detect: device must be an NVIDIA GPU or the CPU, got {device}; move the tensors there"
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _detect_gpu(index)
+    return _detect_gpu(device.index)
 
 
 @functools.cache
