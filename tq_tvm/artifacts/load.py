@@ -21,6 +21,7 @@ import torch
 import tvm_ffi
 
 from tq_tvm import env, targets
+from tq_tvm._version import __version__
 from tq_tvm.artifacts.locate import locate
 from tq_tvm.artifacts.manifest import LIBRARY_NAME, Manifest
 from tq_tvm.artifacts.verify import verify_file
@@ -127,6 +128,7 @@ def _load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunctio
     target = targets.detect(device)
     directory, manifest = locate(function, spec, target)
     _warn_if_other_gpu(manifest.target, target)
+    _warn_if_other_version(directory, manifest)
     module = _load_module(directory, manifest)
     variants = []
     for variant in sorted(manifest.functions[function], key=lambda v: v.size):
@@ -202,4 +204,19 @@ def _warn_if_other_gpu(target: targets.TargetInfo, device: targets.TargetInfo) -
         device.name,
         device.arch,
         device.name,
+    )
+
+
+def _warn_if_other_version(directory: Path, manifest: Manifest) -> None:
+    version = manifest.versions.get("tq_tvm", "unknown")
+    if version == __version__ or (str(directory), version) in _warned:
+        return
+    _warned.add((str(directory), version))
+    _log.warning(
+        "Kernels in %s were built by tq_tvm %s and run under %s, with the same interface; "
+        "`%s` builds those of this version.",
+        directory,
+        version,
+        __version__,
+        manifest.build_command,
     )

@@ -163,7 +163,8 @@ def _decode(
     else:
         scratch = _as_scratch(workspace, floats, q.device)
     call_kernel(
-        variant.call,
+        loaded,
+        variant,
         (*inputs, scratch, out),
         (parts, sm_scale),
         lambda: (*_check_arguments(arguments, layout, policy)[1], scratch, out),

@@ -170,7 +170,8 @@ def _fill(
     if size == 0 or not all(map(torch.Tensor.numel, index.values())):
         return
     call_kernel(
-        loaded.nearest(size).call,
+        loaded,
+        loaded.nearest(size),
         tensors,
         (),
         lambda: _check_arguments(rows, caches, index, layout, policy)[1],

@@ -162,7 +162,8 @@ def _flatten(
         v_out.zero_()
         return
     call_kernel(
-        loaded.nearest(size).call,
+        loaded,
+        loaded.nearest(size),
         tensors,
         (),
         lambda: _check_arguments(arguments, layout, policy)[1],

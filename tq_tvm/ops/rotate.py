@@ -79,7 +79,7 @@ def _rotate(x: torch.Tensor, out: torch.Tensor) -> None:
         loaded = _loaded[key] = load("rotate", spec, x.device)
     rows = (size // shape[-1], shape[-1])
     tensors = (x.view(rows), out.view(rows))
-    call_kernel(loaded.nearest(size).call, tensors, (), lambda: _check_arguments(x, out))
+    call_kernel(loaded, loaded.nearest(size), tensors, (), lambda: _check_arguments(x, out))
 
 
 def _check_arguments(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
