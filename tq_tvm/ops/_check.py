@@ -120,15 +120,13 @@ def check_layout(op: str, layout: Any) -> None:
 
 
 def check_strided(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Check that the memory holds the values, each at its strides, as they are."""
+    """Check that values lie in memory at strides."""
     if tensor.layout is not torch.strided:
         fail(op, name, "strided", tensor.layout, "convert it with to_dense()")
-    if tensor.is_neg():
-        fail(op, name, "free of torch's negative bit", "a view with it", "call resolve_neg() first")
 
 
 def check_device(op: str, tensors: dict[str, torch.Tensor]) -> torch.device:
-    """Check that all tensors are strided and on one device, a GPU or the CPU; return it."""
+    """Check that all tensors are in the memory of one device, a GPU or the CPU; return it."""
     name, first = next(iter(tensors.items()))
     if first.device.type not in ("cpu", "cuda"):
         fail(op, name, "on an NVIDIA GPU or the CPU", first.device, "move all arguments there")
@@ -136,6 +134,9 @@ def check_device(op: str, tensors: dict[str, torch.Tensor]) -> torch.device:
         if tensor.device != first.device:
             fail(op, other, f"on {first.device} like {name}", tensor.device, "move it there")
         check_strided(op, other, tensor)
+        if tensor.is_neg():
+            todo = "call resolve_neg() first"
+            fail(op, other, "free of torch's negative bit", "a view with it", todo)
     return first.device
 
 
