@@ -173,6 +173,32 @@ def test_unknown_formats(name):
             dataclasses.replace(SPEC, format=name)
 
 
+# --- functions
+
+
+@pytest.mark.parametrize(
+    ("function", "ignored"),
+    [
+        ("rotate", {"num_q_heads", "num_kv_heads", "page_size", "layout"}),
+        ("fill_slots", {"num_q_heads"}),
+        ("flatten", {"num_q_heads"}),
+        ("decode", set()),
+    ],
+)
+def test_relevant_fields(function, ignored):
+    changes = {
+        "head_dim": 64,
+        "num_q_heads": 64,
+        "num_kv_heads": 4,
+        "page_size": 16,
+        "dtype": "float16",
+        "layout": "bhsd",
+    }
+    for field, value in changes.items():
+        same = dataclasses.replace(SPEC, **{field: value}).relevant_to(function)
+        assert (same == SPEC.relevant_to(function)) == (field in ignored)
+
+
 # --- bytes
 
 

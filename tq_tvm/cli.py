@@ -21,7 +21,7 @@ from tq_tvm import artifacts, env
 from tq_tvm._version import __version__
 from tq_tvm.errors import ArtifactNotFoundError, BuildError, TQError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
-from tq_tvm.targets import TARGETS, TargetInfo, as_device, detect, get_target
+from tq_tvm.targets import TARGETS, TargetInfo, as_device, cpu_threads, detect, get_target
 
 __all__ = ["main"]
 
@@ -397,7 +397,7 @@ def _facts() -> dict[str, str]:
         )
     facts["artifact directories"] = ", ".join(map(str, env.artifact_dirs()))
     facts["cache directory"] = str(env.cache_dir())
-    facts["threads"] = str(env.num_threads() or torch.get_num_threads())
+    facts["threads"] = str(cpu_threads())
     facts["log level"] = env.log_level()
     facts["libraries"] = str(len(artifacts.list_artifacts()))
     return facts

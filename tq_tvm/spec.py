@@ -243,6 +243,22 @@ class CacheSpec:
         """Query heads that share a KV head (G)."""
         return self.num_q_heads // self.num_kv_heads
 
+    def relevant_to(self, function: str) -> CacheSpec:
+        """The spec with what a function does not depend on put aside.
+
+        A library or a record of any spec with the same one serves the function.
+
+        Parameters
+        ----------
+        function
+            A key of `FUNCTIONS`.
+        """
+        if function == "decode":
+            return self
+        if function == "rotate":
+            return CacheSpec(self.head_dim, num_q_heads=1, num_kv_heads=1, dtype=self.dtype)
+        return dataclasses.replace(self, num_q_heads=self.num_kv_heads)
+
     @property
     def label(self) -> str:
         """A slug of every field; `parse` reads it back."""

@@ -13,20 +13,24 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tq_tvm import env
 from tq_tvm.errors import ArgumentValueError, UnsupportedSpecError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "CPU_LEVELS",
     "TARGETS",
     "TargetInfo",
     "as_device",
     "canonical_gpu_name",
     "cpu_features",
+    "cpu_threads",
     "detect",
     "get_target",
     "missing_cpu_features",
+    "processors",
 ]
 
 
@@ -41,7 +45,8 @@ class TargetInfo:
     kind
         ``"cuda"`` or ``"llvm"``.
     arch
-        ``sm_XY`` for CUDA, the LLVM name of the CPU level for the CPU.
+        ``sm_XY`` for CUDA; for a CPU the LLVM name of its level, or the machine's name where there
+        are no levels.
     attrs
         Further attributes of a TVM target: limits that a schedule has to keep.
     """
@@ -211,6 +216,22 @@ def detect(device: torch.device | str | None = None) -> TargetInfo:
             f"detect: device must be an NVIDIA GPU or the CPU, got {device}; move the tensors there"
         )
     return _detect_gpu(device.index)
+
+
+def cpu_threads() -> int:
+    """Threads of the CPU kernels."""
+    import torch
+
+    return env.num_threads() or torch.get_num_threads()
+
+
+def processors(device: torch.device) -> int:
+    """What runs in parallel on a device: multiprocessors of a GPU, threads of the CPU kernels."""
+    import torch
+
+    if device.type == "cpu":
+        return cpu_threads()
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

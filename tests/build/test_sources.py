@@ -64,8 +64,9 @@ def test_digest_is_of_every_source(tmp_path, monkeypatch):
     package = tmp_path / "some_kernels"
     package.mkdir()
     (package / "__init__.py").write_text("")
+    (tmp_path / "some_spec.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sources, "_PACKAGES", ("some_kernels",))
+    monkeypatch.setattr(sources, "_MODULES", ("some_spec", "some_kernels"))
 
     def digest():
         sources.sources_digest.cache_clear()
@@ -79,8 +80,11 @@ def test_digest_is_of_every_source(tmp_path, monkeypatch):
         seen.append(digest())
         (package / "fill.py").rename(package / "fill.cpp")
         seen.append(digest())
+        (tmp_path / "some_spec.py").write_text("x = 1")
+        seen.append(digest())
         (package / "notes.txt").write_text("")
-        assert len(set(seen)) == 4
+        (tmp_path / "notes.py").write_text("")
+        assert len(set(seen)) == 5
         assert digest() == seen[-1]
     finally:
         sources.sources_digest.cache_clear()

@@ -9,19 +9,21 @@ from pathlib import Path
 
 __all__ = ["sources_digest"]
 
-_PACKAGES = ("tq_tvm.kernels", "tq_tvm.schedules", "tq_tvm.build")
+_MODULES = ("tq_tvm.spec", "tq_tvm.kernels", "tq_tvm.schedules", "tq_tvm.build")
 _SUFFIXES = (".py", ".cpp")
 
 
 @functools.cache
 def sources_digest() -> str:
-    """Digest of the kernels, their schedules and the build, found without importing them."""
+    """Digest of the formats, kernels, schedules and the build, found without importing them."""
     digest = hashlib.sha256()
-    for package in _PACKAGES:
-        found = importlib.util.find_spec(package)
-        for folder in (found and found.submodule_search_locations) or ():
-            for path in sorted(Path(folder).iterdir()):
-                if path.suffix in _SUFFIXES:
-                    content = hashlib.sha256(path.read_bytes()).hexdigest()
-                    digest.update(f"{package}/{path.name} {content}\n".encode())
+    for module in _MODULES:
+        found = importlib.util.find_spec(module)
+        assert found is not None and found.origin is not None
+        origin = Path(found.origin)
+        paths = sorted(origin.parent.iterdir()) if found.submodule_search_locations else [origin]
+        for path in paths:
+            if path.suffix in _SUFFIXES:
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                digest.update(f"{module}/{path.name} {content}\n".encode())
     return digest.hexdigest()

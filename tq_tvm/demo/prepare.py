@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from tq_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError, BuildErro
 from tq_tvm.spec import FUNCTIONS, CacheSpec
 from tq_tvm.targets import TargetInfo, detect
 
-__all__ = ["find_library", "prepare", "served_spec"]
+__all__ = ["find_library", "prepare"]
 
 _SECONDS = 60.0
 
@@ -30,19 +29,10 @@ _SECONDS = 60.0
 _ORDER = ("decode", "flatten", "rotate", "fill_slots", "fill_table", "flatten_unrotated")
 
 
-def served_spec(function: str, spec: CacheSpec) -> CacheSpec:
-    """The spec by which the torch call of a function looks for its library."""
-    if function == "decode":
-        return spec
-    if function == "rotate":
-        return CacheSpec(spec.head_dim, num_q_heads=1, num_kv_heads=1, dtype=spec.dtype)
-    return dataclasses.replace(spec, num_q_heads=spec.num_kv_heads)
-
-
 def find_library(spec: CacheSpec, target: TargetInfo) -> list[Path] | None:
     """Directories that serve the functions of a spec; None if a function has none."""
     try:
-        found = [artifacts.locate(f, served_spec(f, spec), target)[0] for f in FUNCTIONS]
+        found = [artifacts.locate(f, spec.relevant_to(f), target)[0] for f in FUNCTIONS]
     except (ArtifactCorruptError, ArtifactNotFoundError):
         return None
     return list(dict.fromkeys(found))

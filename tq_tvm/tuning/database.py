@@ -8,7 +8,6 @@ folder's target is checked here.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import json
 import shutil
@@ -140,15 +139,6 @@ def entries(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[E
     return _read(root / kernel / _SUMMARY, list[Entry])
 
 
-def _relevant(function: str, spec: CacheSpec) -> CacheSpec:
-    """The spec with what a function does not depend on put aside."""
-    if function == "decode":
-        return spec
-    if function == "rotate":
-        return CacheSpec(spec.head_dim, 1, 1, dtype=spec.dtype)
-    return dataclasses.replace(spec, num_q_heads=spec.num_kv_heads)
-
-
 def _kind(function: str, spec: CacheSpec) -> tuple[object, ...]:
     """What has to agree for decisions to carry over."""
     kind = (spec.format, spec.head_dim, spec.dtype)
@@ -165,8 +155,8 @@ def _chosen(function: str, spec: CacheSpec, found: list[Entry]) -> list[Entry]:
     for entry in found:
         theirs = CacheSpec.parse(entry.spec)
         if entry.function == function and _kind(function, theirs) == _kind(function, spec):
-            groups.setdefault(_relevant(function, theirs), []).append(entry)
-    own = groups.get(_relevant(function, spec))
+            groups.setdefault(theirs.relevant_to(function), []).append(entry)
+    own = groups.get(spec.relevant_to(function))
     return own or next(iter(groups.values()), [])
 
 
