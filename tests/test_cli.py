@@ -93,12 +93,39 @@ def test_show_config(monkeypatch, tmp_path):
         (["build", "--target", "nvidia_x"], "name must be one of"),
         (["tune", "--kernel", "decode2"], "'decode2' is not one of"),
         (["tune", "--trials", "0"], "not in the range"),
+        (["build", "--logs", "/nonexistent"], "'/nonexistent' does not exist"),
     ],
 )
 def test_wrong_usage_exits_with_two(arguments, part):
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["bench", "--device", "foo"], "bench: device must be a torch device, got 'foo'"),
+        (["bench", "--device", "cuda:99"], "bench: device must be one that torch can use"),
+        (
+            ["build", "--target", "nvidia_h200", "--spec", SPEC],
+            f"must be float16 or bfloat16, got {SPEC}; build it for a CPU",
+        ),
+    ],
+)
+def test_a_wrong_argument_exits_with_one(arguments, part, monkeypatch, tmp_path):
+    pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(tmp_path))
+    result = invoke(*arguments)
+    assert result.exit_code == 1
+    assert part in result.stderr
+
+
+def test_a_wrong_log_level_exits_with_one(monkeypatch):
+    monkeypatch.setenv("TQ_TVM_LOG_LEVEL", "LOUD")
+    result = invoke("list")
+    assert result.exit_code == 1
+    assert "TQ_TVM_LOG_LEVEL must be one of" in result.stderr
 
 
 def test_tuning_for_another_gpu_is_refused(monkeypatch, tmp_path):

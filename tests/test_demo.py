@@ -11,6 +11,8 @@ import torch
 from click.testing import CliRunner
 
 from tq_tvm import env, targets
+from tq_tvm.artifacts import FileRecord, Manifest, Variant, manifest
+from tq_tvm.build.sources import sources_digest
 from tq_tvm.demo import __main__ as demo
 from tq_tvm.demo import prepare
 from tq_tvm.demo.theory import expected_distortion
@@ -104,7 +106,7 @@ def test_bad_lengths_are_wrong_usage(text):
 def test_a_gpu_that_is_not_there_is_an_error():
     result = CliRunner().invoke(demo.main, ["--device", "cuda"])
     assert result.exit_code == 1
-    assert "sees no CUDA GPU; pass --device cpu" in result.output
+    assert "sees no CUDA GPU; use one of them or the CPU" in result.output
 
 
 @pytest.fixture
@@ -163,6 +165,52 @@ def test_records_are_built_without_a_search(search, capsys):
     assert search.searched == []
     assert search.logs.name == "committed"
     assert "built in" in capsys.readouterr().out
+
+
+@pytest.fixture
+def described(search, monkeypatch, tmp_path):
+    """A library that serves every function, by its manifest: ``described(sources)``."""
+    search.records = tuple(FUNCTIONS)
+
+    def describe(sources):
+        target = targets.detect("cpu")
+        directory = tmp_path / "artifacts" / target.name / SMALL.label
+        variants = {f: [Variant(symbol=f, size=1, tuned=True)] for f in FUNCTIONS}
+        files = {"kernels.so": FileRecord(sha256="0" * 64, bytes=0)}
+        Manifest(SMALL.label, target, files, variants, sources=sources).write(directory)
+
+    return describe
+
+
+def test_a_library_of_these_sources_is_taken(search, described, capsys):
+    described(sources_digest())
+    prepare.prepare(SMALL, torch.device("cpu"))
+    assert search.logs is None
+    assert "built" not in capsys.readouterr().out
+
+
+def test_a_library_of_other_sources_is_built_again(search, described, capsys):
+    described("of other sources")
+    prepare.prepare(SMALL, torch.device("cpu"))
+    assert search.logs.name == "committed"
+    assert "other sources than these, so they are built again" in capsys.readouterr().out
+
+
+def test_a_library_of_other_sources_is_taken_where_there_is_no_compiler(
+    search, described, monkeypatch, capsys
+):
+    described("of other sources")
+    monkeypatch.setitem(sys.modules, "tvm", None)
+    prepare.prepare(SMALL, torch.device("cpu"))
+    assert search.logs is None
+    assert "there is no compiler" in capsys.readouterr().out
+
+
+def test_a_library_of_another_interface_is_built_again(search, described, monkeypatch):
+    monkeypatch.setattr(manifest, "ABI", manifest.ABI + 1)
+    described(sources_digest())
+    prepare.prepare(SMALL, torch.device("cpu"))
+    assert search.logs.name == "committed"
 
 
 def test_functions_without_records_are_searched_attention_first(search, capsys):

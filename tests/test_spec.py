@@ -122,6 +122,9 @@ def test_parse_rejects_what_the_constructor_rejects(label, argument):
         ("dtype", "float64", "float16, bfloat16, float32"),
         ("dtype", torch.bfloat16, "float16, bfloat16, float32"),
         ("layout", "bhdk", "bshd, bhsd"),
+        ("head_dim", 128.0, "64, 128, 256"),
+        ("page_size", 64.0, "16, 32, 64, 128, 256"),
+        ("format", 42, "k4v2"),
     ],
 )
 def test_values_out_of_a_list(field, value, expected):
@@ -131,10 +134,19 @@ def test_values_out_of_a_list(field, value, expected):
     assert message == f"CacheSpec: {field} must be one of {expected}, got {value!r}"
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(32, 0), (32, -8), (33, 8), (4, 8), (8, 3)])
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(33, 8), (4, 8), (8, 3)])
 def test_head_counts(q_heads, kv_heads):
     with pytest.raises(UnsupportedSpecError, match=f"multiple.*got {q_heads} and {kv_heads}$"):
         dataclasses.replace(SPEC, num_q_heads=q_heads, num_kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("field", ["num_q_heads", "num_kv_heads"])
+@pytest.mark.parametrize("count", [0, -8, 32.0, "32", True, None])
+def test_head_counts_are_positive_integers(field, count):
+    with pytest.raises(UnsupportedSpecError) as error:
+        dataclasses.replace(SPEC, **{field: count})
+    message = str(error.value)
+    assert message == f"CacheSpec: {field} must be a positive integer, got {count!r}"
 
 
 def test_errors_are_value_errors():
@@ -160,6 +172,32 @@ def test_unknown_formats(name):
     if isinstance(name, str):
         with pytest.raises(UnsupportedSpecError, match=r"must be one of 'k4v2' \(42\), got"):
             dataclasses.replace(SPEC, format=name)
+
+
+# --- functions
+
+
+@pytest.mark.parametrize(
+    ("function", "ignored"),
+    [
+        ("rotate", {"num_q_heads", "num_kv_heads", "page_size", "layout"}),
+        ("fill_slots", {"num_q_heads"}),
+        ("flatten", {"num_q_heads"}),
+        ("decode", set()),
+    ],
+)
+def test_relevant_fields(function, ignored):
+    changes = {
+        "head_dim": 64,
+        "num_q_heads": 64,
+        "num_kv_heads": 4,
+        "page_size": 16,
+        "dtype": "float16",
+        "layout": "bhsd",
+    }
+    for field, value in changes.items():
+        same = dataclasses.replace(SPEC, **{field: value}).relevant_to(function)
+        assert (same == SPEC.relevant_to(function)) == (field in ignored)
 
 
 # --- bytes

@@ -21,7 +21,7 @@ from tq_tvm import artifacts, env
 from tq_tvm._version import __version__
 from tq_tvm.errors import ArtifactNotFoundError, BuildError, TQError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
-from tq_tvm.targets import TARGETS, TargetInfo, detect, get_target
+from tq_tvm.targets import TARGETS, TargetInfo, as_device, cpu_threads, detect, get_target
 
 __all__ = ["main"]
 
@@ -86,11 +86,6 @@ _kernel_option = click.option(
     multiple=True,
     help="Kernel; may be repeated. All by default.",
 )
-_logs_option = click.option(
-    "--logs",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Directory of tuning logs, instead of the package's and this user's.",
-)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -129,6 +124,7 @@ def _require_compiler(command: str) -> None:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="tq-tvm")
+@_reported
 def main() -> None:
     """Kernels for a TurboQuant KV cache: search them, build them, look at them."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -149,7 +145,11 @@ def main() -> None:
 )
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--fresh", is_flag=True, help="Forget what an earlier search measured.")
-@_logs_option
+@click.option(
+    "--logs",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory of tuning logs to keep records in, instead of the package's or this user's.",
+)
 @_json_option
 @_reported
 def tune(
@@ -229,7 +229,11 @@ def _decided(entry: Any) -> str:
     help="Directory of artifacts; by default the one that calls search.",
 )
 @click.option("--no-records", is_flag=True, help="Build the default schedules.")
-@_logs_option
+@click.option(
+    "--logs",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Directory of tuning logs, instead of the package's and this user's.",
+)
 @_json_option
 @_reported
 def build(
@@ -337,14 +341,11 @@ def bench(
     json_path: Path | None,
 ) -> None:
     """Time the calls beside torch on dense data; missing libraries are built where TVM is."""
-    import torch
     from tqdm import tqdm
 
     from tq_tvm.bench import cases, results, run, table
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = as_device("bench", device)
     target = detect(where)
     rows = [w for w in cases.workloads(target.kind) if w.kernel in (kernels or _KERNELS)]
     for spec in cases.specs(rows):
@@ -401,7 +402,7 @@ def _facts() -> dict[str, str]:
         )
     facts["artifact directories"] = ", ".join(map(str, env.artifact_dirs()))
     facts["cache directory"] = str(env.cache_dir())
-    facts["threads"] = str(env.num_threads() or torch.get_num_threads())
+    facts["threads"] = str(cpu_threads())
     facts["log level"] = env.log_level()
     facts["libraries"] = str(len(artifacts.list_artifacts()))
     return facts

@@ -1,4 +1,4 @@
-"""Environment variables and the directories they choose: the only reader of ``os.environ``.
+"""Environment variables and the directories they choose: the only user of ``os.environ``.
 
 Every function reads the environment when it is called.
 
@@ -16,7 +16,9 @@ variable                    meaning
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
@@ -30,10 +32,13 @@ __all__ = [
     "cache_dir",
     "log_level",
     "num_threads",
+    "only_artifact_dir",
     "prebuilt_dir",
     "user_artifact_dir",
     "user_logs_dir",
 ]
+
+_ARTIFACT_DIR = "TQ_TVM_ARTIFACT_DIR"
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -74,6 +79,20 @@ def artifact_dirs() -> tuple[Path, ...]:
     return (*((prebuilt,) if prebuilt.is_dir() else ()), user_artifact_dir())
 
 
+@contextlib.contextmanager
+def only_artifact_dir(root: Path) -> Iterator[None]:
+    """Search no other directory for libraries than ``root``."""
+    before = os.environ.get(_ARTIFACT_DIR)
+    os.environ[_ARTIFACT_DIR] = str(root)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ARTIFACT_DIR]
+        else:
+            os.environ[_ARTIFACT_DIR] = before
+
+
 def num_threads() -> int | None:
     """Threads of the CPU kernels; None leaves the choice to the caller.
 
@@ -110,5 +129,5 @@ def log_level() -> str:
 
 
 def _chosen_artifact_dirs() -> tuple[Path, ...]:
-    text = os.environ.get("TQ_TVM_ARTIFACT_DIR", "")
+    text = os.environ.get(_ARTIFACT_DIR, "")
     return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)

@@ -211,13 +211,23 @@ class CacheSpec:
             ("page_size", self.page_size, PAGE_SIZES),
             ("dtype", self.dtype, DTYPES),
             ("layout", self.layout, LAYOUTS),
+            ("format", self.format, tuple(FORMATS)),
         ):
-            if value not in allowed:
+            # 64.0 equals 64, and 42 names a format too, but neither spells a label.
+            if type(value) is not type(allowed[0]) or value not in allowed:
                 raise UnsupportedSpecError(
                     f"CacheSpec: {name} must be one of {', '.join(map(str, allowed))}, "
                     f"got {value!r}"
                 )
-        if self.num_kv_heads < 1 or self.num_q_heads % self.num_kv_heads:
+        for name, heads in (
+            ("num_q_heads", self.num_q_heads),
+            ("num_kv_heads", self.num_kv_heads),
+        ):
+            if type(heads) is not int or heads < 1:
+                raise UnsupportedSpecError(
+                    f"CacheSpec: {name} must be a positive integer, got {heads!r}"
+                )
+        if self.num_q_heads % self.num_kv_heads:
             raise UnsupportedSpecError(
                 "CacheSpec: num_q_heads must be a multiple of num_kv_heads, "
                 f"got {self.num_q_heads} and {self.num_kv_heads}"
@@ -232,6 +242,22 @@ class CacheSpec:
     def group_size(self) -> int:
         """Query heads that share a KV head (G)."""
         return self.num_q_heads // self.num_kv_heads
+
+    def relevant_to(self, function: str) -> CacheSpec:
+        """The spec with what a function does not depend on put aside.
+
+        A library or a record of any spec with the same one serves the function.
+
+        Parameters
+        ----------
+        function
+            A key of `FUNCTIONS`.
+        """
+        if function == "decode":
+            return self
+        if function == "rotate":
+            return CacheSpec(self.head_dim, num_q_heads=1, num_kv_heads=1, dtype=self.dtype)
+        return dataclasses.replace(self, num_q_heads=self.num_kv_heads)
 
     @property
     def label(self) -> str:

@@ -14,20 +14,25 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm import env
+from tq_tvm.errors import ArgumentValueError, UnsupportedSpecError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "CPU_LEVELS",
     "TARGETS",
     "TargetInfo",
+    "as_device",
     "canonical_gpu_name",
     "cpu_features",
+    "cpu_threads",
     "detect",
     "driver_version",
     "get_target",
     "missing_cpu_features",
+    "processors",
 ]
 
 
@@ -42,7 +47,8 @@ class TargetInfo:
     kind
         ``"cuda"`` or ``"llvm"``.
     arch
-        ``sm_XY`` for CUDA, the LLVM name of the CPU level for the CPU.
+        ``sm_XY`` for CUDA; for a CPU the LLVM name of its level, or the machine's name where there
+        are no levels.
     attrs
         Further attributes of a TVM target: limits that a schedule has to keep.
     """
@@ -149,6 +155,44 @@ def missing_cpu_features(arch: str) -> list[str]:
     return sorted(CPU_LEVELS[arch] - cpu_features())
 
 
+def as_device(op: str, device: torch.device | str | None = None) -> torch.device:
+    """Return a torch device that is there, with its index if it is a GPU.
+
+    Parameters
+    ----------
+    op
+        The operation that asks, for its errors.
+    device
+        None is the current GPU, or the CPU where there is none.
+
+    Raises
+    ------
+    ArgumentValueError
+        torch knows no such device, or sees no such GPU.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentValueError(
+            f"{op}: device must be a torch device, got {device!r} ({reason}); name cuda or cpu"
+        ) from None
+    if found.type != "cuda":
+        return found
+    count = torch.cuda.device_count()
+    if (found.index or 0) >= count:
+        seen = f"{count} CUDA GPUs" if count else "no CUDA GPU"
+        raise ArgumentValueError(
+            f"{op}: device must be one that torch can use, got {found} with torch "
+            f"{torch.__version__}, which sees {seen}; use one of them or the CPU"
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if found.index is None else found
+
+
 def detect(device: torch.device | str | None = None) -> TargetInfo:
     """Find the target of a device: its entry in `TARGETS`, or one derived from the device.
 
@@ -159,22 +203,37 @@ def detect(device: torch.device | str | None = None) -> TargetInfo:
 
     Raises
     ------
+    ArgumentValueError
+        torch has no such device.
     UnsupportedSpecError
         Neither an NVIDIA GPU nor a CPU.
     """
     import torch
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = as_device("detect", device)
     if device.type == "cpu":
         return _detect_cpu()
     if device.type != "cuda" or torch.version.hip is not None:
         raise UnsupportedSpecError(
             f"detect: device must be an NVIDIA GPU or the CPU, got {device}; move the tensors there"
         )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _detect_gpu(index)
+    return _detect_gpu(device.index)
+
+
+def cpu_threads() -> int:
+    """Threads of the CPU kernels."""
+    import torch
+
+    return env.num_threads() or torch.get_num_threads()
+
+
+def processors(device: torch.device) -> int:
+    """What runs in parallel on a device: multiprocessors of a GPU, threads of the CPU kernels."""
+    import torch
+
+    if device.type == "cpu":
+        return cpu_threads()
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

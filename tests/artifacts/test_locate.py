@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import subprocess
@@ -180,6 +181,37 @@ def test_missing_symbol(library, spec):
     msgspec.structs.replace(manifest, functions=functions).write(library)
     with pytest.raises(ArtifactCorruptError, match="must have the symbol gone"):
         load("rotate", spec, torch.device("cpu"))
+
+
+def test_kernel_that_refuses_valid_arguments(root, library, spec):
+    """A manifest that was edited: the kernel behind it takes float32."""
+    other = dataclasses.replace(spec, dtype="float16")
+    forged = msgspec.structs.replace(Manifest.read(library), spec=other.label)
+    moved = library.rename(library.with_name(other.label))
+    forged.write(moved)
+    with pytest.raises(
+        ArtifactCorruptError, match=r"copy_small .* refuses valid arguments"
+    ) as error:
+        hadamard_rotate(torch.zeros(2, 64, dtype=torch.float16))
+    assert f"tq-tvm build --target x86_64 --spec {other.label}" in str(error.value)
+
+
+def test_library_of_another_version_is_told(library, spec, caplog):
+    manifest = Manifest.read(library)
+    versions = manifest.versions | {"tq_tvm": "9.0.0"}
+    msgspec.structs.replace(manifest, versions=versions).write(library)
+    with caplog.at_level(logging.WARNING, "tq_tvm"):
+        load("rotate", spec, torch.device("cpu"))
+    assert f"{library} were built by tq_tvm 9.0.0" in caplog.text
+
+
+def test_library_of_another_abi(library, spec):
+    manifest = Manifest.read(library)
+    msgspec.structs.replace(manifest, abi=manifest.abi + 1).write(library)
+    with pytest.raises(ArtifactCorruptError, match="abi of"):
+        locate("rotate", spec, get_target("x86_64"))
+    (info,) = list_artifacts()
+    assert "abi of" in info.problem
 
 
 def test_threads_of_cpu_kernels(library, spec, monkeypatch):

@@ -71,6 +71,22 @@ def test_newer_format(directory):
         Manifest.read(directory)
 
 
+@pytest.mark.parametrize("abi", [0, 2])
+def test_other_abi(directory, abi):
+    edit(directory, abi=abi)
+    with pytest.raises(ArtifactCorruptError, match=rf"abi of .* must be 1, got {abi}; .* run `tq"):
+        Manifest.read(directory)
+
+
+def test_manifest_without_an_abi(directory):
+    path = directory / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["abi"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ArtifactCorruptError, match=r"abi of .* must be 1, got 0"):
+        Manifest.read(directory)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -13,10 +13,11 @@ tvm = pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not inst
 
 from tvm.s_tir import Schedule  # noqa: E402
 from tvm.script import tirx as T  # noqa: E402
+from tvm.target import codegen  # noqa: E402
 
-from tq_tvm.build.compile import CompileResult, compile_library  # noqa: E402
+from tq_tvm.build.compile import CompileResult, compile_library, tvm_target  # noqa: E402
 from tq_tvm.errors import BuildError  # noqa: E402
-from tq_tvm.targets import detect, get_target  # noqa: E402
+from tq_tvm.targets import TargetInfo, detect, get_target  # noqa: E402
 
 
 def scale_rows(parallel: bool):
@@ -290,6 +291,22 @@ for _ in range(20):
 assert len(os.listdir("/proc/self/task")) <= before + 64
 """,
     )
+
+
+def test_target_of_a_cpu_level():
+    target = tvm_target(get_target("x86_64_v3"))
+    assert target.attrs["mcpu"] == "x86-64-v3"
+
+
+def test_target_of_a_machine_without_levels(tmp_path):
+    """``aarch64`` names a machine, no CPU that LLVM knows."""
+    machine = TargetInfo("aarch64", "llvm", "aarch64")
+    target = tvm_target(machine)
+    assert target.attrs["mcpu"] == "generic"
+    assert target.attrs["mtriple"] == codegen.llvm_get_system_triple()
+    result = compile_library({"rows": scale_rows(parallel=False)}, machine, tmp_path / "rows.so")
+    assert "-mcpu=generic" in result.flags
+    run([tmp_path / "rows.so"], 'check(tvm_ffi.load_module(paths[0])["rows"])')
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")

@@ -14,6 +14,9 @@ from tq_tvm.spec import CacheSpec
 # Limits of relative error (Frobenius); the tighter bound is twice that of torch's own attention.
 LIMIT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 
+# A spec of each GQA group, by the group.
+BY_GROUP = {group: next(s for s in SPECS if s.group_size == group) for group in (1, 4, 8)}
+
 
 def filled(spec: CacheSpec, device, kind="gaussian", **kwargs):
     batch = make_batch(spec, device, **kwargs)
@@ -48,6 +51,14 @@ def torch_error(spec, q, batch, want):
     return relative(out, want)
 
 
+def check_errors(spec, q, batch, out):
+    """Close to float32 attention, and within twice the error of torch's own."""
+    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
+    error = relative(out, want)
+    assert error <= LIMIT[q.dtype]
+    assert error <= 2 * torch_error(spec, q, batch, want) + 1e-6
+
+
 def run(spec, q, batch, **kwargs):
     out = torch.full_like(q, float("nan"))
     result = paged_decode(
@@ -64,21 +75,18 @@ def test_within_twice_torchs_error(library, device, spec, scale):
     batch = filled(spec, device)
     q = queries(spec, batch, device, scale)
     out = run(spec, q, batch)
-    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
-    error = relative(out, want)
-    assert error <= LIMIT[q.dtype]
-    assert error <= 2 * torch_error(spec, q, batch, want) + 1e-6
+    check_errors(spec, q, batch, out)
     assert bool((out[batch.seq_lens == 0] == 0).all()), "an empty sequence gives zeros"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spec", SPECS[:2], ids=lambda s: s.label)
-def test_rows_of_every_kind(library, device, spec, kind):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gaussian"])
+@pytest.mark.parametrize("spec", BY_GROUP.values(), ids=lambda s: s.label)
+def test_rows_of_other_kinds(library, device, spec, kind):
+    """Channels with an offset and heavy tails, at every group size: the same bounds."""
     library(spec, device)
     batch = filled(spec, device, kind)
     q = queries(spec, batch, device)
-    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
-    assert relative(run(spec, q, batch), want) <= LIMIT[q.dtype]
+    check_errors(spec, q, batch, run(spec, q, batch))
 
 
 def test_a_scale_wrong_by_root_two_would_show(library, device):
@@ -144,73 +152,3 @@ def test_workspace_and_maximum_length(library, device):
     assert torch.equal(run(spec, q, batch, workspace=workspace), plain)
     error = relative(run(spec, q, batch, max_seq_len=max(batch.seq_lens.tolist())), plain.float())
     assert error <= LIMIT[q.dtype]
-
-
-def test_plain_dlpack_tensors(library, device):
-    """Anything with __dlpack__ will do."""
-
-    class Foreign:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def __dlpack__(self, **kwargs):
-            return self.tensor.__dlpack__(**kwargs)
-
-        def __dlpack_device__(self):
-            return self.tensor.__dlpack_device__()
-
-    spec = SPECS[1]
-    library(spec, device)
-    batch = filled(spec, device)
-    q = queries(spec, batch, device)
-    want = run(spec, q, batch)
-    out = torch.full_like(q, float("nan"))
-    arguments = [Foreign(t) for t in (q, *batch.caches, batch.block_table, batch.seq_lens)]
-    paged_decode(*arguments, layout=spec.layout, out=Foreign(out))
-    assert torch.equal(out, want)
-
-
-def test_traces_without_graph_break(library, device):
-    spec = SPECS[1]
-    library(spec, device)
-    batch = filled(spec, device)
-    q = queries(spec, batch, device)
-
-    def step(q):
-        return (
-            paged_decode(q, *batch.caches, batch.block_table, batch.seq_lens, layout=spec.layout)
-            * 2
-        )
-
-    compiled = torch.compile(step, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(q), step(q))
-
-
-@pytest.mark.gpu
-def test_cuda_graph_and_side_stream(library):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU on this machine")
-    device = torch.device("cuda", 0)
-    spec = SPECS[0]
-    library(spec, device)
-    batch = filled(spec, device)
-    q = queries(spec, batch, device)
-    want = run(spec, q, batch)
-    out = torch.full_like(q, float("nan"))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            paged_decode(
-                q, *batch.caches, batch.block_table, batch.seq_lens, layout=spec.layout, out=out
-            )
-    torch.cuda.synchronize()
-    assert bool(out.isnan().all()), "capture must not run the kernel"
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, want)
-    q.mul_(0)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert not torch.equal(out, want)

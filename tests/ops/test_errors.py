@@ -211,6 +211,18 @@ def test_rotate_out_that_overlaps():
         hadamard_rotate(rows[:-1], out=rows[1:])
 
 
+def test_decode_out_that_overlaps(arguments):
+    storage = torch.zeros(B + 1, HQ, D, dtype=torch.float16)
+    for q, out in (
+        (storage[:B], storage[:B]),
+        (storage[:B], storage[1:]),
+        (storage[1:], storage[:B]),
+    ):
+        refuse(
+            arguments, "paged_decode", ArgumentValueError, "out", "apart from q", q=q, out=out
+        )  # fmt: skip
+
+
 def test_flatten_out(arguments):
     k_out, v_out = torch.zeros(2, 68, HK, D).half()
     refuse(
@@ -220,6 +232,77 @@ def test_flatten_out(arguments):
     refuse(
         arguments, "flatten_kv_cache", ArgumentValueError, "out[0]", "out_tokens = 68",
         out=(k_out[1:], v_out[1:]),
+    )  # fmt: skip
+
+
+def test_flatten_out_that_overlaps(arguments):
+    one = torch.zeros(68, HK, D).half()
+    longer = torch.zeros(70, HK, D).half()
+    fused = torch.zeros(68, 2 * HK + 1, D).half()
+    for k_out, v_out in (
+        (one, one),
+        (longer[:-2], longer[2:]),
+        (fused[:, :HK], fused[:, 1 : HK + 1]),
+    ):
+        refuse(
+            arguments, "flatten_kv_cache", ArgumentValueError, "out[1]", "apart from out[0]",
+            out=(k_out, v_out),
+        )  # fmt: skip
+    refuse(
+        arguments, "flatten_kv_cache", ArgumentValueError, "out[0]", "a stride of 0 bytes",
+        out=(one[:1].expand(68, HK, D), one),
+    )  # fmt: skip
+
+
+def test_rows_between_the_rows_of_another_do_not_overlap(arguments):
+    fused = torch.zeros(68, 2 * HK, D).half()
+    with pytest.raises(ArtifactNotFoundError):
+        flatten_kv_cache(**arguments["flatten_kv_cache"], out=(fused[:, HK:], fused[:, :HK]))
+
+
+def test_fill_caches_that_overlap(arguments):
+    """Pages of 4 bytes a token and head for both, but the scales of V begin inside those of K."""
+    buffer = torch.zeros(P, PS, HK, 4, dtype=torch.float16)
+    flat = buffer.view(P, -1)
+    k_meta = flat[:, : 2 * PS * HK].view(P, PS, HK, 2)
+    v_meta = flat[:, PS * HK : 2 * PS * HK].view(P, PS, HK, 1)
+    refuse(
+        arguments, "fill_slots", ArgumentValueError, "v_meta", "apart from k_meta",
+        k_meta=k_meta, v_meta=v_meta,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [(o, n) for o, n in EVERY_TENSOR if n not in ("k_cache", "v_cache")]
+)
+def test_negative_bit(arguments, operation, name):
+    """The memory of such a view holds the values with the other sign."""
+    wrong = torch._neg_view(arguments[operation][name])
+    refuse(arguments, operation, ArgumentValueError, name, "negative bit", **{name: wrong})
+
+
+@pytest.mark.parametrize("operation", ["hadamard_rotate", "paged_decode"])
+def test_negative_bit_of_out(arguments, operation):
+    wrong = torch._neg_view(torch.zeros_like(arguments[operation][ROWS[operation]]))
+    refuse(arguments, operation, ArgumentValueError, "out", "negative bit", out=wrong)
+
+
+@pytest.mark.parametrize(("operation", "name"), EVERY_TENSOR)
+def test_sparse(arguments, operation, name):
+    wrong = arguments[operation][name].to_sparse()
+    refuse(arguments, operation, ArgumentValueError, name, "to_dense()", **{name: wrong})
+
+
+@pytest.mark.parametrize("operation", CACHE_OPERATIONS)
+def test_page_stride_of_more_than_31_bits(arguments, operation):
+    good = {name: arguments[operation][name][:2] for name in TENSORS}
+    inner = good["k_cache"][0].numel()
+    storage = torch.empty(2**31 + inner, dtype=torch.uint8)  # of which nothing is touched
+    wrong = storage.as_strided(good["k_cache"].shape, (2**31, *good["k_cache"].stride()[1:]))
+    arguments[operation] |= good
+    refuse(
+        arguments, operation, ArgumentValueError, "k_cache", "below 2147483648 elements",
+        k_cache=wrong,
     )  # fmt: skip
 
 
@@ -293,7 +376,15 @@ def test_flatten_rows(arguments):
 @pytest.mark.parametrize("operation", CACHE_OPERATIONS)
 def test_layout_and_policy(arguments, operation):
     refuse(arguments, operation, ArgumentValueError, "layout", "'bshd' or 'bhsd'", layout="bsdh")
-    refuse(arguments, operation, UnsupportedSpecError, "policy", "k4v2", policy=8)
+    refuse(arguments, operation, ArgumentValueError, "layout", "'bshd' or", layout=["bshd"])
+    for policy in (8, "k8v8", None):
+        refuse(
+            arguments, operation, UnsupportedSpecError, "policy", "'k4v2' (42)", repr(policy),
+            policy=policy,
+        )  # fmt: skip
+    for policy in ("k4v2", 42):
+        with pytest.raises(ArtifactNotFoundError):
+            CALLS[operation](**arguments[operation], policy=policy)
 
 
 @pytest.mark.parametrize("head_dim", [32, 96, 512])
@@ -314,9 +405,63 @@ def test_other_shapes_without_a_kernel(arguments):
     refuse(arguments, "paged_decode", UnsupportedSpecError, "page_size", "24", k_cache=pages)
 
 
+@pytest.mark.parametrize("value", ["a", "2", [1.0]])
+def test_scale_is_a_number(arguments, value):
+    refuse(
+        arguments, "paged_decode", ArgumentTypeError, "sm_scale", "a number", repr(value),
+        sm_scale=value,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"), [("paged_decode", "max_seq_len"), ("flatten_kv_cache", "out_tokens")]
+)
+def test_sizes_are_integers(arguments, operation, name):
+    for value in (64.0, "64"):
+        refuse(
+            arguments, operation, ArgumentTypeError, name, "an integer", repr(value),
+            **{name: value},
+        )  # fmt: skip
+    refuse(arguments, operation, ArgumentValueError, name, "at least 0", **{name: -1})
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_flatten_out_is_a_pair(arguments, count):
+    out = tuple(torch.zeros(count, 68, HK, D).half())
+    refuse(
+        arguments, "flatten_kv_cache", ArgumentValueError, "out", "a pair", f"{count} of them",
+        out=out,
+    )  # fmt: skip
+
+
+def test_cache_of_wrong_arguments():
+    spec = CacheSpec(D, HQ, HK)
+    with pytest.raises(ArgumentTypeError, match="PagedKVCache: spec must be a CacheSpec, got str"):
+        PagedKVCache(spec.label, 4)
+    with pytest.raises(ArgumentTypeError, match=r"num_pages must be an integer, got 4\.0"):
+        PagedKVCache(spec, 4.0)
+    with pytest.raises(ArgumentValueError, match="num_pages must be at least 0, got -1"):
+        PagedKVCache(spec, -1)
+
+
+def _missing_device():
+    return f"cuda:{torch.cuda.device_count()}"
+
+
+def test_device_that_is_not_there():
+    spec = CacheSpec(D, HQ, HK)
+    for device in ("foo", _missing_device()):
+        with pytest.raises(ArgumentValueError, match=f"PagedKVCache: device must be .*{device}"):
+            PagedKVCache(spec, 4, device)
+        with pytest.raises(ArgumentValueError, match=f"workspace_size: device must .*{device}"):
+            paged_decode_workspace_size(spec, 1, 64, device)
+
+
 def test_workspace_size_of_nothing():
     spec = CacheSpec(D, HQ, HK)
     with pytest.raises(ArgumentValueError, match="batch must be at least 0, got -1"):
         paged_decode_workspace_size(spec, -1, 64, "cpu")
+    with pytest.raises(ArgumentTypeError, match="max_context must be an integer, got '64'"):
+        paged_decode_workspace_size(spec, 1, "64", "cpu")
     with pytest.raises(ArtifactNotFoundError, match="must serve decode"):
         paged_decode_workspace_size(spec, 1, 64, "cpu")

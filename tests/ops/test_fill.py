@@ -110,18 +110,3 @@ def test_bytes_of_an_independent_implementation(library, device, kind):
                 for have, want in zip(meta[token, head].float().tolist(), scales, strict=True):
                     assert abs(have - want) <= META[meta.dtype] * want
     assert ties <= 1
-
-
-def test_traces_without_graph_break(library, device):
-    spec = SPECS[0]
-    library(spec, device)
-    batch, again = make_batch(spec, device), make_batch(spec, device)
-    k, v = _new_rows(spec, batch.tokens, device)
-
-    def step(k, v):
-        fill_kv_cache(k, v, *again.caches, slot_mapping=batch.slots, layout=spec.layout)
-        return k + 1
-
-    torch.compile(step, fullgraph=True, backend="eager")(k, v)
-    fill_kv_cache(k, v, *batch.caches, slot_mapping=batch.slots, layout=spec.layout)
-    assert torch.equal(batch.caches[0], again.caches[0])

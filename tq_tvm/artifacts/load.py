@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import tvm_ffi
 
-from tq_tvm import env, targets
+from tq_tvm import targets
+from tq_tvm._version import __version__
 from tq_tvm.artifacts.locate import locate
 from tq_tvm.artifacts.manifest import LIBRARY_NAME, Manifest
 from tq_tvm.artifacts.verify import verify_file
@@ -127,6 +128,7 @@ def _load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunctio
     target = targets.detect(device)
     directory, manifest = locate(function, spec, target)
     _warn_if_other_gpu(manifest.target, target)
+    _warn_if_other_version(directory, manifest)
     module = _load_module(directory, manifest)
     variants = []
     for variant in sorted(manifest.functions[function], key=lambda v: v.size):
@@ -150,7 +152,9 @@ def _load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunctio
             )
         )
     _log.info("%s of %s on %s: %s", function, spec.label, device, directory)
-    return LoadedFunction(function, tuple(variants), directory, manifest, _processors(device))
+    return LoadedFunction(
+        function, tuple(variants), directory, manifest, targets.processors(device)
+    )
 
 
 def _load_module(directory: Path, manifest: Manifest) -> Any:
@@ -177,17 +181,7 @@ def _set_threads(path: Path) -> None:
     """Size the thread pool of a CPU library; one without parallel loops has none."""
     set_num_threads = getattr(ctypes.CDLL(str(path)), "tq_tvm_set_num_threads", None)
     if set_num_threads is not None:
-        set_num_threads(ctypes.c_int(_cpu_threads()))
-
-
-def _cpu_threads() -> int:
-    return env.num_threads() or torch.get_num_threads()
-
-
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _cpu_threads()
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        set_num_threads(ctypes.c_int(targets.cpu_threads()))
 
 
 def _warn_if_other_gpu(target: targets.TargetInfo, device: targets.TargetInfo) -> None:
@@ -202,4 +196,19 @@ def _warn_if_other_gpu(target: targets.TargetInfo, device: targets.TargetInfo) -
         device.name,
         device.arch,
         device.name,
+    )
+
+
+def _warn_if_other_version(directory: Path, manifest: Manifest) -> None:
+    version = manifest.versions.get("tq_tvm", "unknown")
+    if version == __version__ or (str(directory), version) in _warned:
+        return
+    _warned.add((str(directory), version))
+    _log.warning(
+        "Kernels in %s were built by tq_tvm %s and run under %s, with the same interface; "
+        "`%s` builds those of this version.",
+        directory,
+        version,
+        __version__,
+        manifest.build_command,
     )

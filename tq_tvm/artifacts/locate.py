@@ -17,19 +17,6 @@ __all__ = ["ArtifactInfo", "Candidate", "candidates", "list_artifacts", "locate"
 
 _log = logging.getLogger("tq_tvm")
 
-_ALL_FIELDS = tuple(field.name for field in dataclasses.fields(CacheSpec))
-_CACHE_FIELDS = tuple(name for name in _ALL_FIELDS if name != "num_q_heads")
-
-# What a function is compiled for. A library of another spec serves it if these fields agree.
-_FIELDS = {
-    "rotate": ("head_dim", "dtype"),
-    "fill_slots": _CACHE_FIELDS,
-    "fill_table": _CACHE_FIELDS,
-    "flatten": _CACHE_FIELDS,
-    "flatten_unrotated": _CACHE_FIELDS,
-    "decode": _ALL_FIELDS,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
@@ -179,10 +166,9 @@ def _judge_target(target: TargetInfo, device: TargetInfo) -> tuple[int, str | No
 
 
 def _judge_spec(theirs: CacheSpec, function: str, spec: CacheSpec) -> str | None:
+    has, wanted = (dataclasses.asdict(s.relevant_to(function)) for s in (theirs, spec))
     differ = [
-        f"{name} {getattr(theirs, name)}, not {getattr(spec, name)}"
-        for name in _FIELDS[function]
-        if getattr(theirs, name) != getattr(spec, name)
+        f"{name} {has[name]}, not {wanted[name]}" for name in has if has[name] != wanted[name]
     ]
     return f"it has {'; '.join(differ)}" if differ else None
 

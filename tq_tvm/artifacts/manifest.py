@@ -17,6 +17,7 @@ from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import TargetInfo
 
 __all__ = [
+    "ABI",
     "FORMAT",
     "LIBRARY_NAME",
     "MANIFEST_NAME",
@@ -28,7 +29,13 @@ __all__ = [
 ]
 
 FORMAT = 1
-"""Version of the manifest's fields; a library with a newer one is not loaded."""
+"""Version of the manifest's fields; a library with another one is not loaded."""
+
+ABI = 1
+"""What calls and kernels agree on: arguments, their order and strides, launch numbers, byte order.
+
+A library with another number is not loaded. It changes with any of them.
+"""
 
 MANIFEST_NAME = "manifest.json"
 LIBRARY_NAME = "kernels.so"
@@ -91,6 +98,7 @@ class Variant(msgspec.Struct, frozen=True):
 
 class _Header(msgspec.Struct, frozen=True):
     format: int
+    abi: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -108,8 +116,10 @@ class Manifest(msgspec.Struct, frozen=True):
         Variants of each kernel function, by name.
     versions, flags
         What compiled the library, and how.
-    format
-        Version of these fields.
+    sources
+        Digest of the sources that it was compiled from, see `tq_tvm.build.sources`.
+    format, abi
+        `FORMAT` of these fields and `ABI` of the kernels.
     """
 
     spec: str
@@ -118,7 +128,9 @@ class Manifest(msgspec.Struct, frozen=True):
     functions: dict[str, list[Variant]]
     versions: dict[str, str] = {}
     flags: list[str] = []
+    sources: str = ""
     format: int = FORMAT
+    abi: int = ABI
 
     @property
     def cache_spec(self) -> CacheSpec:
@@ -144,7 +156,7 @@ class Manifest(msgspec.Struct, frozen=True):
         Raises
         ------
         ArtifactCorruptError
-            The manifest is missing, malformed, or of a newer format.
+            The manifest is missing, malformed, of another format or for another ABI.
         """
         path = directory / MANIFEST_NAME
         command = build_command(directory.parent.name, directory.name)
@@ -155,12 +167,16 @@ class Manifest(msgspec.Struct, frozen=True):
                 f"manifest: {path} must be a readable file, got {error.strerror}; run `{command}`"
             ) from error
         try:
-            version = msgspec.json.decode(data, type=_Header).format
-            if version != FORMAT:
-                raise ArtifactCorruptError(
-                    f"manifest: format of {path} must be {FORMAT}, got {version}; update tq_tvm, "
-                    f"or run `{command}` to build the library with this version"
-                )
+            header = msgspec.json.decode(data, type=_Header)
+            for name, version, ours in (
+                ("format", header.format, FORMAT),
+                ("abi", header.abi, ABI),
+            ):
+                if version != ours:
+                    raise ArtifactCorruptError(
+                        f"manifest: {name} of {path} must be {ours}, got {version}; update tq_tvm, "
+                        f"or run `{command}` to build the library with this version"
+                    )
             manifest = msgspec.json.decode(data, type=cls)
             manifest._check(directory)
         except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from tq_tvm.bench.cases import Workload, make_case
 from tq_tvm.bench.results import Row
 from tq_tvm.bench.timing import capture, copy_tb_per_s, time_us
 from tq_tvm.errors import ArtifactNotFoundError
-from tq_tvm.targets import driver_version
+from tq_tvm.targets import cpu_threads, driver_version
 
 __all__ = ["conditions", "run_rows"]
 
@@ -29,18 +28,12 @@ _log = logging.getLogger("tq_tvm")
 @contextlib.contextmanager
 def _libraries(root: Path) -> Iterator[None]:
     """Let calls find the libraries below ``root`` alone."""
-    name = "TQ_TVM_ARTIFACT_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(root)
-    ops.clear_cache()
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    with env.only_artifact_dir(root):
         ops.clear_cache()
+        try:
+            yield
+        finally:
+            ops.clear_cache()
 
 
 def _time(call: Callable[[], object], device: torch.device, graph: bool, launches: int) -> float:
@@ -53,7 +46,7 @@ def conditions(device: torch.device) -> dict[str, str]:
     facts = {"tq_tvm": __version__, "torch": str(torch.__version__), "cache": "L2 cold"}
     if device.type == "cpu":
         return {"device": platform.processor() or platform.machine(), **facts} | {
-            "threads": str(env.num_threads() or torch.get_num_threads())
+            "threads": str(cpu_threads())
         }
     return {"device": torch.cuda.get_device_name(device), "driver": driver_version(), **facts}
 

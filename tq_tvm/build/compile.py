@@ -16,13 +16,14 @@ from pathlib import Path
 
 import tvm
 import tvm_ffi.libinfo
+from tvm.target.codegen import llvm_get_system_triple
 from tvm.tirx import PrimFunc
 
 from tq_tvm.build.occupancy import KernelResources, parse_resources
 from tq_tvm.build.overlap import overlap_launches
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import BuildError
-from tq_tvm.targets import TargetInfo
+from tq_tvm.targets import CPU_LEVELS, TargetInfo
 
 __all__ = ["CompileResult", "compile_library", "tvm_target"]
 
@@ -59,7 +60,12 @@ def tvm_target(target: TargetInfo) -> tvm.target.Target:
         return tvm.target.Target(
             {"kind": "cuda", "arch": target.arch, **target.attrs}, host="cuda_host"
         )
-    return tvm.target.Target({"kind": "llvm", "mcpu": target.arch})
+    if target.arch in CPU_LEVELS:
+        return tvm.target.Target({"kind": "llvm", "mcpu": target.arch})
+    # A machine without levels is compiled for where it is. LLVM knows no CPU of its name, and TVM
+    # tells the vector instructions by the triple.
+    triple = llvm_get_system_triple()
+    return tvm.target.Target({"kind": "llvm", "mcpu": "generic", "mtriple": triple})
 
 
 def _tool(name: str, purpose: str) -> str:
@@ -127,4 +133,5 @@ def _compile_cpu(
     built.write_to_file(str(objects), "o")
     include = tvm_ffi.libinfo.find_include_path()
     _run([cxx, *_CXX_FLAGS, "-I", include, str(objects), str(_CPU_RUNTIME), "-o", str(path)])
-    return CompileResult([f"-mcpu={target.arch}", *_CXX_FLAGS], {"cxx": _version(cxx)})
+    cpu = tvm_target(target).attrs["mcpu"]
+    return CompileResult([f"-mcpu={cpu}", *_CXX_FLAGS], {"cxx": _version(cxx)})

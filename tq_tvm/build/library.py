@@ -15,7 +15,8 @@ from tq_tvm._version import __version__
 from tq_tvm.artifacts.manifest import LIBRARY_NAME, FileRecord, Manifest, Variant, build_command
 from tq_tvm.build.compile import compile_library
 from tq_tvm.build.occupancy import with_occupancy
-from tq_tvm.errors import TuningLogError
+from tq_tvm.build.sources import sources_digest
+from tq_tvm.errors import TuningLogError, UnsupportedSpecError
 from tq_tvm.kernels import FUNCTIONS
 from tq_tvm.schedules import Instance, instantiate
 from tq_tvm.spec import CacheSpec
@@ -56,11 +57,18 @@ def build_library(
 
     Raises
     ------
+    UnsupportedSpecError
+        The target has no kernels of the dtype.
     BuildError
         A compiler is missing or failed.
     TuningLogError
         The log is malformed, for another target, or a record no longer fits the kernel.
     """
+    if target.kind == "cuda" and spec.dtype == "float32":
+        raise UnsupportedSpecError(
+            f"build_library: dtype of a spec for {target.name} must be float16 or bfloat16, "
+            f"got {spec.label}; build it for a CPU or choose another dtype"
+        )
     functions: dict[str, PrimFunc] = {}
     variants = {
         function: _variants(
@@ -93,6 +101,7 @@ def build_library(
             functions=variants,
             versions={**_versions(), **compiled.versions},
             flags=compiled.flags,
+            sources=sources_digest(),
         )
         manifest.write(scratch)
         scratch.chmod(0o755)

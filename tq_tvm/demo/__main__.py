@@ -18,7 +18,7 @@ from tq_tvm.demo.measure import Call, Errors, calls, measure_errors, time_call
 from tq_tvm.demo.prepare import prepare
 from tq_tvm.errors import TQError
 from tq_tvm.spec import CacheSpec
-from tq_tvm.targets import detect
+from tq_tvm.targets import as_device, detect
 
 __all__ = ["Result", "main", "run"]
 
@@ -92,17 +92,8 @@ def run(
 
 
 def _choose_device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
+    device = as_device("demo", device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise TQError(
-                f"demo: device must be one that torch can use, got {device} with torch "
-                f"{torch.__version__}, which sees no CUDA GPU; pass --device cpu"
-            )
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         # Kernels run on the current device's stream.
         torch.cuda.set_device(device)
     return device
@@ -250,8 +241,8 @@ def main(
 ) -> None:
     """Run every kernel on a ragged batch; print sizes, errors and times."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("tq_tvm").setLevel(env.log_level())
     try:
+        logging.getLogger("tq_tvm").setLevel(env.log_level())
         result = run(lengths=lengths, device=device, seed=seed, retune=retune, times=not no_times)
     except TQError as error:
         raise click.ClickException(str(error)) from error

@@ -12,7 +12,6 @@ from tq_tvm import reference
 from tq_tvm.artifacts import LoadedVariant, load
 from tq_tvm.bench.timing import time_us
 from tq_tvm.demo.batch import Batch
-from tq_tvm.demo.prepare import served_spec
 from tq_tvm.demo.theory import expected_distortion
 from tq_tvm.ops import hadamard_rotate
 
@@ -103,7 +102,7 @@ def calls(batch: Batch) -> list[Call]:
     row = spec.num_kv_heads * spec.head_dim
 
     def variant(function: str, size: int) -> LoadedVariant:
-        return load(function, served_spec(function, spec), device).nearest(size)
+        return load(function, spec.relevant_to(function), device).nearest(size)
 
     rotated = torch.empty_like(batch.k)
     matrix = reference.hadamard_matrix(spec.head_dim, device).to(batch.k.dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import shutil
 import signal
@@ -17,11 +16,12 @@ import click
 import torch
 
 from tq_tvm import artifacts, env, ops
-from tq_tvm.errors import ArtifactNotFoundError, BuildError, TQError
+from tq_tvm.build.sources import sources_digest
+from tq_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError, BuildError, TQError
 from tq_tvm.spec import FUNCTIONS, CacheSpec
 from tq_tvm.targets import TargetInfo, detect
 
-__all__ = ["find_library", "prepare", "served_spec"]
+__all__ = ["find_library", "prepare"]
 
 _SECONDS = 60.0
 
@@ -29,20 +29,11 @@ _SECONDS = 60.0
 _ORDER = ("decode", "flatten", "rotate", "fill_slots", "fill_table", "flatten_unrotated")
 
 
-def served_spec(function: str, spec: CacheSpec) -> CacheSpec:
-    """The spec by which the torch call of a function looks for its library."""
-    if function == "decode":
-        return spec
-    if function == "rotate":
-        return CacheSpec(spec.head_dim, num_q_heads=1, num_kv_heads=1, dtype=spec.dtype)
-    return dataclasses.replace(spec, num_q_heads=spec.num_kv_heads)
-
-
 def find_library(spec: CacheSpec, target: TargetInfo) -> list[Path] | None:
     """Directories that serve the functions of a spec; None if a function has none."""
     try:
-        found = [artifacts.locate(f, served_spec(f, spec), target)[0] for f in FUNCTIONS]
-    except ArtifactNotFoundError:
+        found = [artifacts.locate(f, spec.relevant_to(f), target)[0] for f in FUNCTIONS]
+    except (ArtifactCorruptError, ArtifactNotFoundError):
         return None
     return list(dict.fromkeys(found))
 
@@ -70,7 +61,14 @@ def prepare(spec: CacheSpec, device: torch.device, *, retune: bool = False, seed
     found = None if retune else find_library(spec, target)
     if found is not None:
         _say("Kernels", f"found in {', '.join(map(str, found))}")
-        return
+        if not _outdated(found):
+            return
+        if _compiler_missing():
+            _say(
+                "", "built from other sources than these; there is no compiler to build them again"
+            )
+            return
+        _say("", "built from other sources than these, so they are built again")
     _require_compiler(spec, target)
     from tq_tvm.build.library import build_library
     from tq_tvm.tuning.database import find_records, logs_root
@@ -96,10 +94,23 @@ def _say(title: str, text: str) -> None:
     click.echo(f"{title:<8} {text}")
 
 
-def _require_compiler(spec: CacheSpec, target: TargetInfo) -> None:
+def _outdated(found: list[Path]) -> bool:
+    """Whether a library was built from other kernels, schedules or compiler passes."""
+    digest = sources_digest()
+    return any(artifacts.Manifest.read(directory).sources != digest for directory in found)
+
+
+def _compiler_missing() -> ImportError | None:
     try:
         import tvm  # noqa: F401
     except ImportError as error:
+        return error
+    return None
+
+
+def _require_compiler(spec: CacheSpec, target: TargetInfo) -> None:
+    error = _compiler_missing()
+    if error is not None:
         raise BuildError(
             f"demo: a library of {spec.label} for {target.name}, or the compiler that builds it, "
             f"must be installed, got neither in {', '.join(map(str, env.artifact_dirs()))} "

@@ -5,37 +5,49 @@ Messages follow ``<operation>: <argument> must be <expected>, got <actual>; <wha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 
 from tq_tvm.errors import ArgumentTypeError, ArgumentValueError, UnsupportedSpecError
-from tq_tvm.spec import LAYOUTS, CacheSpec, get_format
+from tq_tvm.spec import LAYOUTS, CacheFormat, CacheSpec, get_format
 
 __all__ = [
     "CACHE_NAMES",
+    "as_integer",
+    "as_number",
+    "as_policy",
     "as_tensor",
     "as_tensors",
     "cache_spec",
     "canonical",
     "check_alignment",
+    "check_apart",
     "check_caches",
     "check_compact",
     "check_device",
     "check_dtype",
     "check_index",
     "check_last_axis",
+    "check_layout",
     "check_model_dtype",
     "check_shape",
+    "check_spec",
+    "check_strided",
     "check_table_arguments",
     "dtype_name",
     "fail",
     "make_spec",
-    "misaligned_caches",
+    "suspect_caches",
+    "suspect_rows",
 ]
 
 CACHE_NAMES = ("k_cache", "v_cache", "k_meta", "v_meta")
+
+_PAGE_STRIDES = 1 << 31
+"""Strides of pages, in elements, are below this: kernels may keep them in 31 bits."""
 
 
 def fail(op: str, argument: str, expected: str, actual: object, todo: str) -> NoReturn:
@@ -63,14 +75,68 @@ def as_tensors(op: str, names: Sequence[str], values: Sequence[Any]) -> Sequence
     return values
 
 
+def as_integer(op: str, name: str, value: Any, least: int = 0) -> int:
+    """Return an integer of any type, at least ``least``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{op}: {name} must be an integer, got {value!r}; convert it"
+        ) from None
+    if number < least:
+        fail(op, name, f"at least {least}", number, "pass a size")
+    return number
+
+
+def as_number(op: str, name: str, value: Any) -> float:
+    """Return a number of any type; text is none."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several numbers
+        pass
+    raise ArgumentTypeError(f"{op}: {name} must be a number, got {value!r}; convert it")
+
+
+def as_policy(op: str, policy: Any) -> int:
+    """Return the number of a cache format; `cache_spec` looks up whether there is one."""
+    return int(policy) if isinstance(policy, int) else int(_format_of(op, policy).policy)
+
+
+def _format_of(op: str, policy: Any) -> CacheFormat:
+    try:
+        return get_format(policy)
+    except UnsupportedSpecError as error:
+        message = str(error).removeprefix("get_format: name ")
+        raise UnsupportedSpecError(
+            f"{op}: policy {message}; pass QuantPolicy.TURBO_QUANT"
+        ) from None
+
+
+def check_layout(op: str, layout: Any) -> None:
+    """Check the name of an axis order."""
+    if layout not in LAYOUTS:
+        fail(op, "layout", " or ".join(map(repr, LAYOUTS)), repr(layout), "name the axis order")
+
+
+def check_strided(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Check that values lie in memory at strides."""
+    if tensor.layout is not torch.strided:
+        fail(op, name, "strided", tensor.layout, "convert it with to_dense()")
+
+
 def check_device(op: str, tensors: dict[str, torch.Tensor]) -> torch.device:
-    """Check that all tensors are on one device, a GPU or the CPU; return it."""
+    """Check that all tensors are in the memory of one device, a GPU or the CPU; return it."""
     name, first = next(iter(tensors.items()))
     if first.device.type not in ("cpu", "cuda"):
         fail(op, name, "on an NVIDIA GPU or the CPU", first.device, "move all arguments there")
     for other, tensor in tensors.items():
         if tensor.device != first.device:
             fail(op, other, f"on {first.device} like {name}", tensor.device, "move it there")
+        check_strided(op, other, tensor)
+        if tensor.is_neg():
+            todo = "call resolve_neg() first"
+            fail(op, other, "free of torch's negative bit", "a view with it", todo)
     return first.device
 
 
@@ -156,6 +222,32 @@ def check_alignment(
             fail(op, name, what, f"a stride of {step} bytes", "pad the stride")
 
 
+def check_apart(op: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Check that rows written into one tensor are in no other one, nor in another row of it.
+
+    The tensors are compact but for the stride of their first axis. Rows of one may lie between
+    those of another, as in slices of a fused buffer.
+    """
+    spans: list[tuple[str, int, int, int, int]] = []
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        row = tensor.numel() // tensor.shape[0] * tensor.element_size()
+        step = tensor.stride(0) * tensor.element_size() if tensor.shape[0] > 1 else row
+        if step < row:
+            fail(op, name, f"of rows {row} bytes apart", f"a stride of {step} bytes", "copy it")
+        start = tensor.data_ptr()
+        end = start + (tensor.shape[0] - 1) * step + row
+        for other, other_start, other_end, other_step, other_row in spans:
+            if end <= other_start or other_end <= start:
+                continue
+            ahead = (start - other_start) % step
+            if step != other_step or ahead < other_row or step - ahead < row:
+                actual = f"a start {start - other_start} bytes after it"
+                fail(op, name, f"apart from {other}", actual, "pass another tensor")
+        spans.append((name, start, end, step, row))
+
+
 def canonical(tensor: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Give axes from ``first`` on that have size 1 the strides of a compact tensor.
 
@@ -169,6 +261,14 @@ def canonical(tensor: torch.Tensor, first: int = 0) -> torch.Tensor:
     if strides == list(tensor.stride()):
         return tensor
     return tensor.as_strided(tensor.shape, strides)
+
+
+def check_spec(op: str, spec: Any) -> None:
+    """Check the type of a spec."""
+    if not isinstance(spec, CacheSpec):
+        raise ArgumentTypeError(
+            f"{op}: spec must be a CacheSpec, got {type(spec).__name__}; make one of the sizes"
+        )
 
 
 def make_spec(op: str, **fields: Any) -> CacheSpec:
@@ -193,15 +293,8 @@ def cache_spec(
 
     ``num_q_heads`` None stands for the number of KV heads, where queries do not matter.
     """
-    if layout not in LAYOUTS:
-        fail(op, "layout", " or ".join(map(repr, LAYOUTS)), repr(layout), "name the axis order")
-    try:
-        fmt = get_format(policy)
-    except UnsupportedSpecError as error:
-        message = str(error).removeprefix("get_format: name ")
-        raise UnsupportedSpecError(
-            f"{op}: policy {message}; pass QuantPolicy.TURBO_QUANT"
-        ) from None
+    check_layout(op, layout)
+    fmt = _format_of(op, policy)
     if k_cache.ndim != 4:
         symbols = "[P, PS, HK, D/2]" if layout == "bshd" else "[P, HK, PS, D/2]"
         check_shape(op, "k_cache", k_cache, symbols, (None,) * 4)
@@ -233,6 +326,14 @@ def check_caches(
         # Codes are read 16 bytes at a time, the two scales of a key as one word.
         aligned = {"k_meta": 2 * tensor.element_size(), "v_meta": tensor.element_size()}
         check_alignment(op, name, tensor, aligned.get(name, 16), free_axes=1)
+        if tensor.shape[0] > 1 and tensor.stride(0) >= _PAGE_STRIDES:
+            fail(
+                op,
+                name,
+                f"of a page stride below {_PAGE_STRIDES} elements",
+                tensor.stride(0),
+                "put the pages closer together",
+            )
     return tuple(canonical(tensor, first=1) for tensor in caches)
 
 
@@ -259,17 +360,51 @@ def check_table_arguments(
     check_index(op, "seq_lens", seq_lens, "[B]", (block_table.shape[0],), torch.int32)
 
 
-def misaligned_caches(
+def suspect_caches(
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_meta: torch.Tensor, v_meta: torch.Tensor
-) -> int:
-    """Return nonzero if `check_caches` has to look closer at addresses; kernels do not."""
-    size = k_meta.element_size()
+) -> bool:
+    """Whether `check_device` or `check_caches` may refuse what a kernel of a GPU would not.
+
+    Scales have 2 bytes there; the kernel compares dtypes itself.
+    """
     try:
-        codes = k_cache.data_ptr() | v_cache.data_ptr() | k_cache.stride(0) | v_cache.stride(0)
-        pairs = k_meta.data_ptr() | k_meta.stride(0) * size
-    except IndexError:  # a scalar
-        return 1
-    return codes & 15 | pairs & (2 * size - 1) | v_meta.data_ptr() & (size - 1)
+        code_steps = k_cache.stride(0) | v_cache.stride(0)
+        pair_step = k_meta.stride(0)
+        return bool(
+            (k_cache.data_ptr() | v_cache.data_ptr() | code_steps) & 15
+            or (k_meta.data_ptr() | 2 * pair_step) & 3
+            or v_meta.data_ptr() & 1
+            or (code_steps | pair_step | v_meta.stride(0)) >= _PAGE_STRIDES
+            or k_meta.is_neg()
+            or v_meta.is_neg()
+        )
+    except (IndexError, RuntimeError):  # a scalar, a tensor without memory
+        return True
+
+
+def suspect_rows(
+    first: torch.Tensor, second: torch.Tensor, *, compact: bool = False, apart: bool = False
+) -> bool:
+    """Whether the checks of rows of 2-byte values may refuse what a kernel of a GPU would not.
+
+    Parameters
+    ----------
+    compact
+        The kernel compares the strides itself.
+    apart
+        The rows must not be the same; other overlaps are left to `check_apart`.
+    """
+    try:
+        start, other = first.data_ptr(), second.data_ptr()
+        return bool(
+            (start | other) & 15
+            or (not compact and (first.stride(0) | second.stride(0)) & 7)
+            or (apart and start == other)
+            or first.is_neg()
+            or second.is_neg()
+        )
+    except (IndexError, RuntimeError):  # a scalar, a tensor without memory
+        return True
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from tq_tvm.artifacts import LoadedFunction, LoadedVariant
+from tq_tvm.errors import ArtifactCorruptError
+
 __all__ = ["call_kernel", "destination_op"]
 
 _Body = TypeVar("_Body", bound=Callable[..., None])
@@ -45,7 +48,8 @@ def destination_op(name: str, mutates: Sequence[str]) -> Callable[[_Body], _Body
 
 
 def call_kernel(
-    kernel: Callable[..., None],
+    loaded: LoadedFunction,
+    variant: LoadedVariant,
     tensors: tuple[torch.Tensor, ...],
     scalars: tuple[int | float, ...],
     check: Callable[[], tuple[torch.Tensor, ...]],
@@ -57,16 +61,31 @@ def call_kernel(
 
     Parameters
     ----------
-    kernel, tensors, scalars
-        The function of the library and its arguments.
+    loaded, variant
+        The function of a library, and which kernel of it.
+    tensors, scalars
+        The kernel's arguments.
     check
         Raises the error that describes the arguments, or returns them with other strides on axes
         of size 1, on which a kernel insists.
+
+    Raises
+    ------
+    ArtifactCorruptError
+        The kernel refuses valid arguments: it is not the one that its manifest describes.
     """
     try:
-        kernel(*tensors, *scalars)
+        variant.call(*tensors, *scalars)
     except (TypeError, ValueError):
-        kernel(*check(), *scalars)
+        checked = check()
+        try:
+            variant.call(*checked, *scalars)
+        except (TypeError, ValueError) as error:
+            raise ArtifactCorruptError(
+                f"load: {variant.symbol} in {loaded.directory} must be the kernel that its "
+                f"manifest describes, got one that refuses valid arguments ({error}); "
+                f"run `{loaded.manifest.build_command}` to build it again"
+            ) from error
 
 
 def _no_result(*args: Any, **kwargs: Any) -> None:

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 
-from tq_tvm.errors import ArgumentValueError
+from tq_tvm.ops import _check
 from tq_tvm.ops.decode import paged_decode
 from tq_tvm.ops.fill import fill_kv_cache
 from tq_tvm.ops.flatten import flatten_kv_cache
 from tq_tvm.ops.workspace import paged_decode_workspace_size
 from tq_tvm.spec import CacheSpec
+from tq_tvm.targets import as_device
 
 __all__ = ["PagedKVCache"]
+
+_OP = "PagedKVCache"
 
 _PLANE_ALIGNMENT = 16
 
@@ -32,6 +35,11 @@ class PagedKVCache:
     contiguous_pages
         Put each page's bytes together: one uint8 ``buffer`` ``[P, page bytes]``, of which the
         tensors are views with a page stride. A page is then copied or sent in one piece.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        Not a spec, a size that is no integer or negative, or a device that torch does not have.
 
     Attributes
     ----------
@@ -56,10 +64,10 @@ class PagedKVCache:
         *,
         contiguous_pages: bool = False,
     ) -> None:
-        if num_pages < 0:
-            raise ArgumentValueError(
-                f"PagedKVCache: num_pages must be at least 0, got {num_pages}; pass a size"
-            )
+        _check.check_spec(_OP, spec)
+        num_pages = _check.as_integer(_OP, "num_pages", num_pages)
+        if device is not None:
+            device = as_device(_OP, device)
         self.spec = spec
         self.num_pages = num_pages
         self.buffer: torch.Tensor | None = None

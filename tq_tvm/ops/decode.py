@@ -32,7 +32,7 @@ def paged_decode(
     sm_scale: float | None = None,
     max_seq_len: int | None = None,
     layout: str = "bshd",
-    policy: int = QuantPolicy.TURBO_QUANT,
+    policy: int | str = QuantPolicy.TURBO_QUANT,
     out: Any = None,
     workspace: Any = None,
 ) -> Any:
@@ -46,9 +46,11 @@ def paged_decode(
     q
         ``[B, HQ, D]``, contiguous, float16 or bfloat16 (on the CPU also float32).
     k_cache, v_cache
-        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8. The page stride is free.
+        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8. The page stride is free,
+        below 2**31 elements.
     k_meta, v_meta
-        ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, dtype of ``q``. The page stride is free.
+        ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, dtype of ``q``. The page stride is free,
+        below 2**31 elements.
     block_table
         ``[B, MB]`` int32: pages of each sequence.
     seq_lens
@@ -62,7 +64,7 @@ def paged_decode(
     layout
         ``"bshd"``, or ``"bhsd"`` for pages ``[HK, PS, ...]``.
     policy
-        Cache format, by its number.
+        Cache format, by its number or its name.
     out
         ``[B, HQ, D]``, contiguous, dtype of ``q``; it must not overlap ``q``.
     workspace
@@ -93,6 +95,8 @@ def paged_decode(
     Page numbers and lengths have to be inside the cache and the table. On the CPU they are checked;
     on a GPU they cannot be without waiting for it, and a wrong one reads out of bounds.
     """
+    _check.check_layout(_OP, layout)
+    policy = _check.as_policy(_OP, policy)
     q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens = _check.as_tensors(
         _OP, _NAMES, (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
     )
@@ -101,9 +105,13 @@ def paged_decode(
         workspace = _check.as_tensor(_OP, "workspace", workspace)
     if sm_scale is None:
         sm_scale = q.shape[-1] ** -0.5 if q.numel() and q.ndim else 1.0
+    else:
+        sm_scale = _check.as_number(_OP, "sm_scale", sm_scale)
+    if max_seq_len is not None:
+        max_seq_len = _check.as_integer(_OP, "max_seq_len", max_seq_len)
     _decode(
         q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, result, workspace,
-        float(sm_scale), max_seq_len, layout, int(policy),
+        sm_scale, max_seq_len, layout, policy,
     )  # fmt: skip
     return result if out is None else out
 
@@ -126,14 +134,15 @@ def _decode(
 ) -> None:
     arguments = (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, out)
     inputs: tuple[torch.Tensor, ...] = arguments[:-1]
-    key = (q.shape[1:], k_cache.shape, q.dtype, q.device, layout, policy)
+    shape, pages = q.shape, k_cache.shape
+    key = (shape[1:], pages, q.dtype, q.device, layout, policy)
     found = _loaded.get(key)
     if (
         found is None
         or not q.is_cuda
-        or (q.data_ptr() | out.data_ptr()) & 15
         or block_table.ndim != 2
-        or _check.misaligned_caches(k_cache, v_cache, k_meta, v_meta)
+        or _check.suspect_rows(q, out, compact=True, apart=True)
+        or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
     ):
         spec, inputs = _check_arguments(arguments, layout, policy)
         if found is None:
@@ -142,21 +151,20 @@ def _decode(
     if q.numel() == 0:
         return
     context = block_table.shape[1] * spec.page_size
-    if context == 0 or k_cache.shape[0] == 0:
+    if context == 0 or pages[0] == 0:
         out.zero_()
         return
     if max_seq_len is not None:
-        if max_seq_len < 0:
-            _check.fail(_OP, "max_seq_len", "at least 0", max_seq_len, "pass a bound or None")
         context = max(min(context, max_seq_len), 1)
-    variant, parts = choose_launch(loaded, spec, q.shape[0], context)
-    floats = workspace_floats(spec, q.shape[0], parts, variant.launch)
+    variant, parts = choose_launch(loaded, spec, shape[0], context)
+    floats = workspace_floats(spec, shape[0], parts, variant.launch)
     if workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
     else:
         scratch = _as_scratch(workspace, floats, q.device)
     call_kernel(
-        variant.call,
+        loaded,
+        variant,
         (*inputs, scratch, out),
         (parts, sm_scale),
         lambda: (*_check_arguments(arguments, layout, policy)[1], scratch, out),
@@ -167,6 +175,7 @@ def _as_scratch(workspace: torch.Tensor, floats: int, device: torch.device) -> t
     """View the workspace as the kernel's float32 vector."""
     if workspace.device != device:
         _check.fail(_OP, "workspace", f"on {device} like q", workspace.device, "move it there")
+    _check.check_strided(_OP, "workspace", workspace)
     _check.check_compact(_OP, "workspace", workspace)
     _check.check_alignment(_OP, "workspace", workspace, 16)
     size = workspace.numel() * workspace.element_size()
@@ -201,6 +210,7 @@ def _check_arguments(
         _check.check_shape(_OP, name, tensor, "[B, HQ, D]", q.shape)
         _check.check_compact(_OP, name, tensor)
         _check.check_alignment(_OP, name, tensor, 16)
+    _check.check_apart(_OP, {"q": q, "out": out})
     _check.check_table_arguments(_OP, table, lens, batch)
     if device.type == "cpu" and batch:
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)

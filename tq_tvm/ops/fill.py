@@ -31,7 +31,7 @@ def fill_kv_cache(
     seq_lens: Any = None,
     q_start_loc: Any = None,
     layout: str = "bshd",
-    policy: int = QuantPolicy.TURBO_QUANT,
+    policy: int | str = QuantPolicy.TURBO_QUANT,
 ) -> None:
     """Rotate, quantise and pack new K and V rows, and write them into their pages, in place.
 
@@ -44,9 +44,11 @@ def fill_kv_cache(
         ``[T, HK, D]``, float16 or bfloat16 (on the CPU also float32); new rows of a ragged batch.
         The token stride is free, so slices of a fused projection are accepted.
     k_cache, v_cache
-        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8, written. The page stride is free.
+        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8, written. The page stride is free,
+        below 2**31 elements.
     k_meta, v_meta
-        ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, dtype of ``k``, written. The page stride is free.
+        ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, dtype of ``k``, written. The page stride is free,
+        below 2**31 elements.
     slot_mapping
         ``[T]`` int64: page * PS + offset of each token; a negative slot skips the token.
     block_table
@@ -59,7 +61,7 @@ def fill_kv_cache(
     layout
         ``"bshd"``, or ``"bhsd"`` for pages ``[HK, PS, ...]``.
     policy
-        Cache format, by its number.
+        Cache format, by its number or its name.
 
     Raises
     ------
@@ -79,13 +81,15 @@ def fill_kv_cache(
     Slots and page numbers have to be inside the cache. On the CPU they are checked before anything
     is written; on a GPU they cannot be without waiting for it, and a wrong one writes elsewhere.
     """
+    _check.check_layout(_OP, layout)
+    policy = _check.as_policy(_OP, policy)
     k, v, k_cache, v_cache, k_meta, v_meta = _check.as_tensors(
         _OP, _NAMES, (k, v, k_cache, v_cache, k_meta, v_meta)
     )
     table = (block_table, seq_lens, q_start_loc)
-    if slot_mapping is not None and table == (None, None, None):
+    if slot_mapping is not None and block_table is seq_lens is q_start_loc is None:
         slot_mapping = _check.as_tensor(_OP, "slot_mapping", slot_mapping)
-        _fill_slots(k, v, k_cache, v_cache, k_meta, v_meta, slot_mapping, layout, int(policy))
+        _fill_slots(k, v, k_cache, v_cache, k_meta, v_meta, slot_mapping, layout, policy)
         return
     if slot_mapping is not None or any(tensor is None for tensor in table):
         given = [("slot_mapping", slot_mapping), *zip(_TABLE_NAMES, table, strict=True)]
@@ -99,7 +103,7 @@ def fill_kv_cache(
     block_table, seq_lens, q_start_loc = _check.as_tensors(_OP, _TABLE_NAMES, table)
     _fill_table(
         k, v, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, q_start_loc,
-        layout, int(policy),
+        layout, policy,
     )  # fmt: skip
 
 
@@ -153,35 +157,25 @@ def _fill(
     key = (function, k.shape[1:], caches[0].shape, k.dtype, k.device, layout, policy)
     loaded = _loaded.get(key)
     tensors = (*rows, *caches, *index.values())
-    if loaded is None or not k.is_cuda or _misaligned(k, v, *caches):
+    if (
+        loaded is None
+        or not k.is_cuda
+        or _check.suspect_rows(k, v)
+        or _check.suspect_caches(*caches)
+    ):
         spec, tensors = _check_arguments(rows, caches, index, layout, policy)
         if loaded is None:
             loaded = _loaded[key] = load(function, spec, k.device)
     size = k.numel()
-    if size == 0 or any(tensor.numel() == 0 for tensor in tensors[6:]):
+    if size == 0 or not all(map(torch.Tensor.numel, index.values())):
         return
     call_kernel(
-        loaded.nearest(size).call,
+        loaded,
+        loaded.nearest(size),
         tensors,
         (),
         lambda: _check_arguments(rows, caches, index, layout, policy)[1],
     )
-
-
-def _misaligned(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k_meta: torch.Tensor,
-    v_meta: torch.Tensor,
-) -> int:
-    """Whether a closer look is needed at the addresses, which a kernel does not compare itself."""
-    try:
-        addresses = k.data_ptr() | v.data_ptr() | (k.stride(0) | v.stride(0)) * k.element_size()
-    except IndexError:  # a scalar
-        return 1
-    return (addresses & 15) | _check.misaligned_caches(k_cache, v_cache, k_meta, v_meta)
 
 
 def _check_arguments(
@@ -208,6 +202,7 @@ def _check_arguments(
         _check.check_compact(_OP, name, tensor, first=1)
         _check.check_alignment(_OP, name, tensor, 16, free_axes=1)
     caches = _check.check_caches(_OP, spec, caches)
+    _check.check_apart(_OP, dict(zip(_check.CACHE_NAMES, caches, strict=True)))
     if "slot_mapping" in index:
         _check.check_index(
             _OP, "slot_mapping", index["slot_mapping"], "[T]", (tokens,), torch.int64

@@ -30,7 +30,7 @@ def flatten_kv_cache(
     start_loc: Any = None,
     rotate_back: bool = False,
     layout: str = "bshd",
-    policy: int = QuantPolicy.TURBO_QUANT,
+    policy: int | str = QuantPolicy.TURBO_QUANT,
     out: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Gather the pages of a ragged batch and dequantise them into dense K and V.
@@ -38,10 +38,12 @@ def flatten_kv_cache(
     Parameters
     ----------
     k_cache, v_cache
-        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8. The page stride is free.
+        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8. The page stride is free,
+        below 2**31 elements.
     k_meta, v_meta
         ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, float16 or bfloat16 (on the CPU also float32),
-        which is the dtype of the result. The page stride is free.
+        which is the dtype of the result. The page stride is free,
+        below 2**31 elements.
     block_table
         ``[B, MB]`` int32: pages of each sequence.
     seq_lens
@@ -58,9 +60,9 @@ def flatten_kv_cache(
     layout
         ``"bshd"``, or ``"bhsd"`` for pages ``[HK, PS, ...]``.
     policy
-        Cache format, by its number.
+        Cache format, by its number or its name.
     out
-        K and V to write into, each ``[N, HK, D]``; the token stride is free.
+        K and V to write into, each ``[N, HK, D]``; the token stride is free. They must not overlap.
 
     Returns
     -------
@@ -83,12 +85,14 @@ def flatten_kv_cache(
     Page numbers and lengths have to be inside the cache and ``out_tokens``. On the CPU they are
     checked; on a GPU they cannot be without waiting for it, and a wrong page reads out of bounds.
     """
+    _check.check_layout(_OP, layout)
+    policy = _check.as_policy(_OP, policy)
+    out_tokens = _check.as_integer(_OP, "out_tokens", out_tokens)
     k_cache, v_cache, k_meta, v_meta, block_table, seq_lens = _check.as_tensors(
         _OP, _NAMES, (k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
     )
-    if out_tokens < 0:
-        _check.fail(_OP, "out_tokens", "at least 0", out_tokens, "pass sum(seq_lens)")
     if start_loc is None:
+        _check.check_strided(_OP, "seq_lens", seq_lens)
         start_loc = torch.cumsum(seq_lens, 0, dtype=torch.int32) - seq_lens
     start_loc = _check.as_tensor(_OP, "start_loc", start_loc)
     if out is None:
@@ -97,16 +101,26 @@ def flatten_kv_cache(
         heads, head_dim = k_cache.shape[1 if layout == "bhsd" else 2], k_cache.shape[3] * 2
         k_out, v_out = (k_meta.new_empty((out_tokens, heads, head_dim)) for _ in "kv")
     else:
-        k_out, v_out = _check.as_tensors(_OP, ("out[0]", "out[1]"), tuple(out))
+        out = _pair(out)
+        k_out, v_out = _check.as_tensors(_OP, ("out[0]", "out[1]"), out)
         if k_out.ndim and k_out.shape[0] != out_tokens:
             _check.fail(
                 _OP, "out[0]", f"of out_tokens = {out_tokens} rows", k_out.shape[0], "slice it"
             )
     _flatten(
         k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, start_loc, k_out, v_out,
-        bool(rotate_back), layout, int(policy),
+        bool(rotate_back), layout, policy,
     )  # fmt: skip
-    return (k_out, v_out) if out is None else (out[0], out[1])
+    return (k_out, v_out) if out is None else out
+
+
+def _pair(out: Any) -> tuple[Any, Any]:
+    try:
+        k_out, v_out = out
+    except (TypeError, ValueError):
+        actual = f"{len(out)} of them" if hasattr(out, "__len__") else type(out).__name__
+        _check.fail(_OP, "out", "a pair of tensors", actual, "pass K and V to write into")
+    return k_out, v_out
 
 
 @destination_op("flatten", mutates=["k_out", "v_out"])
@@ -133,8 +147,8 @@ def _flatten(
     if (
         loaded is None
         or not k_cache.is_cuda
-        or _check.misaligned_caches(k_cache, v_cache, k_meta, v_meta)
-        or _misaligned_rows(k_out, v_out)
+        or _check.suspect_rows(k_out, v_out, apart=True)
+        or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
     ):
         spec, tensors = _check_arguments(arguments, layout, policy)
         if loaded is None:
@@ -148,19 +162,12 @@ def _flatten(
         v_out.zero_()
         return
     call_kernel(
-        loaded.nearest(size).call,
+        loaded,
+        loaded.nearest(size),
         tensors,
         (),
         lambda: _check_arguments(arguments, layout, policy)[1],
     )
-
-
-def _misaligned_rows(k_out: torch.Tensor, v_out: torch.Tensor) -> int:
-    try:
-        strides = (k_out.stride(0) | v_out.stride(0)) * k_out.element_size()
-    except IndexError:  # a scalar
-        return 1
-    return (k_out.data_ptr() | v_out.data_ptr() | strides) & 15
 
 
 def _check_arguments(
@@ -184,6 +191,7 @@ def _check_arguments(
         _check.check_shape(_OP, name, tensor, "[N, HK, D]", shape)
         _check.check_compact(_OP, name, tensor, first=1)
         _check.check_alignment(_OP, name, tensor, 16, free_axes=1)
+    _check.check_apart(_OP, outputs)
     if device.type == "cpu" and table.shape[0]:
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)
         first = torch.zeros_like(lens)

@@ -60,25 +60,26 @@ def hadamard_rotate(x: Any, *, out: Any = None) -> Any:
 
 @destination_op("rotate", mutates=["out"])
 def _rotate(x: torch.Tensor, out: torch.Tensor) -> None:
-    key = (x.shape[-1:], x.dtype, x.device)
+    shape = x.shape
+    key = (shape[-1:], x.dtype, x.device)
     loaded = _loaded.get(key)
-    x_at, out_at = x.data_ptr(), out.data_ptr()
-    compact = x.is_contiguous() and out.is_contiguous() and x.shape == out.shape
-    if loaded is None or not x.is_cuda or not compact or (x_at | out_at) & 15:
+    compact = x.is_contiguous() and out.is_contiguous() and shape == out.shape
+    if loaded is None or not x.is_cuda or not compact or _check.suspect_rows(x, out, compact=True):
         _check_arguments(x, out)
     size = x.numel()
     if size == 0:
         return
+    x_at, out_at = x.data_ptr(), out.data_ptr()
     if x_at != out_at and abs(x_at - out_at) < size * x.element_size():
         actual = f"a start {out_at - x_at} bytes after it"
         _check.fail(_OP, "out", "x itself or apart from it", actual, "pass another tensor")
     if loaded is None:
-        fields = {"head_dim": x.shape[-1], "dtype": _check.dtype_name(x.dtype)}
+        fields = {"head_dim": shape[-1], "dtype": _check.dtype_name(x.dtype)}
         spec = _check.make_spec(_OP, num_q_heads=1, num_kv_heads=1, **fields)
         loaded = _loaded[key] = load("rotate", spec, x.device)
-    rows = (size // x.shape[-1], x.shape[-1])
+    rows = (size // shape[-1], shape[-1])
     tensors = (x.view(rows), out.view(rows))
-    call_kernel(loaded.nearest(size).call, tensors, (), lambda: _check_arguments(x, out))
+    call_kernel(loaded, loaded.nearest(size), tensors, (), lambda: _check_arguments(x, out))
 
 
 def _check_arguments(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -7,11 +7,15 @@ import functools
 import torch
 
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
-from tq_tvm.errors import ArgumentValueError, ArtifactCorruptError
+from tq_tvm.errors import ArtifactCorruptError
+from tq_tvm.ops import _check
 from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import launch_keys, num_parts, workspace_floats
+from tq_tvm.targets import as_device
 
 __all__ = ["choose_launch", "count_parts", "paged_decode_workspace_size"]
+
+_OP = "paged_decode_workspace_size"
 
 
 def paged_decode_workspace_size(
@@ -37,21 +41,15 @@ def paged_decode_workspace_size(
 
     Raises
     ------
-    ArgumentValueError
-        ``batch`` or ``max_context`` is negative.
+    ArgumentTypeError, ArgumentValueError
+        Not a spec, a size that is no integer or negative, or a device that torch does not have.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the spec on this device.
     """
-    for name, value in (("batch", batch), ("max_context", max_context)):
-        if value < 0:
-            raise ArgumentValueError(
-                f"paged_decode_workspace_size: {name} must be at least 0, got {value}; "
-                "pass the largest size"
-            )
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    loaded = load("decode", spec, device)
+    _check.check_spec(_OP, spec)
+    batch = _check.as_integer(_OP, "batch", batch)
+    max_context = _check.as_integer(_OP, "max_context", max_context)
+    loaded = load("decode", spec, as_device(_OP, device))
     # A smaller batch gets more parts, and may get another variant.
     floats = (
         workspace_floats(

@@ -8,7 +8,6 @@ names it, and is checked here.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.resources
 import json
 import logging
@@ -196,15 +195,6 @@ def check_log(kernel: str, target: TargetInfo, logs: Path | None = None) -> None
     _stored(kernel, target, logs)
 
 
-def _relevant(function: str, spec: CacheSpec) -> CacheSpec:
-    """The spec with what a function does not depend on put aside."""
-    if function == "decode":
-        return spec
-    if function == "rotate":
-        return CacheSpec(spec.head_dim, 1, 1, dtype=spec.dtype)
-    return dataclasses.replace(spec, num_q_heads=spec.num_kv_heads)
-
-
 def _kind(function: str, spec: CacheSpec) -> tuple[object, ...]:
     """What has to agree for decisions to carry over."""
     kind = (spec.format, spec.head_dim, spec.dtype)
@@ -221,8 +211,8 @@ def _chosen(function: str, spec: CacheSpec, found: list[Entry]) -> list[Entry]:
     for entry in found:
         theirs = CacheSpec.parse(entry.spec)
         if entry.function == function and _kind(function, theirs) == _kind(function, spec):
-            groups.setdefault(_relevant(function, theirs), []).append(entry)
-    own = groups.get(_relevant(function, spec))
+            groups.setdefault(theirs.relevant_to(function), []).append(entry)
+    own = groups.get(spec.relevant_to(function))
     return own or next(iter(groups.values()), [])
 
 

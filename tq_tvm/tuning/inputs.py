@@ -15,6 +15,7 @@ from tq_tvm import reference
 from tq_tvm.errors import TQError
 from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import num_parts, workspace_floats
+from tq_tvm.targets import processors
 from tq_tvm.tuning.workloads import Workload
 
 __all__ = ["Case", "WrongResultError", "make_case"]
@@ -194,7 +195,7 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     context = int(lengths[0])
 
     def arguments(launch: dict[str, int]) -> list:
-        parts = num_parts(spec, batch, context, launch, _processors(device))
+        parts = num_parts(spec, batch, context, launch, processors(device))
         floats = workspace_floats(spec, batch, parts, launch)
         workspace = torch.full((floats,), float("nan"), device=device)
         return [q, *caches, table, lengths, workspace, out, parts, scale]
@@ -210,9 +211,3 @@ def _decode(workload: Workload, device: torch.device) -> Case:
         out.fill_(float("nan"))
 
     return Case(arguments, poison, check)
-
-
-def _processors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return torch.get_num_threads()
