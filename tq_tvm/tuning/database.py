@@ -287,7 +287,6 @@ def save_record(entry: Entry, trace: Trace, target: TargetInfo, logs: Path | Non
     root = logs / target.name
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
-        check_log(kernel, target, logs)
         kept = [(entry, trace)]
         for old, old_trace in _stored(kernel, target, logs):
             if old.workload == entry.workload:

@@ -20,7 +20,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from tq_tvm import env, schedules
 from tq_tvm.build.compile import tvm_target
-from tq_tvm.errors import TuningLogError
+from tq_tvm.errors import TQError, TuningLogError
 from tq_tvm.targets import TargetInfo, detect
 from tq_tvm.tuning.candidates import KeepMeasured, make_builder, make_runner
 from tq_tvm.tuning.cost_model import DecisionModel
@@ -181,7 +181,7 @@ def tune(
         runner.close()
         try:
             entry = _keep_best(workload, target, device, database, progress, seed, logs)
-        except TuningLogError as error:
+        except TQError as error:
             if not interrupt.came:
                 raise
             _log.warning("%s", error)
