@@ -184,7 +184,8 @@ def _config(sch: Schedule, function: str, spec: CacheSpec, kind: str) -> dict[st
     """Names and values of the decisions that a schedule has made."""
     if function == "decode":
         return decode.decisions(sch)
-    return _row_config(sch.trace, function, spec, kind)
+    found = factories.made(sch)
+    return _row_config(sch.trace, function, spec, kind) if found is None else found.config
 
 
 @functools.lru_cache(maxsize=64)
@@ -215,12 +216,9 @@ def instantiate(
     if function == "decode":
         func = decode_kernel(spec, kind, config)
         launch = decode.launch(spec, kind, config)
-    elif (found := factories.made(sch)) is not None:
-        config = found.config
-        func = factories.make(function, spec, config)
-        launch = {}
     else:
-        func = sch.mod["main"]
+        made = factories.made(sch) is not None
+        func = factories.make(function, spec, config) if made else sch.mod["main"]
         launch = {}
     tuned = config != _default_config(function, spec, kind)
     return Instance(func.with_attr("global_symbol", symbol), config, launch, tuned)
