@@ -11,8 +11,8 @@ import dataclasses
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import tirx as I
 
+from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import local, ptx, store
 
@@ -72,10 +72,7 @@ class PageReader:
         column = {"k": t * (4 * shape.key_words), "v": g * shape.value_bytes}
         self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
         for name, argument in zip(self._NAMES, matched, strict=True):
-            buffer = argument.buffer
-            self._flat[name] = I.decl_buffer(
-                (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
-            )
+            self._flat[name] = pages.flat(argument)
             bshd = spec.layout == "bshd"
             stride = width[name] * spec.num_kv_heads if bshd else width[name]
             first = head * (width[name] if bshd else width[name] * spec.page_size)

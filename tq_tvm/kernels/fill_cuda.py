@@ -43,7 +43,6 @@ from tq_tvm.kernels.device import (
     ptx,
     reduce_lanes,
     shuffle,
-    shuffle_xor,
     store,
     u32,
     when,
@@ -52,6 +51,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     PRODUCTS,
     RowBits,
     hadamard_words,
+    hidden_zeros,
     numbers,
     rotate_rows,
 )
@@ -62,7 +62,7 @@ __all__ = ["FillConfig", "fill_cuda"]
 
 @dataclasses.dataclass(frozen=True)
 class FillConfig:
-    """The decisions of one kernel; ``schedules/fill.py`` says what each one trades."""
+    """The decisions of one kernel; ``schedules/factories.py`` says what each one trades."""
 
     warps: int
     tiles: int
@@ -195,20 +195,13 @@ class _Arguments:
     meta_stride: dict[str, Any]
 
 
-def _flat(matched) -> Any:
-    buffer = matched.buffer
-    return I.decl_buffer(
-        (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
-    )
-
-
 def _arguments(k_rows, v_rows, caches) -> _Arguments:
     k_cache, v_cache, k_meta, v_meta = caches
     return _Arguments(
-        rows={"k": _flat(k_rows), "v": _flat(v_rows)},
+        rows={"k": pages.flat(k_rows), "v": pages.flat(v_rows)},
         row_stride={"k": k_rows.strides[0], "v": v_rows.strides[0]},
-        codes={"k": _flat(k_cache), "v": _flat(v_cache)},
-        metas={"k": _flat(k_meta), "v": _flat(v_meta)},
+        codes={"k": pages.flat(k_cache), "v": pages.flat(v_cache)},
+        metas={"k": pages.flat(k_meta), "v": pages.flat(v_meta)},
         code_stride={"k": k_cache.strides[0], "v": v_cache.strides[0]},
         meta_stride={"k": k_meta.strides[0], "v": v_meta.strides[0]},
     )
@@ -224,9 +217,7 @@ def _emit(
     warp, lane = let(thread // 32), let(thread % 32)
     g, t = let(lane // 4), let(lane % 4)
     total = let(T.cast(tokens, "int32") * heads)
-    # Zeros that the compiler does not know, so that it keeps what they are added to.
-    zero = let(T.shift_right(total + lane, 31))
-    zeros = [let(T.cast(shuffle_xor(zero, 1 << i), "uint32")) for i in range(5)]
+    zeros = hidden_zeros(total, lane, 5)
     ones = hadamard_words(spec.dtype, g, t, zeros)
     # Of two constants in an operation it would make two instructions.
     sign = local(1, "uint32")

@@ -36,12 +36,11 @@ from tq_tvm.kernels.device import (
     loop,
     low_half,
     ptx,
-    shuffle_xor,
     store,
     u32,
     when,
 )
-from tq_tvm.kernels.hadamard_cuda import RowBits, hadamard_words, rotate_rows
+from tq_tvm.kernels.hadamard_cuda import RowBits, hadamard_words, hidden_zeros, rotate_rows
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
@@ -51,7 +50,7 @@ _PAIR = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 
 @dataclasses.dataclass(frozen=True)
 class FlattenConfig:
-    """The decisions of one kernel; ``schedules/flatten.py`` says what each one trades."""
+    """The decisions of one kernel; ``schedules/factories.py`` says what each one trades."""
 
     warps: int
     rows: int
@@ -262,13 +261,6 @@ def _access(operation: str, words, first: int, count: int, address) -> None:
     ptx(f"{operation}.{kind}", *operands)
 
 
-def _flat(matched) -> Any:
-    buffer = matched.buffer
-    return I.decl_buffer(
-        (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
-    )
-
-
 def _emit(
     spec: CacheSpec,
     config: FlattenConfig,
@@ -289,17 +281,15 @@ def _emit(
     abreast = 32 // lanes
     codecs = (fmt.key, fmt.value)
     flat = [
-        _Cache(_flat(codes), _flat(metas), codes.strides[0], metas.strides[0])
+        _Cache(pages.flat(codes), pages.flat(metas), codes.strides[0], metas.strides[0])
         for codes, metas in ((k_cache, k_meta), (v_cache, v_meta))
     ]
-    out = [_flat(o) for o in outputs]
+    out = [pages.flat(o) for o in outputs]
     lane = let(thread % 32)
     own, part = let(lane // lanes), let(lane % lanes)
     total = let(T.cast(tokens, "int32") * heads)
     if unrotated:
-        # Zeros that the compiler does not know, so that it keeps what they are added to.
-        zero = let(T.shift_right(total + lane, 31))
-        zeros = [let(T.cast(shuffle_xor(zero, 1 << i), "uint32")) for i in range(4)]
+        zeros = hidden_zeros(total, lane, 4)
         bits = RowBits(spec, config.contracted)
         ones = hadamard_words("float16", let(lane // 4), let(lane % 4), zeros)
         sides = [_RotatedSide(spec, c, f, bits, ones) for c, f in zip(codecs, flat, strict=True)]

@@ -15,10 +15,10 @@ import itertools
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.device import f32, let, local, mma, store, u32
+from tq_tvm.kernels.device import f32, let, local, mma, shuffle_xor, store, u32
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["PRODUCTS", "RowBits", "hadamard_words", "numbers", "rotate_rows"]
+__all__ = ["PRODUCTS", "RowBits", "hadamard_words", "hidden_zeros", "numbers", "rotate_rows"]
 
 PRODUCTS = {
     "float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
@@ -69,6 +69,15 @@ def numbers(bits: list[int]) -> list[int]:
 
 def _odd(value: int) -> bool:
     return bin(value).count("1") % 2 == 1
+
+
+def hidden_zeros(positive, lane, count: int) -> list:
+    """Zeros that the compiler does not know, so that it keeps what they are added to.
+
+    ``positive`` is any number of at least 0, below 2^30.
+    """
+    zero = let(T.shift_right(positive + lane, 31))
+    return [let(T.cast(shuffle_xor(zero, 1 << i), "uint32")) for i in range(count)]
 
 
 def hadamard_words(dtype: str, g, t, zeros):

@@ -13,6 +13,7 @@ from tq_tvm.spec import CacheSpec
 __all__ = [
     "Caches",
     "Strided",
+    "flat",
     "match_caches",
     "match_rows",
     "page_slot",
@@ -101,6 +102,14 @@ def match_rows(handle, tokens, heads: int, head_dim: int, dtype: str) -> Strided
     strides = [T.int64(), head_dim, 1]
     unit = 16 // (4 if dtype == "float32" else 2)
     return _strided(handle, (tokens, heads, head_dim), dtype, strides, 16, unit)
+
+
+def flat(matched: Strided):
+    """All of an argument as one axis, for addresses that are worked out by hand."""
+    buffer = matched.buffer
+    return T.decl_buffer(
+        (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
+    )
 
 
 def row_index(spec: CacheSpec, page, offset, head):
