@@ -67,6 +67,7 @@ def workloads(spec: CacheSpec, target: TargetInfo) -> list[Workload]:
             (64, 8192, "every SM busy: bandwidth and instructions"),
             (64, 1024, "every SM busy for a short while: prologue and tail"),
             (1, 8192, "one sequence: splits, latency and the merge"),
+            (1, 1024, "one short sequence: launches"),
         ]
     else:
         large, small = 65536, 512
