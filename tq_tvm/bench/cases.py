@@ -93,7 +93,6 @@ def workloads(kind: str) -> list[Workload]:
             Workload("flatten", _SERVED, 2, 1024, rotate_back=True),
             Workload("decode", _SERVED, 2, 1024),
             Workload("decode", _SERVED, 4, 4096),
-            Workload("decode", _SERVED, 8, 4096, shortest=16),
         ]
     many_heads = dataclasses.replace(_SERVED, num_q_heads=64)
     few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
