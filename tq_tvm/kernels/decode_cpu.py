@@ -32,6 +32,17 @@ class DecodeCpuConfig:
     tile: int
     vector: int
     unroll: int
+    lookup: int
+
+
+_LANES = 8
+"""Floats of an AVX2 register: the centroids of K."""
+
+
+def _look_up(table, codes):
+    """``table[code]`` by the three low bits of every code: one AVX2 instruction."""
+    at = T.Ramp(0, 1, _LANES)
+    return T.call_llvm_pure_intrin("float32x8", "llvm.x86.avx2.permps", table[at], codes)
 
 
 def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
@@ -53,6 +64,18 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
     key_levels = tuple(c * RSQRT for c in key.centroids)
     value_levels = tuple(c * RSQRT for c in value.centroids)
     head_loop = T.unroll if config.unroll else T.serial
+    LOOKUP = bool(config.lookup)
+
+    def shifted(codes, bits):
+        wide = T.cast(codes, "int32x8")
+        return T.shift_right(wide, T.Broadcast(T.int32(bits), _LANES))
+
+    def key_row(above, below, codes, bits):
+        """Eight values of K, without their norm."""
+        wide = shifted(codes, bits)
+        sign = T.bitwise_and(wide, T.Broadcast(T.int32(8), _LANES))
+        positive = T.NE(sign, T.Broadcast(T.int32(0), _LANES))
+        return T.Select(positive, _look_up(above, wide), _look_up(below, wide))
 
     def at(page, offset, head, j):
         return [page, offset, head, j] if bshd else [page, head, offset, j]
@@ -114,6 +137,15 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
             acc = T.alloc_buffer((G, D), "float32", scope="local")
             top = T.alloc_buffer((G,), "float32", scope="local")
             total = T.alloc_buffer((G,), "float32", scope="local")
+            levels = T.alloc_buffer((2, _LANES), "float32", scope="local")
+            above = T.alloc_buffer((_LANES,), "float32", scope="local")
+            below = T.alloc_buffer((_LANES,), "float32", scope="local")
+            value_table = T.alloc_buffer((_LANES,), "float32", scope="local")
+            if LOOKUP:
+                for j in T.unroll(_LANES):
+                    levels[0, j] = select(j, key_levels)
+                    # Twice the four levels: the third bit of a selector is the next code's.
+                    value_table[j] = select(j % 4, value_levels)
             for i in T.serial(G):
                 for j in T.serial(D):
                     query[i, j] = T.cast(Q[bz, h * G + i, j], "float32")
@@ -136,21 +168,37 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
                     off: T.let = position % PS
                     norm = T.cast(KM[tuple(at(page, off, h, 0))], "float32")
                     residual = T.cast(KM[tuple(at(page, off, h, 1))], "float32")
-                    for jo in T.serial(D // 2 // VEC):
-                        for v in T.vectorized(VEC):
-                            row[jo * VEC + v] = key_value(
-                                T.bitwise_and(
-                                    T.cast(KC[tuple(at(page, off, h, jo * VEC + v))], "int32"), 15
-                                ),
-                                residual,
-                            )
-                        for v in T.vectorized(VEC):
-                            row[D // 2 + jo * VEC + v] = key_value(
-                                T.shift_right(
-                                    T.cast(KC[tuple(at(page, off, h, jo * VEC + v))], "int32"), 4
-                                ),
-                                residual,
-                            )
+                    if LOOKUP:
+                        for v in T.vectorized(_LANES):
+                            above[v] = levels[0, v] + residual
+                        for v in T.vectorized(_LANES):
+                            below[v] = levels[0, v] - residual
+                        for jo in T.unroll(D // 2 // _LANES):
+                            for upper in T.unroll(2):
+                                row[T.Ramp(D // 2 * upper + jo * _LANES, 1, _LANES)] = key_row(
+                                    above,
+                                    below,
+                                    KC[tuple(at(page, off, h, T.Ramp(jo * _LANES, 1, _LANES)))],
+                                    4 * upper,
+                                )
+                    else:
+                        for jo in T.serial(D // 2 // VEC):
+                            for v in T.vectorized(VEC):
+                                row[jo * VEC + v] = key_value(
+                                    T.bitwise_and(
+                                        T.cast(KC[tuple(at(page, off, h, jo * VEC + v))], "int32"),
+                                        15,
+                                    ),
+                                    residual,
+                                )
+                            for v in T.vectorized(VEC):
+                                row[D // 2 + jo * VEC + v] = key_value(
+                                    T.shift_right(
+                                        T.cast(KC[tuple(at(page, off, h, jo * VEC + v))], "int32"),
+                                        4,
+                                    ),
+                                    residual,
+                                )
                     for i in head_loop(G):
                         for v in T.vectorized(VEC):
                             partial[v] = T.float32(0)
@@ -179,7 +227,23 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
                     page2 = T.cast(BT[bz, position2 // PS], "int64")
                     off2: T.let = position2 % PS
                     norm2 = T.cast(VM[tuple(at(page2, off2, h, 0))], "float32")
-                    for part in T.unroll(4):
+                    if LOOKUP:
+                        for part in T.unroll(4):
+                            for jo in T.unroll(D // 4 // _LANES):
+                                row[T.Ramp(D // 4 * part + jo * _LANES, 1, _LANES)] = T.Broadcast(
+                                    norm2, _LANES
+                                ) * _look_up(
+                                    value_table,
+                                    shifted(
+                                        VC[
+                                            tuple(
+                                                at(page2, off2, h, T.Ramp(jo * _LANES, 1, _LANES))
+                                            )
+                                        ],
+                                        2 * part,
+                                    ),
+                                )
+                    for part in T.unroll(0 if LOOKUP else 4):
                         for jo in T.serial(D // 4 // VEC):
                             for v in T.vectorized(VEC):
                                 row[part * (D // 4) + jo * VEC + v] = norm2 * select(
