@@ -43,6 +43,8 @@ tile              tokens between two updates of the softmax state: fewer rescale
 vector            SIMD width of decoding and of the products
 unroll            the loop over the group's heads unrolled: code size against reuse
                   of a decoded row in registers
+lookup            codes become values by AVX2's permutation of a register, eight at a
+                  time, in place of selections: for CPUs that have it
 ================  ==================================================================
 """
 
@@ -84,7 +86,7 @@ OPTIONS = {
         "query_in_shared": [0, 1],
         "multiply_shifts": [0, 1],
     },
-    "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1]},
+    "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1], "lookup": [0, 1]},
 }
 
 PLANES = {
@@ -108,7 +110,7 @@ DEFAULTS = {
         "query_in_shared": 1,
         "multiply_shifts": 0,
     },
-    "llvm": {"tile": 32, "vector": 16, "unroll": 0},
+    "llvm": {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0},
 }
 
 _BLOCK = "decisions"

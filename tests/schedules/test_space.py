@@ -416,7 +416,7 @@ def test_infeasible_decisions(head_dim, decisions, reason):
 def test_a_cpu_rejects_nothing():
     points = itertools.product(*decode.OPTIONS["llvm"].values())
     configs = [dict(zip(decode.OPTIONS["llvm"], point, strict=True)) for point in points]
-    assert [decode.rejected(SPEC, "llvm", config) for config in configs] == [None] * 18
+    assert [decode.rejected(SPEC, "llvm", config) for config in configs] == [None] * 36
 
 
 # --- CUDA source
