@@ -25,7 +25,7 @@ from tq_tvm.tuning.workloads import Workload
 CPU = torch.device("cpu")
 SPEC = CacheSpec(128, 2, 1, 16, "float32", "bshd")
 DECODE = Workload("decode", SPEC, {"batch": 1, "pages": 2, "table_width": 2}, "a test")
-DEFAULT = {"tile": 32, "vector": 16, "unroll": 0}
+DEFAULT = {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0}
 OTHER = {**DEFAULT, "unroll": 1}
 WRONG = {**DEFAULT, "vector": 24}
 """Leaves out the end of a row of 128."""
@@ -36,7 +36,9 @@ UNBUILDABLE = {**DEFAULT, "vector": 7}
 def trace(monkeypatch):
     """The trace of given decisions, those not on offer too."""
     monkeypatch.setitem(
-        decode.OPTIONS, "llvm", {"tile": [32], "vector": [7, 16, 24], "unroll": [0, 1]}
+        decode.OPTIONS,
+        "llvm",
+        {"tile": [32], "vector": [7, 16, 24], "unroll": [0, 1], "lookup": [0]},
     )
     mod = search_workload("decode", SPEC, "llvm", DECODE.shape)
 

@@ -63,7 +63,7 @@ def measured(cache, workload) -> list[dict[str, int]]:
 
 def small_space(monkeypatch, **options):
     """Few points, so that a search measures them all."""
-    monkeypatch.setitem(decode.OPTIONS, "llvm", options)
+    monkeypatch.setitem(decode.OPTIONS, "llvm", {**options, "lookup": [0]})
 
 
 def test_a_record_is_searched_kept_found_and_built(folders, tmp_path):
@@ -107,10 +107,10 @@ def test_a_search_goes_on_where_one_stopped(folders, monkeypatch):
     directory.mkdir(parents=True)
     database = ms.database.JSONDatabase(work_dir=str(directory))
     workload = database.commit_workload(mod)
-    before = [(16, 16, 0), (16, 16, 1), (32, 16, 1)]
+    before = [(16, 16, 0, 0), (16, 16, 1, 0), (32, 16, 1, 0)]
     for point in before:
         sch = Schedule(mod)
-        values = dict(zip(("tile", "vector", "unroll"), point, strict=True))
+        values = dict(zip(("tile", "vector", "unroll", "lookup"), point, strict=True))
         decode.apply(sch, "decode", SPEC, target.kind, sampled(sch, values))
         database.commit_tuning_record(
             ms.database.TuningRecord(sch.trace, workload, [1.0], tvm_target(target), [])
@@ -118,7 +118,7 @@ def test_a_search_goes_on_where_one_stopped(folders, monkeypatch):
     entry = tune(DECODE, target, CPU, trials=4, logs=logs)
     assert (entry.trials, entry.failures) == (1, 0)
     points = [tuple(c.values()) for c in measured(cache, DECODE)]
-    assert sorted(points) == sorted([*before, (32, 16, 0)])
+    assert sorted(points) == sorted([*before, (32, 16, 0, 0)])
     assert tuple(entry.config.values()) in points
     assert entries("decode", target, logs) == [entry]
 

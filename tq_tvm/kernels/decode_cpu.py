@@ -4,9 +4,9 @@ One parallel loop over (sequence, KV head, split): rotate the group's queries, w
 at a time, decode a row of K or V once for all heads of the group, online softmax. A second parallel
 loop over query heads merges the splits and rotates back.
 
-K rows are decoded without their norm, which multiplies the score. With ``lookup`` eight codes become
-values at once: a row has eight keys of either residual's sign, a register each, and V's four levels
-fill another twice.
+K rows are decoded without their norm, which multiplies the score. With ``lookup`` eight codes
+become values at once: a row has eight keys of either residual's sign, a register each, and V's four
+levels fill another twice.
 """
 
 from __future__ import annotations
