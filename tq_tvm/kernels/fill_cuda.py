@@ -305,16 +305,9 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
 
     def slot_in_table(table, lens, starts, batch):
         def slot_of(token):
-            low, high, probe = (local(1, "int32") for _ in range(3))
+            low = local(1, "int32")
             store(low, i32(0))
-            store(high, T.cast(batch, "int32"))
-            with loop(high[0] - low[0] > 1):
-                store(probe, T.truncdiv(low[0] + high[0], 2))
-                with I.If(starts[probe[0]] <= token):
-                    with I.Then():
-                        store(low, probe[0])
-                    with I.Else():
-                        store(high, probe[0])
+            pages.find_last_start(low, starts, batch, token)
             position = let(lens[low[0]] - starts[low[0] + 1] + token)
             slot = local(1, "int64")
             store(slot, T.int64(-1))

@@ -21,7 +21,6 @@ import dataclasses
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
@@ -297,19 +296,11 @@ def _emit(
     first, last = local(1, "int32"), local(1, "int32")
     store(first, (T.cast(block, "int32") * config.warps + thread // 32) * share)
     store(last, T.min(first[0] + share, total))
-    low, high, probe = (local(1, "int32") for _ in range(3))
+    low = local(1, "int32")
     store(low, i32(0))
-    store(high, T.cast(batch, "int32"))
     start = let(T.truncdiv(first[0] + own, heads))
-    # The last sequence that starts at or before the token; an empty one shares its start with the
-    # next one, which is found.
-    with when(first[0] < last[0]), loop(high[0] - low[0] > 1):
-        store(probe, T.truncdiv(low[0] + high[0], 2))
-        with I.If(start_loc[probe[0]] <= start):
-            with I.Then():
-                store(low, probe[0])
-            with I.Else():
-                store(high, probe[0])
+    with when(first[0] < last[0]):
+        pages.find_last_start(low, start_loc, batch, start)
 
     def read(row, both: list) -> None:
         """Rows past the end repeat the last one."""

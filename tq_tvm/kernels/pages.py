@@ -8,11 +8,13 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
+from tq_tvm.kernels.device import local, loop, store
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
     "Caches",
     "Strided",
+    "find_last_start",
     "flat",
     "match_caches",
     "match_rows",
@@ -110,6 +112,23 @@ def flat(matched: Strided):
     return T.decl_buffer(
         (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
     )
+
+
+def find_last_start(found, starts, count, token) -> None:
+    """Bisect for the last of ``count`` sequences that starts at or before ``token``.
+
+    ``found`` is a register that holds 0. An empty sequence shares its start with the next one,
+    which is found.
+    """
+    past, probe = local(1, "int32"), local(1, "int32")
+    store(past, T.cast(count, "int32"))
+    with loop(past[0] - found[0] > 1):
+        store(probe, T.truncdiv(found[0] + past[0], 2))
+        with I.If(starts[probe[0]] <= token):
+            with I.Then():
+                store(found, probe[0])
+            with I.Else():
+                store(past, probe[0])
 
 
 def row_index(spec: CacheSpec, page, offset, head):
