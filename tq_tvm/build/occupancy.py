@@ -57,12 +57,15 @@ def _resident(arch: str, threads: int, used: KernelResources) -> int:
 def with_occupancy(
     launch: Mapping[str, int], symbol: str, arch: str, resources: Mapping[str, KernelResources]
 ) -> dict[str, int]:
-    """Replace the ``threads`` of a CTA in launch numbers by ``ctas_per_sm``.
+    """Replace ``threads`` and dynamic ``shared_bytes`` of a CTA by ``ctas_per_sm``.
 
     Numbers without ``threads`` are returned as they are.
     """
     numbers = dict(launch)
     threads = numbers.pop("threads", None)
+    dynamic = numbers.pop("shared_bytes", 0)
     if threads is not None:
-        numbers["ctas_per_sm"] = _resident(arch, threads, resources[f"{symbol}_kernel"])
+        used = resources[f"{symbol}_kernel"]
+        used = dataclasses.replace(used, shared_bytes=used.shared_bytes + dynamic)
+        numbers["ctas_per_sm"] = _resident(arch, threads, used)
     return numbers

@@ -98,7 +98,7 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
                     store(output, output[e] + factor[e % 2] * value, e)
             for e in range(4):
                 field = 2 * (quad % 2) + e // 2
-                coordinate = shape.value_bytes * g + quad // 2 + dim // 4 * field
+                coordinate = 16 * (quad // 4) + 2 * g + quad // 2 % 2 + dim // 4 * field
                 level = output[e] * f32((outer - inner) * unit)
                 level = level - weights[e % 2] * f32(outer * unit)
                 store(merged.output, level, column, 2 * t + e % 2, coordinate)

@@ -27,6 +27,7 @@ class PlanesConfig:
     headroom: int
     reach: int
     overlap: int
+    stages: int
 
 
 def planes_config(decisions: Mapping[str, int]) -> PlanesConfig:
@@ -115,6 +116,36 @@ class Shape:
     def value_bytes(self) -> int:
         """Bytes of a row of V."""
         return self.spec.head_dim // 32
+
+    @property
+    def value_chunks(self) -> int:
+        """Copies of 16 bytes that a row of V takes."""
+        return self.value_bytes // 2
+
+    @property
+    def value_plane(self) -> int:
+        """Words from a chunk of V to the next: padding puts lanes of a copy into different banks."""
+        return 4 * self.config.tile + (32 // self.value_chunks if self.value_chunks > 1 else 0)
+
+    @property
+    def value_at(self) -> int:
+        """Where V begins in a stage of the ring, in words; K is first."""
+        return self.config.tile * self.spec.head_dim // 8
+
+    @property
+    def key_meta_at(self) -> int:
+        """Where K's metas begin."""
+        return self.value_at + self.value_chunks * self.value_plane
+
+    @property
+    def value_meta_at(self) -> int:
+        """Where V's metas begin."""
+        return self.key_meta_at + self.config.tile
+
+    @property
+    def stage_words(self) -> int:
+        """Words of a stage of the ring."""
+        return self.value_meta_at + self.config.tile
 
     @property
     def quads(self) -> int:

@@ -25,12 +25,13 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.decode_pages import Tile
+from tq_tvm.kernels.decode_pages import PageReader, Ring
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
     FULL_WARP,
     as_bits,
+    as_float,
     byte_perm,
     f32,
     from_half,
@@ -112,16 +113,27 @@ class Values:
         self._norm, self._unit = local(1, "float32"), local(1, "float32")
         self._tiles = local(1, "int32")
         self._own = let(g + 8 * (t // 2)) if shape.packed else g
+        self._meta_half = local(1, "uint32")
         self._low_columns = let(g >= 4)
         self._dither = local(2, "float32")
-        spread = let((g % 2) * 8 + (g // 2 % 2) * 4 + (g // 4) * 2 + t // 2)
+        # Of the lanes that weigh for one head: their mean is a half, or sums would drift.
+        spread = let((g % 2) * 4 + (g // 2 % 2) * 2 + g // 4)
+        steps = 8
+        if shape.packed:
+            spread, steps = let(spread * 2 + t // 2), 16
         for i in range(2):
-            part = (T.cast(spread, "float32") + f32(0.25 + 0.5 * i)) * f32(1 / 16)
+            part = (T.cast(spread, "float32") + f32(0.25 + 0.5 * i)) * f32(1 / steps)
             store(self._dither, part + f32(WEIGHT_BASE), i)
         # Selectors of the byte that a lane's column wants, and of the one that its partner's wants.
         self._select = local(2, "uint32")
         for i, (high, low) in enumerate(((0x7531, 0x6420), (0x6420, 0x7531))):
             store(self._select, T.Select(g < 4, u32(high), u32(low)), i)
+
+    def find_metas(self, reader: PageReader, kv_head) -> None:
+        """Work out which half of its word is V's meta of the lane's own tokens."""
+        selectors = (0x1044, 0x3244) if self._shape.spec.dtype == "bfloat16" else (0x4410, 0x4432)
+        odd = reader.odd_meta(kv_head, self._own)
+        store(self._meta_half, T.Select(odd, u32(selectors[1]), u32(selectors[0])))
 
     def start(self) -> None:
         """No tokens yet."""
@@ -147,20 +159,27 @@ class Values:
         # By instruction, not by TVM's stores: TVM would want a barrier between lanes' own words.
         return self._memory.values.ptr_to([self._warp, quad, self._lane, 0])
 
-    def add(self, tile: Tile, first_token, seq_len) -> None:
+    def add(self, ring: Ring, first_token, seq_len) -> None:
         """Add the tokens of a tile, whose scores are in ``scores``."""
-        self._mask(tile, first_token, seq_len)
+        self._mask(ring, first_token, seq_len)
         self._move_bound()
         weights = self._weigh()
         for step in range(self._shape.score_tiles // 2):
-            self._multiply(tile, step, self._operands(weights, step))
+            self._multiply(ring, step, self._operands(weights, step))
 
-    def _mask(self, tile: Tile, first_token, seq_len) -> None:
+    def _mask(self, ring: Ring, first_token, seq_len) -> None:
         """Widen V's norms; drop tokens past the end, whatever their metas are."""
         shape, norms = self._shape, self._norms
         apart = 16 if shape.packed else 8
+        metas = local(shape.own_tokens, "uint32")
+        ring.value_metas(metas, self._own)
         for n in range(shape.own_tokens):
-            store(norms, from_half(shape.spec.dtype, T.cast(tile.v_meta[n], "uint32")), n)
+            # bfloat16 becomes the upper half of a float, float16 is widened.
+            ptx("prmt.b32", metas[n], metas[n], u32(0), self._meta_half[0])
+            if shape.spec.dtype == "bfloat16":
+                store(norms, as_float(metas[n]), n)
+            else:
+                store(norms, from_half(shape.spec.dtype, metas[n]), n)
         with when(first_token + shape.config.tile > seq_len):
             for n in range(shape.own_tokens):
                 with when(first_token + self._own + apart * n >= seq_len):
@@ -271,17 +290,17 @@ class Values:
                         store(operands, byte_perm(*pair, selector), plane, part, half)
         return operands
 
-    def _multiply(self, tile: Tile, step: int, operands) -> None:
+    def _multiply(self, ring: Ring, step: int, operands) -> None:
         """32 tokens: bytes of four tokens in a word, then a product for each plane and field."""
         shape = self._shape
-        bytes_of = [self._transpose(tile, 4 * step + half) for half in range(2)]
+        bytes_of = ring.value_codes(step)
         bits = local(4, "uint32")
         for quad in range(shape.quads):
             byte, first_field = quad // 2, 2 * (quad % 2)
             for plane in range(2):
                 for e in range(4):
                     mask = (1 << (2 * (first_field + e % 2) + plane)) * 0x01010101
-                    store(bits, T.bitwise_and(bytes_of[e // 2][byte], u32(mask)), e)
+                    store(bits, T.bitwise_and(bytes_of[e // 2, byte], u32(mask)), e)
                 for part in range(shape.parts):
                     result = [self.sums[part, quad, e] for e in range(4)]
                     mma(
@@ -291,30 +310,6 @@ class Values:
                         [operands[plane, part, 0], operands[plane, part, 1]],
                         result,
                     )
-
-    def _transpose(self, tile: Tile, octet: int):
-        """Words of one byte of V of four tokens: two of ``octet`` and two of ``octet + 2``."""
-        shape = self._shape
-        count = shape.value_bytes
-        words = local(count, "uint32")
-        pairs = local(4, "uint32")
-        for k in range(max(1, count // 4)):
-            a, b, c, d = (
-                T.cast(tile.v[o, e, k], "uint32") for o in (octet, octet + 2) for e in range(2)
-            )
-            if count == 2:
-                store(pairs, byte_perm(a, b, 0x5410), 0)
-                store(pairs, byte_perm(c, d, 0x5410), 1)
-                store(words, byte_perm(pairs[0], pairs[1], 0x6420), 0)
-                store(words, byte_perm(pairs[0], pairs[1], 0x7531), 1)
-                continue
-            for i, selector in enumerate((0x5140, 0x7362)):
-                store(pairs, byte_perm(a, b, selector), i)
-                store(pairs, byte_perm(c, d, selector), 2 + i)
-            for i in range(4):
-                selector = 0x7632 if i % 2 else 0x5410
-                store(words, byte_perm(pairs[i // 2], pairs[2 + i // 2], selector), 4 * k + i)
-        return words
 
     def finish(self) -> None:
         """Leave everything in shared memory; the caller puts a barrier behind it."""

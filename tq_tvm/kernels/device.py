@@ -27,9 +27,11 @@ __all__ = [
     "ptx",
     "reduce_lanes",
     "shared",
+    "shared_dynamic",
     "shuffle",
     "shuffle_xor",
     "store",
+    "sync_warp",
     "u32",
     "wait_for_launch_before",
     "when",
@@ -63,6 +65,14 @@ def shared(shape, dtype: str):
     return I.alloc_buffer((shape,) if isinstance(shape, int) else shape, dtype, scope="shared")
 
 
+def shared_dynamic(shape, dtype: str):
+    """Shared memory of the CTA beyond the 48 KiB that fixed arrays may have."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    whole = I.alloc_buffer(shape, dtype, scope="shared.dyn")
+    # A view: TVM would cut the buffer down to what it thinks is touched, from registers in indices.
+    return T.decl_buffer(shape, dtype, data=whole.data, scope="shared.dyn")
+
+
 def let(value):
     """Name a value."""
     return I.bind(value)
@@ -86,6 +96,12 @@ def mma(instruction: str, result, a, b, c) -> None:
 def barrier() -> None:
     """``__syncthreads``."""
     I.evaluate(T.tvm_storage_sync("shared"))
+
+
+def sync_warp() -> None:
+    """``__syncwarp``: what lanes have written to shared memory is seen by the others."""
+    source = "static __device__ __forceinline__ void tq_sync_warp() { __syncwarp(); }\n"
+    I.evaluate(T.cuda.func_call("tq_sync_warp", source_code=source, return_type="void"))
 
 
 def shuffle(value, lane):
