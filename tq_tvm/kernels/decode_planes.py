@@ -141,7 +141,8 @@ def _attend(
     merged = MergedMemory.allocate(shape)
     shares = share_out(shape, seq_lens, batch, lane, groups)
     place = find_place(shape, shares, seq_lens, batch, lane, group)
-    table = key_table(shape, let(unknown_zero(shares)))
+    zero = let(unknown_zero(shares))
+    table = key_table(shape, zero)
     if shape.config.overlap:
         let_next_launch_begin()
     ring = Ring(shape, let(thread // 32), lane, g, t)
@@ -176,7 +177,7 @@ def _attend(
                 reader.find_pages(sequence, ahead[0], seq_len[0])
             query.quantise(q, sequence, first_head, heads)
             barrier()
-            query.prepare(sm_scale)
+            query.prepare(sm_scale, zero)
             values.start()
             if shape.config.query_in_shared:
                 barrier()

@@ -16,7 +16,6 @@ from tq_tvm.kernels.device import (
     i32,
     let,
     local,
-    ptx,
     reduce_lanes,
     shared,
     shuffle_xor,
@@ -160,21 +159,21 @@ class Query:
             for j in range(count // 4):
                 store(codes, word[part, j], column, part, head, lane * (count // 4) + j)
 
-    def prepare(self, sm_scale) -> None:
+    def prepare(self, sm_scale, unknown_zero) -> None:
         """Fragments and factors, after the barrier behind `quantise`.
 
         Where fragments go to shared memory, the caller puts another barrier behind this.
         """
         shape = self._shape
-        for i in range(shape.key_words):
+        for i in range(0, shape.key_words, 2):
             for part in range(shape.parts):
                 if self._fragments is None:
-                    with when(self._warp == (i * shape.parts + part) % shape.config.warps):
+                    with when(self._warp == (i // 2 * shape.parts + part) % shape.config.warps):
                         self._arrange(i, part)
                 else:
                     self._arrange(i, part)
         for j in range(2):
-            self._prepare_column(j, sm_scale)
+            self._prepare_column(j, sm_scale, unknown_zero)
         sign = let(T.Select(sm_scale < f32(0), f32(-shape.centroid), f32(shape.centroid)))
         if shape.packed:
             # A lane adds its neighbour's bytes to its own, in units of its own.
@@ -184,27 +183,29 @@ class Query:
             store(self.row_weight, sign)
 
     def _arrange(self, i: int, part: int) -> None:
-        """One word of K meets these: bytes of its low and high nibbles in turn, then apart."""
+        """Two words of K meet these: bytes of the nibbles of each, then low, then high ones of both.
+
+        What one product takes is side by side, or it would have to be moved.
+        """
         shape, codes = self._shape, self._memory.codes
         byte = self._g // 4 if shape.packed else part
         head = self._g % 4 if shape.packed else self._g
-        at = let(self._t * shape.key_words + i)
-        pair = local(2, "uint32")
-        store(pair, codes[self._column, byte, head, at], 0)
-        store(pair, codes[self._column, byte, head, at + shape.spec.head_dim // 8], 1)
-        arranged = [
-            byte_perm(pair[0], pair[1], 0x5140),
-            byte_perm(pair[0], pair[1], 0x7362),
-            pair[0],
-            pair[1],
-        ]
-        for e, value in enumerate(arranged):
-            if self._fragments is None:
-                store(self._memory.fragments, value, self._column, i, part, self._lane, e)
-            else:
-                store(self._fragments, value, i, part, e)
+        low, high = local(2, "uint32"), local(2, "uint32")
+        for n in range(2):
+            at = let(self._t * shape.key_words + i + n)
+            store(low, codes[self._column, byte, head, at], n)
+            store(high, codes[self._column, byte, head, at + shape.spec.head_dim // 8], n)
+        both = [byte_perm(low[n], high[n], order) for n in range(2) for order in (0x5140, 0x7362)]
+        apart = [low[0], low[1], high[0], high[1]]
+        for n, values in enumerate((both, apart)):
+            for e, value in enumerate(values):
+                if self._fragments is None:
+                    fragments, column = self._memory.fragments, self._column
+                    store(fragments, value, column, i + n, part, self._lane, e)
+                else:
+                    store(self._fragments, value, i + n, part, e)
 
-    def _prepare_column(self, j: int, sm_scale) -> None:
+    def _prepare_column(self, j: int, sm_scale, unknown_zero) -> None:
         """Scale of a column's logits, and the constants of its score, as first sums.
 
         Codes lie ``key.offset`` off the centroids, signs are 0 or 128 for -1 and 1: both make a
@@ -228,11 +229,11 @@ class Query:
         ):
             for n, value in enumerate(values):
                 store(start, T.cast(i32(MAGIC_BITS) + value, "uint32"), n, j)
-                # Opaque: equal words would be kept once and copied for every product.
-                ptx("mov.b32", start[n, 2 + j], start[n, j])
+                # Words that are known to be equal would be kept once, and copied for every product.
+                store(start, T.bitwise_or(start[n, j], unknown_zero), n, 2 + j)
 
     def fetch(self):
-        """The fragments as registers ``[word of K, part, 4]``."""
+        """The fragments as registers ``[word of K, part, 4]``: of two words, bytes then nibbles."""
         if self._fragments is not None:
             return self._fragments
         shape = self._shape

@@ -110,7 +110,7 @@ def _add_codes(shape: Shape, table, codes, word: int, fragments, sums: _Sums) ->
                     byte + part,
                     _SIGNED,
                     [found[i] for i in range(4)],
-                    [fragments[word, part, 0], fragments[word, part, 1]],
+                    [fragments[word - word % 2, part, word % 2 * 2 + e] for e in range(2)],
                 )
 
 
@@ -126,7 +126,7 @@ def _add_signs(shape: Shape, codes, word: int, fragments, sums: _Sums) -> None:
                 2 * part + nibble,
                 _UNSIGNED,
                 [bits[i] for i in range(4)],
-                [fragments[word - 1, part, 2 + nibble], fragments[word, part, 2 + nibble]],
+                [fragments[word, part, 2 * nibble + e] for e in range(2)],
             )
 
 
