@@ -14,6 +14,8 @@ contracted        bits of the coordinate that the tensor core takes beyond its f
                   fewer additions, against twice the products for each
 sides             one warp for K and V, or one each: fewer slots to look up, against
                   parallel work
+stages            rows on their way beside those that are worked on, plus one: latency
+                  hidden, against shared memory
 registers         the most a thread may have: more CTAs on an SM, against spills and
                   loads in flight
 ================  ==================================================================
@@ -61,10 +63,11 @@ def options(function: str, spec: CacheSpec) -> dict[str, list[int]] | None:
     if function in ("fill_slots", "fill_table"):
         return {
             "factory": [1],
-            "warps": [2, 4, 8],
-            "tiles": [1, 2, 4, 8],
+            "warps": [1, 2, 4, 8],
+            "tiles": [1, 2, 4, 8, 16],
             "contracted": contracted,
             "sides": [1, 2],
+            "stages": [1, 2, 3],
             "registers": [64, 80, 96, 128],
         }
     if function in ("flatten", "flatten_unrotated"):

@@ -20,10 +20,10 @@ from tq_tvm.spec import CacheSpec
 
 LENGTHS = [0, 1, 15, 33, 64, 0, 0, 3]
 FILLS = {
-    "head128": (CacheSpec(128, 4, 2, 16, "bfloat16", "bshd"), FillConfig(2, 1, 1, 1, 128)),
-    "head128_half": (CacheSpec(128, 3, 3, 64, "float16", "bhsd"), FillConfig(4, 2, 2, 2, 96)),
-    "head64": (CacheSpec(64, 6, 3, 32, "float16", "bshd"), FillConfig(2, 4, 0, 1, 96)),
-    "head256": (CacheSpec(256, 2, 1, 64, "bfloat16", "bhsd"), FillConfig(1, 2, 2, 1, 128)),
+    "head128": (CacheSpec(128, 4, 2, 16, "bfloat16", "bshd"), FillConfig(2, 1, 1, 1, 1, 128)),
+    "head128_half": (CacheSpec(128, 3, 3, 64, "float16", "bhsd"), FillConfig(4, 2, 2, 2, 2, 96)),
+    "head64": (CacheSpec(64, 6, 3, 32, "float16", "bshd"), FillConfig(2, 4, 0, 1, 3, 96)),
+    "head256": (CacheSpec(256, 2, 1, 64, "bfloat16", "bhsd"), FillConfig(1, 4, 2, 1, 2, 128)),
 }
 FLATTENS = {
     "head128": (CacheSpec(128, 4, 2, 16, "bfloat16", "bshd"), FlattenConfig(2, 1, 2, 64)),

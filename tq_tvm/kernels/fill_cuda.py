@@ -2,8 +2,9 @@ r"""``fill`` on NVIDIA GPUs, rotating by tensor cores: the threads of ``kernels.
 
 One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the other:
 
-1. reads them in 16-byte pieces (8 at D = 64) and rotates them by tensor cores (`hadamard_cuda`):
-   exact, since rows have 8 or 11 bits a value, the matrix has ones and minus ones, and sums are
+1. reads them in 16-byte pieces (8 at D = 64), by ``cp.async`` into a ring of ``stages`` in shared
+   memory, so that the next rows are on their way while these are worked on, and rotates them by
+   tensor cores (`hadamard_cuda`): exact, since rows have 8 or 11 bits a value, the matrix has ones and minus ones, and sums are
    float32. The sign of the result is turned, so that a zero, which comes as +0, is told from a
    positive value by its sign;
 2. finds the squared norms as the diagonal of the product of the rows with themselves;
@@ -42,6 +43,7 @@ from tq_tvm.kernels.device import (
     mma,
     ptx,
     reduce_lanes,
+    shared_dynamic,
     shuffle,
     store,
     u32,
@@ -68,6 +70,7 @@ class FillConfig:
     tiles: int
     contracted: int
     sides: int
+    stages: int
     registers: int
 
 
@@ -92,13 +95,22 @@ class _Side:
         self.words = local(spec.head_dim // 8, "uint32")
         self.value = local(spec.head_dim // 4, "float32")
 
-    def load(self, flat, address) -> None:
-        """Read the row; ``address`` is the lane's first element."""
+    def copy(self, flat, address, ring, to) -> None:
+        """Begin to copy the row to the ring; ``address`` is the lane's first element."""
         count = self.row.piece // 2
+        cached = "cg" if count == 4 else "ca"
         for piece in range(self.row.pieces):
             at = address + T.int64(piece * 4 * self.row.piece)
-            words = [self.words[piece * count + i] for i in range(count)]
-            ptx(f"ld.global.nc.L1::no_allocate.v{count}.u32", *words, flat.ptr_to([at]))
+            place = ring.ptr_to([to + piece * (32 * count)])
+            ptx(f"cp.async.{cached}.shared.global", place, flat.ptr_to([at]), 4 * count)
+
+    def load(self, ring, place) -> None:
+        """Read the row from the ring: each lane what it copied itself."""
+        count = self.row.piece // 2
+        for piece in range(self.row.pieces):
+            with I.vectorized(0, count) as e:
+                word = ring[place + piece * (32 * count) + e]
+                store(self.words, word, piece * count + e)
 
     def squared_norm(self, g):
         """Sum of squares of the row: the diagonal of the rows times themselves."""
@@ -207,10 +219,16 @@ def _arguments(k_rows, v_rows, caches) -> _Arguments:
     )
 
 
+def ring_words(spec: CacheSpec, config: FillConfig) -> int:
+    """Words of the ring of a CTA."""
+    sides = 2 if config.sides == 1 else 1
+    return config.warps * config.stages * sides * 8 * spec.head_dim // 2
+
+
 def _emit(
-    spec: CacheSpec, config: FillConfig, arguments: _Arguments, tokens, block, side, thread, slot_of
+    spec: CacheSpec, config: FillConfig, arguments: _Arguments, tokens, block, side, thread, slots
 ) -> None:
-    """8 rows of a warp; ``slot_of(token)`` says where a token goes, negative for nowhere."""
+    """8 rows of a warp at a time; ``slots`` says where a token goes, see `_TableSlots`."""
     fmt, heads = spec.cache_format, spec.num_kv_heads
     codecs = {"k": fmt.key, "v": fmt.value}
     row = RowBits(spec, config.contracted)
@@ -222,43 +240,114 @@ def _emit(
     # Of two constants in an operation it would make two instructions.
     sign = local(1, "uint32")
     store(sign, T.shift_left(zeros[4] + u32(1), u32(31)))
-    first, last = local(1, "int32"), local(1, "int32")
+    ring = shared_dynamic(ring_words(spec, config), "uint32")
+    row_words = 8 * spec.head_dim // 2
+    begin = let(warp * (ring_words(spec, config) // config.warps) + lane * (row.piece // 2))
+    first, last, ahead, stage, filled = (local(1, "int32") for _ in range(5))
     store(first, (T.cast(block, "int32") * config.warps + warp) * (8 * config.tiles))
     store(last, T.min(first[0] + 8 * config.tiles, total))
+    store(ahead, first[0])
+    store(stage, i32(0))
+    store(filled, i32(0))
+
+    def row_of(start):
+        """Token and head of the lane's row; past the end it is the last one, which writes nothing."""
+        index = let(T.min(start + g, total - 1))
+        return let(T.truncdiv(index, heads)), let(T.truncmod(index, heads))
 
     def work(names: tuple[str, ...]) -> None:
-        index, token, head = (local(1, "int32") for _ in range(3))
-        # Rows past the end repeat the last one and write nothing.
-        store(index, T.min(first[0] + g, total - 1))
-        store(token, T.truncdiv(index[0], heads))
-        store(head, T.truncmod(index[0], heads))
-        sides = []
-        for name in names:
-            one_side = _Side(row, spec, codecs[name], name, sign[0])
-            inside = T.cast(head[0] * spec.head_dim + t * row.piece, "int64")
-            at = T.cast(token[0], "int64") * arguments.row_stride[name] + inside
-            one_side.load(arguments.rows[name], let(at))
-            sides.append(one_side)
-        slot = local(1, "int64")
-        store(slot, slot_of(token[0]))
-        for one_side in sides:
-            squared = one_side.squared_norm(g)
-            one_side.rotate(ones)
-            encoded = one_side.encode(squared)
-            where = (slot[0], head[0], first[0] + g < total)
-            _write(spec, arguments, one_side, t, where, encoded)
-        store(first, first[0] + 8)
+        sides = [_Side(row, spec, codecs[name], name, sign[0]) for name in names]
+        words = len(names) * row_words
 
-    # A warp whose rows all lie past the end has nothing to exchange either.
+        def advance(place) -> None:
+            if config.stages > 1:
+                end = place[0] == (config.stages - 1) * words
+                store(place, T.Select(end, i32(0), place[0] + words))
+
+        def fetch() -> None:
+            with when(ahead[0] < last[0]):
+                token, head = row_of(ahead[0])
+                for n, one_side in enumerate(sides):
+                    inside = T.cast(head * spec.head_dim + t * row.piece, "int64")
+                    at = T.cast(token, "int64") * arguments.row_stride[one_side.name] + inside
+                    to = begin + filled[0] + n * row_words
+                    one_side.copy(arguments.rows[one_side.name], let(at), ring, let(to))
+            ptx("cp.async.commit_group")
+            store(ahead, ahead[0] + 8)
+            advance(filled)
+
+        # A warp whose rows all lie past the end has nothing to exchange either.
+        with when(first[0] < last[0]):
+            for _ in range(config.stages - 1):
+                fetch()
+            slots.start(row_of(first[0])[0])
+            with loop(first[0] < last[0]):
+                fetch()
+                token, head = row_of(first[0])
+                slot = let(slots.slot_of(token))
+                ptx("cp.async.wait_group", config.stages - 1)
+                for n, one_side in enumerate(sides):
+                    one_side.load(ring, begin + stage[0] + n * row_words)
+                    squared = one_side.squared_norm(g)
+                    one_side.rotate(ones)
+                    encoded = one_side.encode(squared)
+                    where = (slot, head, first[0] + g < total)
+                    _write(spec, arguments, one_side, t, where, encoded)
+                store(first, first[0] + 8)
+                advance(stage)
+
     if config.sides == 1:
-        with loop(first[0] < last[0]):
-            work(("k", "v"))
+        work(("k", "v"))
     else:
         with I.If(side == 0):
-            with I.Then(), loop(first[0] < last[0]):
+            with I.Then():
                 work(("k",))
-            with I.Else(), loop(first[0] < last[0]):
+            with I.Else():
                 work(("v",))
+
+
+class _GivenSlots:
+    """Slots that the caller names."""
+
+    def __init__(self, slot_mapping) -> None:
+        self._slots = slot_mapping
+
+    def start(self, token) -> None:
+        """Nothing to look for."""
+
+    def slot_of(self, token):
+        """The token's slot, negative for nowhere."""
+        return self._slots[token]
+
+
+class _TableSlots:
+    """Slots of tokens in turn: the sequence is found once, and then walked on from."""
+
+    def __init__(self, spec: CacheSpec, table, lens, starts, batch) -> None:
+        self._spec, self._table, self._lens, self._starts = spec, table, lens, starts
+        self._batch = T.cast(batch, "int32")
+        self._sequence = local(1, "int32")
+
+    def start(self, token) -> None:
+        """Find the sequence of the first token."""
+        store(self._sequence, i32(0))
+        pages.find_last_start(self._sequence, self._starts, self._batch, token)
+
+    def slot_of(self, token):
+        """The token's slot, negative for nowhere; tokens come in order."""
+        sequence, starts, size = self._sequence, self._starts, self._spec.page_size
+        with loop(
+            T.And(sequence[0] + 1 < self._batch, starts[sequence[0] + 1] <= token),
+        ):
+            store(sequence, sequence[0] + 1)
+        at = let(sequence[0])
+        position = let(self._lens[at] - starts[at + 1] + token)
+        slot = local(1, "int64")
+        store(slot, T.int64(-1))
+        with when(T.And(token < starts[self._batch], position >= 0)):
+            page = T.cast(self._table[at, T.truncdiv(position, size)], "int64")
+            store(slot, page * size + T.cast(T.truncmod(position, size), "int64"))
+        return slot[0]
 
 
 def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded) -> None:
@@ -300,24 +389,11 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
     def blocks(tokens):
         return (tokens * heads + (rows - 1)) // rows
 
-    def emit(k, v, caches, tokens, block, side, thread, slot_of):
-        _emit(spec, config, _arguments(k, v, caches), tokens, block, side, thread, slot_of)
+    def emit(k, v, caches, tokens, block, side, thread, slots):
+        _emit(spec, config, _arguments(k, v, caches), tokens, block, side, thread, slots)
 
-    def slot_in_table(table, lens, starts, batch):
-        def slot_of(token):
-            low = local(1, "int32")
-            store(low, i32(0))
-            pages.find_last_start(low, starts, batch, token)
-            position = let(lens[low[0]] - starts[low[0] + 1] + token)
-            slot = local(1, "int64")
-            store(slot, T.int64(-1))
-            with when(T.And(token < starts[batch], position >= 0)):
-                size = spec.page_size
-                page = T.cast(table[low[0], T.truncdiv(position, size)], "int64")
-                store(slot, page * size + T.cast(T.truncmod(position, size), "int64"))
-            return slot[0]
-
-        return slot_of
+    def table_slots(table, lens, starts, batch):
+        return _TableSlots(spec, table, lens, starts, batch)
 
     @T.prim_func(s_tir=True)
     def by_slots(
@@ -340,7 +416,7 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
             for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
-                    emit(k_rows, v_rows, caches, n, bx, by, tx, lambda token: SM[token])
+                    emit(k_rows, v_rows, caches, n, bx, by, tx, _GivenSlots(SM))
 
     @T.prim_func(s_tir=True)
     def by_block_table(
@@ -369,6 +445,6 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
             for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
-                    emit(k_rows, v_rows, caches, n, bx, by, tx, slot_in_table(BT, SL, QS, b))
+                    emit(k_rows, v_rows, caches, n, bx, by, tx, table_slots(BT, SL, QS, b))
 
     return by_block_table if by_table else by_slots
