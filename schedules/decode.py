@@ -22,7 +22,6 @@ bit planes)
 warps, tile,      as above
 registers,
 query_in_shared
-stages            tiles of a warp in shared memory: latency hidden, against warps on an SM
 abreast           KV heads of a CTA: sectors that they share are read once, against more
                   pieces to merge
 headroom          bits of a weight that a rising maximum may use up: fewer moves of
@@ -62,7 +61,7 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.decode import decode
 from tq_tvm.kernels.decode_cuda import DecodeConfig, shared_bytes
-from tq_tvm.kernels.decode_planes import planes_ring_bytes, planes_shared_bytes
+from tq_tvm.kernels.decode_planes import planes_shared_bytes
 from tq_tvm.kernels.decode_shape import Shape, planes_config
 from tq_tvm.spec import CacheSpec
 
@@ -95,8 +94,7 @@ PLANES = {
     "warps": [1, 2, 4, 8],
     "abreast": [1, 2, 4],
     "tile": [32, 64],
-    "stages": [1, 2, 3],
-    "registers": [96, 128, 168, 256],
+    "registers": [128, 168, 256],
     "query_in_shared": [0, 1],
     "headroom": [0, 1, 2],
     "reach": [1, 2, 4],
@@ -119,7 +117,7 @@ _BLOCK = "decisions"
 _PREFIX = "tq_"
 _STATIC_SHARED = 48 * 1024
 _SHARED = 227 * 1024
-"""What a CTA may have at most on any GPU; where it is less, the launch fails and the point with it."""
+"""Of a CTA on the largest GPUs; a launch that asks for more than there is fails."""
 
 _THREADS = 512
 
@@ -196,14 +194,13 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
         threads = Shape(spec, planes_config(config)).threads
         if threads > _THREADS:
             return f"{threads} threads of a CTA exceed {_THREADS}"
-        used = planes_shared_bytes(spec, planes_config(config))
-        ring = planes_ring_bytes(spec, planes_config(config))
-        if used + ring > _SHARED:
-            return f"{used + ring} bytes of shared memory exceed {_SHARED}"
+        used, dynamic = planes_shared_bytes(spec, planes_config(config))
+        if used + dynamic > _SHARED:
+            return f"{used + dynamic} bytes of shared memory exceed {_SHARED}"
     else:
         used = shared_bytes(DecodeConfig(**config), spec.head_dim)
     if used > _STATIC_SHARED:
-        return f"{used} bytes of shared memory exceed {_STATIC_SHARED}"
+        return f"{used} bytes of static shared memory exceed {_STATIC_SHARED}"
     return None
 
 
@@ -218,7 +215,7 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
         shape = Shape(spec, planes_config(config))
         return {
             "threads": shape.threads,
-            "shared_bytes": planes_ring_bytes(spec, planes_config(config)),
+            "shared_bytes": planes_shared_bytes(spec, planes_config(config))[1],
             "units": shape.units,
             "group_tokens": config["tile"] * config["warps"] * config["reach"],
         }

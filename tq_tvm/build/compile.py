@@ -22,6 +22,7 @@ from tvm.tirx import PrimFunc
 from tq_tvm.build.occupancy import KernelResources, parse_resources
 from tq_tvm.build.overlap import overlap_launches
 from tq_tvm.build.pipeline import build_module
+from tq_tvm.build.shared_memory import ask_for_shared_memory
 from tq_tvm.errors import BuildError
 from tq_tvm.targets import CPU_LEVELS, TargetInfo
 
@@ -117,7 +118,8 @@ def _compile_cuda(
 
     nvcc = _tool("nvcc", "compile CUDA kernels (CUDA toolkit 12 or newer)")
     source = scratch / "kernels.cu"
-    source.write_text(overlap_launches(export_cuda_host(built), target.arch))
+    text = ask_for_shared_memory(export_cuda_host(built))
+    source.write_text(overlap_launches(text, target.arch))
     sm = target.arch.removeprefix("sm_")
     flags = [*_NVCC_FLAGS, "-gencode", f"arch=compute_{sm},code=sm_{sm}"]
     include = tvm_ffi.libinfo.find_include_path()

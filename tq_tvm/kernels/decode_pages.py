@@ -1,20 +1,23 @@
-"""Copying tiles of a packed cache to shared memory, and reading them, for ``decode_planes``.
+"""Reading tiles of a packed cache, for ``decode_planes``.
 
-Every warp has a ring of ``stages`` tiles of its own, which ``cp.async`` fills: loads to registers
-would share few scoreboards, so that waiting for the oldest is waiting for the newest. Words of a
-stage, for N tokens of D values::
+K comes in registers, V in shared memory: two tiles of each warp's own, which ``cp.async`` fills in
+turn. Loads to registers share few scoreboards, and who waits for one waits for all that are on it:
+with V in registers too, each tile's first use of K waited for the V that was asked for just before
+(32 % of the samples on an H200). With K in shared memory as well, reading it took as long.
 
-    K codes   N D / 8     a lane's share of each octet of tokens: what it copies, it reads
-    V codes   N D / 16    planes of 16 bytes a token, padded apart: rows of ``ldmatrix``
-    K metas   N           by octet within the eight tokens that a lane reads
-    V metas   N           the aligned word around each, likewise
+A lane is ``(g, t)``, g = lane / 4, t = lane % 4. Of token 8 i + g it holds a quarter of the codes
+of K, ``t``'s; of tokens 8 i + 2 t and 8 i + 2 t + 1 it reads bytes 2 g and 2 g + 1 of each 16 of V:
+the fragments of ``mma`` as they are, K's tokens on the M side, V's on the K side.
 
-A lane is ``(g, t)``, g = lane / 4, t = lane % 4. Of token 8 i + g it reads a quarter of the codes
-of K, ``t``'s; of tokens 8 i + 2 t and 8 i + 2 t + 1 bytes 2 g and 2 g + 1 of each 16 of V: the
-fragments of ``mma`` as they are, K's tokens on the M side, V's on the K side.
+Words of a tile in shared memory, for N tokens of D values: V's codes, N D / 16, in planes of 16
+bytes a token that are padded apart, rows of ``ldmatrix``; then the aligned word around each meta of
+V, in the order in which lanes read them.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
@@ -23,91 +26,79 @@ from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import byte_perm, let, local, ptx, shared_dynamic, store, sync_warp
 
-__all__ = ["PageReader", "Ring"]
+__all__ = ["KeyTile", "PageReader", "ValueRing", "value_bytes"]
 
 _TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 
-class Ring:
-    """A warp's tiles in shared memory; copies are counted in groups, K's and V's in turn."""
+@dataclasses.dataclass(frozen=True)
+class KeyTile:
+    """Registers of K of a tile: codes and metas by octet of tokens."""
 
-    def __init__(self, shape: Shape, warp, lane, g, t) -> None:
-        self._shape, self._lane, self._g, self._t = shape, lane, g, t
+    codes: Any
+    metas: Any
+
+    @classmethod
+    def allocate(cls, shape: Shape) -> KeyTile:
+        """Registers for one tile."""
+        codes = local((shape.octets, shape.key_words), "uint32")
+        return cls(codes, local(shape.octets, "uint32"))
+
+
+class ValueRing:
+    """A warp's two tiles of V in shared memory: one is read while the other is filled."""
+
+    def __init__(self, shape: Shape, warp, lane) -> None:
+        self._shape, self._lane = shape, lane
         warps = shape.config.warps * shape.abreast
-        self.words = shared_dynamic(warps * shape.config.stages * shape.stage_words, "uint32")
-        self._begin = let(warp * (shape.config.stages * shape.stage_words))
-        self._stage = local(1, "int32")
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Go to the first stage."""
-        store(self._stage, self._begin)
-
-    def advance(self) -> None:
-        """Go to the next stage."""
-        stages, words = self._shape.config.stages, self._shape.stage_words
-        if stages > 1:
-            last = self._stage[0] == self._begin + (stages - 1) * words
-            store(self._stage, T.Select(last, self._begin, self._stage[0] + words))
+        self._words = shared_dynamic(warps * 2 * shape.value_words, "uint32")
+        begin = let(warp * (2 * shape.value_words))
+        self._both = let(2 * begin + shape.value_words)
+        self._tile = local(1, "int32")
+        store(self._tile, begin)
 
     def at(self, word):
-        """Pointer to a word of the stage."""
-        return self.words.ptr_to([self._stage[0] + word])
+        """Pointer to a word of the tile in turn."""
+        return self._words.ptr_to([self._tile[0] + word])
 
-    def close_group(self) -> None:
-        """End a group of copies, which may be empty."""
+    def turn(self) -> None:
+        """All copies to the tile in turn, or none, are under way: go to the other one."""
         ptx("cp.async.commit_group")
+        store(self._tile, self._both - self._tile[0])
 
     def wait(self) -> None:
-        """Wait for the oldest group; of each stage two are on their way."""
-        ptx("cp.async.wait_group", 2 * self._shape.config.stages - 1)
+        """Wait for the tile in turn, which was filled before the other."""
+        ptx("cp.async.wait_group", 1)
         sync_warp()
 
-    def _load(self, into, index: tuple, count: int, first) -> None:
-        """Read neighbouring words."""
-        width = min(count, 4)
-        for j in range(0, count, width):
-            if width == 1:
-                store(into, self.words[self._stage[0] + first + j], *index, j)
-            else:
-                with I.vectorized(0, width) as e:
-                    store(into, self.words[self._stage[0] + first + j + e], *index, j + e)
-
-    def key_codes(self, into, index: tuple, octet: int) -> None:
-        """A lane's words of K of an octet."""
-        count = self._shape.key_words
-        width = min(count, 4)
-        for j in range(count // width):
-            first = (octet * (count // width) + j) * (32 * width) + self._lane * width
-            with I.vectorized(0, width) as e:
-                word = self.words[self._stage[0] + first + e]
-                store(into, word, *index, j * width + e)
-
-    def key_metas(self, into) -> None:
-        """K's metas of token g of every octet."""
-        count = self._shape.octets
-        self._load(into, (), count, self._shape.key_meta_at + self._g * count)
-
-    def value_metas(self, into, own_token) -> None:
+    def metas(self, into, own_token) -> None:
         """Words that hold V's metas of the lane's own tokens."""
         count = self._shape.own_tokens
-        self._load(into, (), count, self._shape.value_meta_at + own_token * count)
+        first = self._tile[0] + self._shape.value_meta_at + own_token * count
+        width = min(count, 4)
+        for j in range(0, count, width):
+            with I.vectorized(0, width) as e:
+                store(into, self._words[first + j + e], j + e)
 
-    def value_codes(self, step: int):
-        """Bytes of V of 32 tokens: ``[half, byte]``, four tokens in a word.
-
-        Of the octets of a step, half 0 has the even ones and half 1 the odd ones.
-        """
+    def codes(self, step: int):
+        """Rows of V of 32 tokens: ``[chunk of 16 bytes, octet]``, bytes 2 g, 2 g + 1 of two tokens."""
         shape = self._shape
-        rows, words = local(4, "uint32"), local((2, shape.value_bytes), "uint32")
+        rows = local((shape.value_chunks, 4), "uint32")
         for chunk in range(shape.value_chunks):
-            first = shape.value_at + chunk * shape.value_plane + 128 * step
-            ptx(_TRANSPOSED, *[rows[i] for i in range(4)], self.at(first + 4 * self._lane))
-            for half in range(2):
-                for byte, selector in enumerate((0x6420, 0x7531)):
-                    word = byte_perm(rows[half], rows[half + 2], selector)
-                    store(words, word, half, 2 * chunk + byte)
-        return words
+            first = chunk * shape.value_plane + 128 * step
+            ptx(_TRANSPOSED, *[rows[chunk, i] for i in range(4)], self.at(first + 4 * self._lane))
+        return rows
+
+
+def value_bytes(shape: Shape, rows):
+    """Bytes of V ``[half, byte]``, four tokens in a word: half 0 has the even octets."""
+    words = local((2, shape.value_bytes), "uint32")
+    for chunk in range(shape.value_chunks):
+        for half in range(2):
+            for byte, selector in enumerate((0x6420, 0x7531)):
+                word = byte_perm(rows[chunk, half], rows[chunk, half + 2], selector)
+                store(words, word, half, 2 * chunk + byte)
+    return words
 
 
 class PageReader:
@@ -119,7 +110,7 @@ class PageReader:
 
     _NAMES = ("k", "v", "k_meta", "v_meta")
 
-    def __init__(self, shape: Shape, matched, block_table, head, lane, ring: Ring) -> None:
+    def __init__(self, shape: Shape, matched, block_table, head, lane, ring: ValueRing) -> None:
         spec = shape.spec
         self._shape, self._ring, self._table = shape, ring, block_table
         self.page = local(shape.pages, "int32")
@@ -131,10 +122,10 @@ class PageReader:
             "v_meta": len(fmt.value.meta),
         }
         chunks = shape.value_chunks
-        # Tokens of a copy that lanes differ in, and which of them is a lane's.
-        self._span = {"k": 8, "v": 32 // chunks, "k_meta": 32, "v_meta": 32}
-        self._token = {"k": let(lane // 4), "v": let(lane // chunks)}
-        self._token["k_meta"] = self._token["v_meta"] = lane
+        # Tokens of a load or copy that lanes differ in, and which of them is a lane's.
+        self._span = {"k": 8, "v": 32 // chunks, "k_meta": 8, "v_meta": 32}
+        g = let(lane // 4)
+        self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
         column = {"k": lane % 4 * (4 * shape.key_words), "v": lane % chunks * 16}
         self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
         for name, argument in zip(self._NAMES, matched, strict=True):
@@ -183,7 +174,7 @@ class PageReader:
         return base
 
     def _from(self, name: str, bases, token: int, column: int = 0):
-        """Pointer to a lane's token of a copy whose first one is ``token``."""
+        """Pointer to a lane's token of a load or copy whose first one is ``token``."""
         size, span = self._shape.spec.page_size, self._span[name]
         page, offset = (token // size, token % size) if self._shape.pages > 1 else (0, token)
         base = bases[page]
@@ -194,33 +185,26 @@ class PageReader:
         at = base + T.int64(offset * self._row_stride[name] + column)
         return self._flat[name].ptr_to([at])
 
-    def copy_k(self, tile) -> None:
-        """Begin to copy K's codes and metas; `find_pages` has been there."""
-        shape, ring, lane = self._shape, self._ring, self._lane_index
-        width = min(shape.key_words, 4)
-        chunks = shape.key_words // width
-        cached = "cg" if width == 4 else "ca"
+    def load_k(self, into: KeyTile, tile) -> None:
+        """Read K's codes and metas; `find_pages` has been there."""
+        shape = self._shape
+        words = min(shape.key_words, 4)
         codes, metas = self._bases("k", tile), self._bases("k_meta", tile)
         for i in range(shape.octets):
-            for j in range(chunks):
+            for j in range(0, shape.key_words, 4):
                 ptx(
-                    f"cp.async.{cached}.shared.global",
-                    ring.at((i * chunks + j) * (32 * width) + lane * width),
-                    self._from("k", codes, 8 * i, 16 * j),
-                    4 * width,
+                    f"ld.global.nc.L1::no_allocate.v{words}.u32",
+                    *[into.codes[i, j + e] for e in range(words)],
+                    self._from("k", codes, 8 * i, 4 * j),
                 )
-        to = let(shape.key_meta_at + lane % 8 * shape.octets + lane // 8)
-        for n in range(shape.config.tile // 32):
-            source = self._from("k_meta", metas, 32 * n)
-            ptx("cp.async.ca.shared.global", ring.at(to + 4 * n), source, 4)
-        ring.close_group()
+            ptx("ld.global.nc.u32", into.metas[i], self._from("k_meta", metas, 8 * i))
 
     def copy_v(self, tile) -> None:
         """Begin to copy V's codes and metas; `find_pages` has been there."""
         shape, ring, lane = self._shape, self._ring, self._lane_index
         chunks, span = shape.value_chunks, self._span["v"]
         codes, metas = self._bases("v", tile), self._bases("v_meta", tile)
-        to = let(shape.value_at + lane % chunks * shape.value_plane + self._token["v"] * 4)
+        to = let(lane % chunks * shape.value_plane + self._token["v"] * 4)
         for n in range(shape.config.tile // span):
             source = self._from("v", codes, span * n)
             ptx("cp.async.cg.shared.global", ring.at(to + 4 * span * n), source, 16)
@@ -229,4 +213,3 @@ class PageReader:
         for n in range(shape.config.tile // 32):
             source = self._from("v_meta", metas, 32 * n)
             ptx("cp.async.ca.shared.global", ring.at(to + 32 // apart * n), source, 4)
-        ring.close_group()

@@ -7,10 +7,10 @@ page (scales, in layout bshd) comes from L2 once for all of them. It takes its p
 after the other:
 
 1. rotates and quantises its queries to 16 bits, two signed bytes a value (`decode_query`);
-2. lets every warp walk its own tiles of ``tile`` tokens, which are copied to a ring of its own in
-   shared memory (`decode_pages`): scores from integer products of codes (`decode_score`), then
-   softmax and integer sums of V (`decode_values`); a stage's K, then its V, is filled again as soon
-   as it is used up. Nothing in that loop synchronises warps;
+2. lets every warp walk its own tiles of ``tile`` tokens: scores from integer products of codes
+   (`decode_score`), then softmax and integer sums of V (`decode_values`); between the two, when K's
+   registers are used up, the next tile is asked for (`decode_pages`). Nothing in that loop
+   synchronises warps;
 3. merges the warps of a column (`decode_merge`). A sequence that the CTA has to itself is rotated
    back and done; of a piece, (sum of w v, bound, sum of w) goes to the workspace.
 
@@ -42,7 +42,7 @@ from tq_tvm.kernels.decode_merge import (
     write_output,
     write_piece,
 )
-from tq_tvm.kernels.decode_pages import PageReader, Ring
+from tq_tvm.kernels.decode_pages import KeyTile, PageReader, ValueRing
 from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import PlanesConfig, Shape
@@ -56,28 +56,22 @@ from tq_tvm.kernels.device import (
     local,
     loop,
     store,
-    sync_warp,
     when,
 )
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["decode_planes", "planes_ring_bytes", "planes_shared_bytes"]
+__all__ = ["decode_planes", "planes_shared_bytes"]
 
 
-def planes_ring_bytes(spec: CacheSpec, config: PlanesConfig) -> int:
-    """Dynamic shared memory of the first launch."""
-    shape = Shape(spec, config)
-    return 4 * shape.abreast * config.warps * config.stages * shape.stage_words
-
-
-def planes_shared_bytes(spec: CacheSpec, config: PlanesConfig) -> int:
-    """Static shared memory of the first launch."""
+def planes_shared_bytes(spec: CacheSpec, config: PlanesConfig) -> tuple[int, int]:
+    """Static and dynamic shared memory of the first launch."""
     shape = Shape(spec, config)
     queries = shape.heads * (2 * spec.head_dim + 4 + 8)
     fragments = 512 * shape.key_words * shape.parts * config.query_in_shared
     sums = config.warps * (512 * shape.quads + 12 * shape.heads + 4)
     merged = 4 * shape.heads * (spec.head_dim + 2)
-    return shape.abreast * (queries + fragments + sums + merged)
+    ring = config.warps * 8 * shape.value_words
+    return shape.abreast * (queries + fragments + sums + merged), shape.abreast * ring
 
 
 def decode_planes(spec: CacheSpec, config: PlanesConfig) -> PrimFunc:
@@ -145,11 +139,12 @@ def _attend(
     table = key_table(shape, zero)
     if shape.config.overlap:
         let_next_launch_begin()
-    ring = Ring(shape, let(thread // 32), lane, g, t)
+    ring = ValueRing(shape, let(thread // 32), lane)
     reader = PageReader(shape, caches, block_table, kv_head, lane, ring)
     query = Query(shape, query_memory, column, warp, lane, g, t)
     values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
     values.find_metas(reader, kv_head)
+    tile = KeyTile.allocate(shape)
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
     with loop(place.tile[0] < place.end[0]):
         sequence = place.sequence[0]
@@ -159,49 +154,31 @@ def _attend(
         with when(count > 0):
             store(now, place.offset[0] + warp)
             store(last, place.offset[0] + count)
-            # The first tiles are on their way while the queries are prepared.
-            ring.rewind()
-            for stage in range(shape.config.stages):
-                fetched = let(now[0] + stage * warps)
-                with I.If(fetched < last[0]):
-                    with I.Then():
-                        reader.find_pages(sequence, fetched, seq_len[0])
-                        reader.copy_k(fetched)
-                        reader.copy_v(fetched)
-                    with I.Else():
-                        ring.close_group()
-                        ring.close_group()
-                ring.advance()
-            store(ahead, now[0] + shape.config.stages * warps)
-            with when(ahead[0] < last[0]):
-                reader.find_pages(sequence, ahead[0], seq_len[0])
-            query.quantise(q, sequence, first_head, heads)
+            # The first tile is on its way while the queries are prepared.
+            query.load(q, sequence, first_head, heads)
+            with when(now[0] < last[0]):
+                reader.find_pages(sequence, now[0], seq_len[0])
+                reader.load_k(tile, now[0])
+                reader.copy_v(now[0])
+                reader.find_pages(sequence, now[0] + warps, seq_len[0])
+            ring.turn()
+            query.quantise()
             barrier()
             query.prepare(sm_scale, zero)
             values.start()
             if shape.config.query_in_shared:
                 barrier()
             with loop(now[0] < last[0]):
-                ring.wait()
-                score(shape, query, table, ring, values.scores)
-                sync_warp()
-                with I.If(ahead[0] < last[0]):
-                    with I.Then():
-                        reader.copy_k(ahead[0])
-                    with I.Else():
-                        ring.close_group()
+                store(ahead, now[0] + warps)
+                score(shape, query, table, tile, values.scores)
+                with when(ahead[0] < last[0]):
+                    reader.load_k(tile, ahead[0])
+                    reader.copy_v(ahead[0])
+                    reader.find_pages(sequence, ahead[0] + warps, seq_len[0])
+                ring.turn()
                 ring.wait()
                 values.add(ring, now[0] * shape.config.tile, seq_len[0])
-                sync_warp()
-                with I.If(ahead[0] < last[0]):
-                    with I.Then():
-                        reader.copy_v(ahead[0])
-                        reader.find_pages(sequence, ahead[0] + warps, seq_len[0])
-                    with I.Else():
-                        ring.close_group()
-                store(now, now[0] + warps)
-                store(ahead, ahead[0] + warps)
-                ring.advance()
+                store(now, ahead[0])
             values.finish()
             barrier()
             merge_warps(shape, sum_memory, merged, column, inside)

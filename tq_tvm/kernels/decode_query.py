@@ -91,6 +91,8 @@ class Query:
     def __init__(self, shape: Shape, memory: QueryMemory, column, warp, lane, g, t) -> None:
         self._shape, self._memory, self._column = shape, memory, column
         self._warp, self._lane, self._g, self._t = warp, lane, g, t
+        self._turns = -(-shape.heads // shape.config.warps)
+        self._rows = local((self._turns, shape.row_values), "float32")
         self.low_bytes = let(t >= 2)
         self.scale = local(2, "float32")
         self.row_weight = local(1, "float32")
@@ -103,23 +105,31 @@ class Query:
             else local((shape.key_words, shape.parts, 4), "uint32")
         )
 
-    def quantise(self, q, sequence, first_head, heads) -> None:
-        """Rotate and quantise, a warp a head; the caller puts a barrier behind it."""
+    def load(self, q, sequence, first_head, heads) -> None:
+        """Read the queries, a warp a head, which `quantise` waits for."""
+        shape, count = self._shape, self._shape.row_values
+        for turn in range(self._turns):
+            head = let(turn * shape.config.warps + self._warp)
+            for i in range(count):
+                store(self._rows, f32(0), turn, i)
+            with when(head < heads):
+                for i in range(count):
+                    value = q[sequence, first_head + head, self._lane * count + i]
+                    store(self._rows, T.cast(value, "float32"), turn, i)
+
+    def quantise(self) -> None:
+        """Rotate and quantise what was read; the caller puts a barrier behind it."""
         shape, memory, lane = self._shape, self._memory, self._lane
         count = shape.row_values
         words = max(1, count // 4)
         x, top = local(count, "float32"), local(1, "float32")
         code, sums = local(count, "int32"), local(2, "int32")
         word = local((2, words), "uint32")
-        with I.serial(0, -(-shape.heads // shape.config.warps)) as turn:
+        for turn in range(self._turns):
             head = let(turn * shape.config.warps + self._warp)
             with when(head < shape.heads):
                 for i in range(count):
-                    store(x, f32(0), i)
-                with when(head < heads):
-                    for i in range(count):
-                        value = q[sequence, first_head + head, lane * count + i]
-                        store(x, T.cast(value, "float32"), i)
+                    store(x, self._rows[turn, i], i)
                 rotate_row(shape, x, lane)
                 store(top, f32(0))
                 for i in range(count):

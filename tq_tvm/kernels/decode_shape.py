@@ -27,7 +27,6 @@ class PlanesConfig:
     headroom: int
     reach: int
     overlap: int
-    stages: int
 
 
 def planes_config(decisions: Mapping[str, int]) -> PlanesConfig:
@@ -128,23 +127,13 @@ class Shape:
         return 4 * self.config.tile + (32 // self.value_chunks if self.value_chunks > 1 else 0)
 
     @property
-    def value_at(self) -> int:
-        """Where V begins in a stage of the ring, in words; K is first."""
-        return self.config.tile * self.spec.head_dim // 8
-
-    @property
-    def key_meta_at(self) -> int:
-        """Where K's metas begin."""
-        return self.value_at + self.value_chunks * self.value_plane
-
-    @property
     def value_meta_at(self) -> int:
-        """Where V's metas begin."""
-        return self.key_meta_at + self.config.tile
+        """Where V's metas begin in a tile of shared memory, in words."""
+        return self.value_chunks * self.value_plane
 
     @property
-    def stage_words(self) -> int:
-        """Words of a stage of the ring."""
+    def value_words(self) -> int:
+        """Words of a tile of V in shared memory."""
         return self.value_meta_at + self.config.tile
 
     @property

@@ -25,7 +25,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.decode_pages import PageReader, Ring
+from tq_tvm.kernels.decode_pages import PageReader, ValueRing, value_bytes
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
@@ -159,20 +159,22 @@ class Values:
         # By instruction, not by TVM's stores: TVM would want a barrier between lanes' own words.
         return self._memory.values.ptr_to([self._warp, quad, self._lane, 0])
 
-    def add(self, ring: Ring, first_token, seq_len) -> None:
+    def add(self, ring: ValueRing, first_token, seq_len) -> None:
         """Add the tokens of a tile, whose scores are in ``scores``."""
-        self._mask(ring, first_token, seq_len)
+        metas = local(self._shape.own_tokens, "uint32")
+        ring.metas(metas, self._own)
+        self._mask(metas, first_token, seq_len)
         self._move_bound()
+        # Ahead of the weights, whose making hides how long it takes.
+        rows = [ring.codes(step) for step in range(self._shape.score_tiles // 2)]
         weights = self._weigh()
-        for step in range(self._shape.score_tiles // 2):
-            self._multiply(ring, step, self._operands(weights, step))
+        for step, read in enumerate(rows):
+            self._multiply(read, self._operands(weights, step))
 
-    def _mask(self, ring: Ring, first_token, seq_len) -> None:
+    def _mask(self, metas, first_token, seq_len) -> None:
         """Widen V's norms; drop tokens past the end, whatever their metas are."""
         shape, norms = self._shape, self._norms
         apart = 16 if shape.packed else 8
-        metas = local(shape.own_tokens, "uint32")
-        ring.value_metas(metas, self._own)
         for n in range(shape.own_tokens):
             # bfloat16 becomes the upper half of a float, float16 is widened.
             ptx("prmt.b32", metas[n], metas[n], u32(0), self._meta_half[0])
@@ -290,10 +292,10 @@ class Values:
                         store(operands, byte_perm(*pair, selector), plane, part, half)
         return operands
 
-    def _multiply(self, ring: Ring, step: int, operands) -> None:
+    def _multiply(self, rows, operands) -> None:
         """32 tokens: bytes of four tokens in a word, then a product for each plane and field."""
         shape = self._shape
-        bytes_of = ring.value_codes(step)
+        bytes_of = value_bytes(shape, rows)
         bits = local(4, "uint32")
         for quad in range(shape.quads):
             byte, first_field = quad // 2, 2 * (quad % 2)

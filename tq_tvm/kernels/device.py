@@ -61,16 +61,15 @@ def local(shape, dtype: str):
 
 
 def shared(shape, dtype: str):
-    """Shared memory of the CTA."""
+    """Shared memory of the CTA, which counts towards 48 KiB."""
     return I.alloc_buffer((shape,) if isinstance(shape, int) else shape, dtype, scope="shared")
 
 
-def shared_dynamic(shape, dtype: str):
-    """Shared memory of the CTA beyond the 48 KiB that fixed arrays may have."""
-    shape = (shape,) if isinstance(shape, int) else shape
-    whole = I.alloc_buffer(shape, dtype, scope="shared.dyn")
+def shared_dynamic(count: int, dtype: str):
+    """Shared memory of the CTA beyond 48 KiB, which only ``ptx`` may write."""
+    whole = I.alloc_buffer((count,), dtype, scope="shared.dyn")
     # A view: TVM would cut the buffer down to what it thinks is touched, from registers in indices.
-    return T.decl_buffer(shape, dtype, data=whole.data, scope="shared.dyn")
+    return T.decl_buffer((count,), dtype, data=whole.data, scope="shared.dyn")
 
 
 def let(value):
