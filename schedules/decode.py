@@ -22,8 +22,9 @@ bit planes)
 warps, tile,      as above
 registers,
 query_in_shared
-abreast           KV heads of a CTA: sectors that they share are read once, against more
-                  pieces to merge
+abreast           KV heads of a CTA: whole lines of memory, against more pieces to merge and
+                  warps that wait for one another
+stages            steps of tokens in shared memory: latency hidden, against CTAs on an SM
 headroom          bits of a weight that a rising maximum may use up: fewer moves of
                   the bound, against precision
 reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to
@@ -92,8 +93,9 @@ OPTIONS = {
 PLANES = {
     "planes": [1],
     "warps": [1, 2, 4, 8],
-    "abreast": [1, 2, 4],
+    "abreast": [1, 2, 4, 8],
     "tile": [32, 64],
+    "stages": [2, 3],
     "registers": [128, 168, 256],
     "query_in_shared": [0, 1],
     "headroom": [0, 1, 2],

@@ -33,15 +33,15 @@ SHARED = {
 }  # fmt: skip
 PLANES = {
     "planes": 1, "warps": 4, "abreast": 1, "tile": 64, "registers": 168, "query_in_shared": 1,
-    "headroom": 1, "reach": 1, "overlap": 0,
+    "headroom": 1, "reach": 1, "overlap": 0, "stages": 2,
 }  # fmt: skip
 SMALL_PLANES = {
     "planes": 1, "warps": 2, "abreast": 1, "tile": 32, "registers": 256, "query_in_shared": 0,
-    "headroom": 0, "reach": 2, "overlap": 1,
+    "headroom": 0, "reach": 2, "overlap": 1, "stages": 3,
 }  # fmt: skip
 WIDE_PLANES = {
     "planes": 1, "warps": 1, "abreast": 4, "tile": 64, "registers": 168, "query_in_shared": 1,
-    "headroom": 2, "reach": 4, "overlap": 0,
+    "headroom": 2, "reach": 4, "overlap": 0, "stages": 2,
 }  # fmt: skip
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), REGISTERS),

@@ -65,11 +65,12 @@ def shared(shape, dtype: str):
     return I.alloc_buffer((shape,) if isinstance(shape, int) else shape, dtype, scope="shared")
 
 
-def shared_dynamic(count: int, dtype: str):
+def shared_dynamic(shape, dtype: str):
     """Shared memory of the CTA beyond 48 KiB, which only ``ptx`` may write."""
-    whole = I.alloc_buffer((count,), dtype, scope="shared.dyn")
+    shape = (shape,) if isinstance(shape, int) else shape
+    whole = I.alloc_buffer(shape, dtype, scope="shared.dyn")
     # A view: TVM would cut the buffer down to what it thinks is touched, from registers in indices.
-    return T.decl_buffer((count,), dtype, data=whole.data, scope="shared.dyn")
+    return T.decl_buffer(shape, dtype, data=whole.data, scope="shared.dyn")
 
 
 def let(value):
