@@ -197,7 +197,7 @@ class _Side:
 
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
-    """Flat views of the arguments, and strides."""
+    """Flat views of the arguments, and strides in elements, which have to fit 31 bits."""
 
     rows: dict[str, Any]
     row_stride: dict[str, Any]
@@ -209,14 +209,25 @@ class _Arguments:
 
 def _arguments(k_rows, v_rows, caches) -> _Arguments:
     k_cache, v_cache, k_meta, v_meta = caches
+
+    def stride(argument):
+        register = local(1, "int32")
+        store(register, T.cast(argument.strides[0], "int32"))
+        return register[0]
+
     return _Arguments(
         rows={"k": pages.flat(k_rows), "v": pages.flat(v_rows)},
-        row_stride={"k": k_rows.strides[0], "v": v_rows.strides[0]},
+        row_stride={"k": stride(k_rows), "v": stride(v_rows)},
         codes={"k": pages.flat(k_cache), "v": pages.flat(v_cache)},
         metas={"k": pages.flat(k_meta), "v": pages.flat(v_meta)},
-        code_stride={"k": k_cache.strides[0], "v": v_cache.strides[0]},
-        meta_stride={"k": k_meta.strides[0], "v": v_meta.strides[0]},
+        code_stride={"k": stride(k_cache), "v": stride(v_cache)},
+        meta_stride={"k": stride(k_meta), "v": stride(v_meta)},
     )
+
+
+def _wide_product(a, b):
+    """Of int32, in int64: one multiplication."""
+    return T.cast(a, "int64") * T.cast(b, "int64")
 
 
 def ring_words(spec: CacheSpec, config: FillConfig) -> int:
@@ -252,8 +263,9 @@ def _emit(
 
     def row_of(start):
         """Token and head of the lane's row; past the end it is the last one, which writes nothing."""
-        index = let(T.min(start + g, total - 1))
-        return let(T.truncdiv(index, heads)), let(T.truncmod(index, heads))
+        index = let(T.cast(T.min(start + g, total - 1), "uint32"))
+        token, head = index // u32(heads), index % u32(heads)
+        return let(T.cast(token, "int32")), let(T.cast(head, "int32"))
 
     def work(names: tuple[str, ...]) -> None:
         sides = [_Side(row, spec, codecs[name], name, sign[0]) for name in names]
@@ -269,7 +281,7 @@ def _emit(
                 token, head = row_of(ahead[0])
                 for n, one_side in enumerate(sides):
                     inside = T.cast(head * spec.head_dim + t * row.piece, "int64")
-                    at = T.cast(token, "int64") * arguments.row_stride[one_side.name] + inside
+                    at = _wide_product(token, arguments.row_stride[one_side.name]) + inside
                     to = begin + filled[0] + n * row_words
                     one_side.copy(arguments.rows[one_side.name], let(at), ring, let(to))
             ptx("cp.async.commit_group")
@@ -284,14 +296,14 @@ def _emit(
             with loop(first[0] < last[0]):
                 fetch()
                 token, head = row_of(first[0])
-                slot = let(slots.slot_of(token))
+                page, offset, wanted = slots.find(token)
                 ptx("cp.async.wait_group", config.stages - 1)
                 for n, one_side in enumerate(sides):
                     one_side.load(ring, begin + stage[0] + n * row_words)
                     squared = one_side.squared_norm(g)
                     one_side.rotate(ones)
                     encoded = one_side.encode(squared)
-                    where = (slot, head, first[0] + g < total)
+                    where = (page, offset, head, T.And(wanted, first[0] + g < total))
                     _write(spec, arguments, one_side, t, where, encoded)
                 store(first, first[0] + 8)
                 advance(stage)
@@ -307,63 +319,73 @@ def _emit(
 
 
 class _GivenSlots:
-    """Slots that the caller names."""
+    """Slots that the caller names, negative for nowhere."""
 
-    def __init__(self, slot_mapping) -> None:
-        self._slots = slot_mapping
+    def __init__(self, spec: CacheSpec, slot_mapping) -> None:
+        self._size, self._slots = spec.page_size, slot_mapping
 
     def start(self, token) -> None:
         """Nothing to look for."""
 
-    def slot_of(self, token):
-        """The token's slot, negative for nowhere."""
-        return self._slots[token]
+    def find(self, token):
+        """Page and offset of a token, and whether it is stored."""
+        slot = let(self._slots[token])
+        page = let(T.cast(T.shift_right(slot, T.int64(self._size.bit_length() - 1)), "int32"))
+        return page, let(T.cast(slot, "int32") & (self._size - 1)), let(slot >= T.int64(0))
 
 
 class _TableSlots:
-    """Slots of tokens in turn: the sequence is found once, and then walked on from."""
+    """Slots of tokens in turn: what changes with the sequence or the page is kept until it does."""
 
     def __init__(self, spec: CacheSpec, table, lens, starts, batch) -> None:
-        self._spec, self._table, self._lens, self._starts = spec, table, lens, starts
+        self._size, self._table, self._lens, self._starts = spec.page_size, table, lens, starts
         self._batch = T.cast(batch, "int32")
-        self._sequence = local(1, "int32")
+        self._sequence, self._next, self._shift, self._row, self._page, self._end = (
+            local(1, "int32") for _ in range(6)
+        )
 
     def start(self, token) -> None:
         """Find the sequence of the first token."""
+        store(self._end, self._starts[self._batch])
         store(self._sequence, i32(0))
         pages.find_last_start(self._sequence, self._starts, self._batch, token)
+        self._enter()
 
-    def slot_of(self, token):
-        """The token's slot, negative for nowhere; tokens come in order."""
-        sequence, starts, size = self._sequence, self._starts, self._spec.page_size
-        with loop(
-            T.And(sequence[0] + 1 < self._batch, starts[sequence[0] + 1] <= token),
-        ):
-            store(sequence, sequence[0] + 1)
-        at = let(sequence[0])
-        position = let(self._lens[at] - starts[at + 1] + token)
-        slot = local(1, "int64")
-        store(slot, T.int64(-1))
-        with when(T.And(token < starts[self._batch], position >= 0)):
-            page = T.cast(self._table[at, T.truncdiv(position, size)], "int64")
-            store(slot, page * size + T.cast(T.truncmod(position, size), "int64"))
-        return slot[0]
+    def _enter(self) -> None:
+        sequence, following = self._sequence[0], self._next
+        store(following, self._starts[sequence + 1])
+        store(self._shift, self._lens[sequence] - following[0])
+        store(self._row, i32(-1))
+        # Tokens past the last sequence are left with it.
+        with when(sequence + 1 == self._batch):
+            store(following, i32(2**31 - 1))
+
+    def find(self, token):
+        """Page and offset of a token, and whether it is stored; tokens come in order."""
+        with loop(token >= self._next[0]):
+            store(self._sequence, self._sequence[0] + 1)
+            self._enter()
+        position = let(self._shift[0] + token)
+        stored = let(T.And(position >= 0, token < self._end[0]))
+        row = let(T.shift_right(position, self._size.bit_length() - 1))
+        with when(T.And(stored, row != self._row[0])):
+            store(self._row, row)
+            store(self._page, self._table[self._sequence[0], row])
+        return self._page[0], let(T.bitwise_and(position, self._size - 1)), stored
 
 
 def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded) -> None:
     """Codes of a lane, and by one lane of a row the scales."""
-    slot, head, exists = where
+    page, offset, head, exists = where
     words, norm, residual = encoded
     name, row, size = side.name, side.row, spec.page_size
     codec = side.codec
 
     def inside(page, offset, width: int, stride):
         place = offset * spec.num_kv_heads + head if spec.layout == "bshd" else head * size + offset
-        return page * stride + T.cast(place * width, "int64")
+        return _wide_product(page, stride) + T.cast(place * width, "int64")
 
-    with when(T.And(exists, slot >= T.int64(0))):
-        page = let(T.shift_right(slot, T.int64(size.bit_length() - 1)))
-        offset = let(T.cast(T.bitwise_and(slot, T.int64(size - 1)), "int32"))
+    with when(exists):
         width = codec.packed_bytes(spec.head_dim)
         codes = let(inside(page, offset, width, arguments.code_stride[name]))
         count = row.piece // 4
@@ -416,7 +438,7 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
             for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
-                    emit(k_rows, v_rows, caches, n, bx, by, tx, _GivenSlots(SM))
+                    emit(k_rows, v_rows, caches, n, bx, by, tx, _GivenSlots(spec, SM))
 
     @T.prim_func(s_tir=True)
     def by_block_table(
