@@ -99,9 +99,6 @@ def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], lis
 
     def apply(sch: Schedule) -> list[Schedule]:
         designs = [sch]
-        if kind == "cuda" and function == "decode":
-            designs.append(sch.copy())
-            decode.apply_planes(designs[1], sampled(designs[1]))
         if kind == "cuda" and factories.options(function, spec) is not None:
             designs.append(sch.copy())
             factories.apply(designs[1], function, spec, sampled(designs[1]))

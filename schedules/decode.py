@@ -3,38 +3,23 @@
 ================  ==================================================================
 decision (CUDA)   what it trades
 ================  ==================================================================
-warps             tokens of a split walk through a CTA in parallel, against the
-                  merge at its end and the shared memory that it takes
-tile              tokens a warp handles at a time: fewer page look-ups, maxima and
-                  votes a token, against registers
-depth             tiles fetched ahead: latency hidden, against registers
-registers         the most a thread may have: more CTAs on an SM, against spills
-                  and loads in flight
-query_in_shared   query fragments in shared memory instead of registers
-multiply_shifts   right shifts by multiplication: the integer pipe is the busiest,
-                  the multiplier is idle, but takes longer
-================  ==================================================================
-
-================  ==================================================================
-decision (CUDA,   what it trades
-bit planes)
-================  ==================================================================
-warps, tile,      as above
-registers,
-query_in_shared
 abreast           KV heads of a CTA: whole lines of memory, against more pieces to merge and
                   warps that wait for one another
+warps             tiles of a step, each for a warp of every head: larger copies, against the
+                  merge at the end and shared memory
+tile              tokens a warp handles at a time: fewer look-ups, maxima and votes a token,
+                  against registers
 stages            steps of tokens in shared memory: latency hidden, against CTAs on an SM
-headroom          bits of a weight that a rising maximum may use up: fewer moves of
-                  the bound, against precision
-reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to
-                  merge, against parallel work
-overlap           the second launch begins before the first is done: less waiting,
-                  against CTAs that hold an SM while they wait
+registers         the most a thread may have: more CTAs on an SM, against spills and loads
+                  in flight
+query_in_shared   query fragments in shared memory instead of registers
+headroom          bits of a weight that a rising maximum may use up: fewer moves of the bound,
+                  against precision
+reach             steps that a group of CTAs gets at least: fewer pieces to merge, against
+                  parallel work
+overlap           the second launch begins before the first is done: less waiting, against
+                  CTAs that hold an SM while they wait
 ================  ==================================================================
-
-On a GPU there are two designs, V by look-ups (``decode_cuda``) and V by bit planes
-(``decode_planes``); a search samples both.
 
 ================  ==================================================================
 decision (CPU)    what it trades
@@ -61,18 +46,15 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.decode import decode
-from tq_tvm.kernels.decode_cuda import DecodeConfig, shared_bytes
-from tq_tvm.kernels.decode_planes import planes_shared_bytes
-from tq_tvm.kernels.decode_shape import Shape, planes_config
+from tq_tvm.kernels.decode_cuda import decode_shared_bytes
+from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
     "DEFAULTS",
     "OPTIONS",
-    "PLANES",
     "anchor",
     "apply",
-    "apply_planes",
     "digest",
     "launch",
     "rejected",
@@ -80,37 +62,30 @@ __all__ = [
 
 OPTIONS = {
     "cuda": {
-        "warps": [2, 4, 8],
+        "warps": [1, 2, 4, 8],
+        "abreast": [1, 2, 4, 8],
         "tile": [32, 64],
-        "depth": [0, 1],
+        "stages": [2, 3],
         "registers": [128, 168, 256],
         "query_in_shared": [0, 1],
-        "multiply_shifts": [0, 1],
+        "headroom": [0, 1, 2],
+        "reach": [1, 2, 4],
+        "overlap": [0, 1],
     },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1], "lookup": [0, 1]},
 }
 
-PLANES = {
-    "planes": [1],
-    "warps": [1, 2, 4, 8],
-    "abreast": [1, 2, 4, 8],
-    "tile": [32, 64],
-    "stages": [2, 3],
-    "registers": [128, 168, 256],
-    "query_in_shared": [0, 1],
-    "headroom": [0, 1, 2],
-    "reach": [1, 2, 4],
-    "overlap": [0, 1],
-}
-
 DEFAULTS = {
     "cuda": {
-        "warps": 4,
+        "warps": 1,
+        "abreast": 8,
         "tile": 32,
-        "depth": 0,
+        "stages": 2,
         "registers": 256,
-        "query_in_shared": 1,
-        "multiply_shifts": 0,
+        "query_in_shared": 0,
+        "headroom": 1,
+        "reach": 2,
+        "overlap": 1,
     },
     "llvm": {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0},
 }
@@ -146,14 +121,11 @@ def anchor(identity: str) -> PrimFunc:
 def digest(spec: CacheSpec, kind: str) -> str:
     """Tell the TensorIR of the factory from what it once was, as a body does for other kernels.
 
-    Of every design the two kernels with each decision at the first and at the last of its options,
-    so that both sides of a branch count. Names, formatting and comments do not.
+    The two kernels with each decision at the first and at the last of its options, so that both
+    sides of a branch count. Names, formatting and comments do not.
     """
-    tables = [OPTIONS[kind], *([PLANES] if kind == "cuda" else [])]
     points = tuple(
-        tuple((name, options[end]) for name, options in table.items())
-        for table in tables
-        for end in (0, -1)
+        tuple((name, options[end]) for name, options in OPTIONS[kind].items()) for end in (0, -1)
     )
     return _digest(spec, kind, points)
 
@@ -166,17 +138,8 @@ def _digest(spec: CacheSpec, kind: str, points: tuple[tuple[tuple[str, int], ...
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
     """Write every decision onto the anchor's block."""
-    _annotate(sch, OPTIONS[kind], decide)
-
-
-def apply_planes(sch: Schedule, decide: Decide) -> None:
-    """`apply` of the other design for GPUs."""
-    _annotate(sch, PLANES, decide)
-
-
-def _annotate(sch: Schedule, table: dict[str, list[int]], decide: Decide) -> None:
     block = sch.get_sblock(_BLOCK)
-    for name, options in table.items():
+    for name, options in OPTIONS[kind].items():
         sch.annotate(block, _PREFIX + name, decide(name, options))
 
 
@@ -192,17 +155,14 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     """Why a point of the space is not worth compiling, or None."""
     if kind != "cuda":
         return None
-    if "planes" in config:
-        threads = Shape(spec, planes_config(config)).threads
-        if threads > _THREADS:
-            return f"{threads} threads of a CTA exceed {_THREADS}"
-        used, dynamic = planes_shared_bytes(spec, planes_config(config))
-        if used + dynamic > _SHARED:
-            return f"{used + dynamic} bytes of shared memory exceed {_SHARED}"
-    else:
-        used = shared_bytes(DecodeConfig(**config), spec.head_dim)
-    if used > _STATIC_SHARED:
-        return f"{used} bytes of static shared memory exceed {_STATIC_SHARED}"
+    threads = Shape(spec, DecodeConfig(**config)).threads
+    if threads > _THREADS:
+        return f"{threads} threads of a CTA exceed {_THREADS}"
+    static, dynamic = decode_shared_bytes(spec, DecodeConfig(**config))
+    if static > _STATIC_SHARED:
+        return f"{static} bytes of static shared memory exceed {_STATIC_SHARED}"
+    if static + dynamic > _SHARED:
+        return f"{static + dynamic} bytes of shared memory exceed {_SHARED}"
     return None
 
 
@@ -213,12 +173,10 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
     """
     if kind != "cuda":
         return {"ctas_per_sm": 1, "split_tokens": 64}
-    if "planes" in config:
-        shape = Shape(spec, planes_config(config))
-        return {
-            "threads": shape.threads,
-            "shared_bytes": planes_shared_bytes(spec, planes_config(config))[1],
-            "units": shape.units,
-            "group_tokens": config["tile"] * config["warps"] * config["reach"],
-        }
-    return {"threads": 32 * config["warps"], "split_tokens": 16}
+    shape = Shape(spec, DecodeConfig(**config))
+    return {
+        "threads": shape.threads,
+        "shared_bytes": decode_shared_bytes(spec, DecodeConfig(**config))[1],
+        "units": shape.units,
+        "group_tokens": config["tile"] * config["warps"] * config["reach"],
+    }

@@ -23,7 +23,6 @@ from tq_tvm.spec import (
     get_format,
 )
 from tq_tvm.splits import (
-    HEAD_TILE,
     WORKSPACE_BYTES,
     launch_keys,
     num_groups,
@@ -311,7 +310,7 @@ processors = st.integers(1, 256)
 
 
 def ctas(spec, batch):
-    return batch * spec.num_kv_heads * math.ceil(spec.group_size / HEAD_TILE)
+    return batch * spec.num_kv_heads
 
 
 @untimed

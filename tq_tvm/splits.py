@@ -1,7 +1,7 @@
 """Into how many parts ``decode`` cuts its work: shapes decide, lengths stay on the device.
 
-A kernel either splits every context, or shares out all tokens of the batch among groups of CTAs;
-its launch numbers tell which.
+A CPU's kernel splits every context; a GPU's shares out all tokens of the batch among groups of
+CTAs. Launch numbers tell which.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
-    "HEAD_TILE",
     "WORKSPACE_BYTES",
     "launch_keys",
     "num_groups",
@@ -21,10 +20,6 @@ __all__ = [
     "workspace_floats",
 ]
 
-HEAD_TILE = 8
-"""Query heads of a group that one CTA serves where contexts are split."""
-
-
 WORKSPACE_BYTES = 2 << 20
 """What the workspace of groups may take beside a hundredth of the cache."""
 
@@ -32,7 +27,7 @@ WORKSPACE_BYTES = 2 << 20
 def launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
     """What a kernel has to say about itself.
 
-    ``ctas_per_sm`` is the CTAs resident on a processor; ``split_tokens`` the tokens that a CTA
+    ``ctas_per_sm`` is the CTAs resident on a processor; ``split_tokens`` the tokens that a thread
     could have read in the time by which one more split makes the merge longer; ``units`` the
     CTAs of a group, and ``group_tokens`` its least tokens.
     """
@@ -62,14 +57,12 @@ def num_parts(
 def num_splits(
     spec: CacheSpec, batch: int, context: int, launch: Mapping[str, int], processors: int
 ) -> int:
-    """As many splits as are resident at once, but no more than pay for their merge.
+    """As many splits as run at once, but no more than pay for their merge.
 
-    A CTA reads context / splits tokens and the merge costs split_tokens * splits, which is least at
-    the root of their ratio. On an H200 the times of 9 shapes and 3 kernels at 20 numbers of splits
-    have their minima there, but for 10 % at most; a second wave of CTAs always costs more.
+    A thread reads context / splits tokens and the merge costs split_tokens * splits, which is least
+    at the root of their ratio.
     """
-    ctas = batch * spec.num_kv_heads * -(-spec.group_size // HEAD_TILE)
-    resident = launch["ctas_per_sm"] * processors // ctas
+    resident = launch["ctas_per_sm"] * processors // (batch * spec.num_kv_heads)
     return max(1, min(resident, math.isqrt(context // launch["split_tokens"])))
 
 

@@ -17,8 +17,8 @@ from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
 
 SPEC = CacheSpec(64, 4, 1, 64, "bfloat16", "bshd")
-PLANES = {
-    "planes": 1, "warps": 2, "abreast": 1, "tile": 32, "registers": 256, "query_in_shared": 0,
+CONFIG = {
+    "warps": 2, "abreast": 1, "tile": 32, "stages": 2, "registers": 256, "query_in_shared": 0,
     "headroom": 0, "reach": 2,
 }  # fmt: skip
 
@@ -27,7 +27,7 @@ PLANES = {
 def sources():
     """Text of two kernels in one unit, the second of which waits for its own first launch."""
     functions = {
-        f"decode_{overlap}": decode(SPEC, "cuda", {**PLANES, "overlap": overlap}).with_attr(
+        f"decode_{overlap}": decode(SPEC, "cuda", {**CONFIG, "overlap": overlap}).with_attr(
             "global_symbol", f"decode_{overlap}"
         )
         for overlap in (0, 1)

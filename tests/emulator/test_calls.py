@@ -23,8 +23,8 @@ from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import launch_keys, num_groups
 
 SPEC = CacheSpec(64, 8, 2, 16, "bfloat16", "bshd")
-PLANES = {
-    "planes": 1, "warps": 2, "abreast": 2, "tile": 32, "registers": 256, "query_in_shared": 1,
+CONFIG = {
+    "warps": 2, "abreast": 2, "tile": 32, "stages": 2, "registers": 256, "query_in_shared": 1,
     "headroom": 1, "reach": 1, "overlap": 0,
 }  # fmt: skip
 PROCESSORS = 4
@@ -33,10 +33,11 @@ PROCESSORS = 4
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A library of one variant in place of the one that calls would load."""
-    module = compile_functions({"decode": decode(SPEC, "cuda", PLANES)}, tmp_path)
-    launch = space.launch(SPEC, "cuda", PLANES)
-    launch["ctas_per_sm"] = 65536 // (launch.pop("threads") * PLANES["registers"])
-    variant = LoadedVariant(module["decode"], "decode", 1, True, None, None, PLANES, launch)
+    module = compile_functions({"decode": decode(SPEC, "cuda", CONFIG)}, tmp_path)
+    launch = space.launch(SPEC, "cuda", CONFIG)
+    launch["ctas_per_sm"] = 65536 // (launch.pop("threads") * CONFIG["registers"])
+    del launch["shared_bytes"]
+    variant = LoadedVariant(module["decode"], "decode", 1, True, None, None, CONFIG, launch)
     loaded = LoadedFunction("decode", (variant,), tmp_path, SimpleNamespace(), PROCESSORS)
     for module_of_calls in (decode_call, workspace):
         monkeypatch.setattr(module_of_calls, "load", lambda *_: loaded)

@@ -23,43 +23,35 @@ from tq_tvm.splits import workspace_floats
 # As in ops/test_decode.py.
 LIMIT = {torch.float16: 5e-3, torch.bfloat16: 1e-2}
 LENGTHS = [0, 1, 63, 64, 65, 203]
-REGISTERS = {
-    "warps": 4, "tile": 64, "depth": 1, "registers": 256, "query_in_shared": 0,
-    "multiply_shifts": 0,
+STREAMS = {
+    "warps": 4, "abreast": 1, "tile": 64, "stages": 2, "registers": 168, "query_in_shared": 1,
+    "headroom": 1, "reach": 1, "overlap": 0,
 }  # fmt: skip
-SHARED = {
-    "warps": 2, "tile": 32, "depth": 2, "registers": 128, "query_in_shared": 1,
-    "multiply_shifts": 1,
+SMALL = {
+    "warps": 2, "abreast": 1, "tile": 32, "stages": 3, "registers": 256, "query_in_shared": 0,
+    "headroom": 0, "reach": 2, "overlap": 1,
 }  # fmt: skip
-PLANES = {
-    "planes": 1, "warps": 4, "abreast": 1, "tile": 64, "registers": 168, "query_in_shared": 1,
-    "headroom": 1, "reach": 1, "overlap": 0, "stages": 2,
+WIDE = {
+    "warps": 1, "abreast": 4, "tile": 64, "stages": 2, "registers": 168, "query_in_shared": 1,
+    "headroom": 2, "reach": 4, "overlap": 0,
 }  # fmt: skip
-SMALL_PLANES = {
-    "planes": 1, "warps": 2, "abreast": 1, "tile": 32, "registers": 256, "query_in_shared": 0,
-    "headroom": 0, "reach": 2, "overlap": 1, "stages": 3,
-}  # fmt: skip
-WIDE_PLANES = {
-    "planes": 1, "warps": 1, "abreast": 4, "tile": 64, "registers": 168, "query_in_shared": 1,
-    "headroom": 2, "reach": 4, "overlap": 0, "stages": 2,
+BOTH = {
+    "warps": 2, "abreast": 4, "tile": 32, "stages": 2, "registers": 128, "query_in_shared": 0,
+    "headroom": 1, "reach": 1, "overlap": 0,
 }  # fmt: skip
 CASES = {
-    "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), REGISTERS),
-    "group4_shared": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), SHARED),
-    "group8": (CacheSpec(128, 16, 2, 32, "float16", "bhsd"), SHARED),
-    "group1": (CacheSpec(128, 2, 2, 16, "float16", "bshd"), REGISTERS),
-    "head64": (CacheSpec(64, 8, 2, 16, "bfloat16", "bhsd"), REGISTERS),
-    "head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SHARED),
-    "planes4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), PLANES),
-    "planes4_half": (CacheSpec(128, 4, 1, 16, "float16", "bhsd"), SMALL_PLANES),
-    "planes6": (CacheSpec(128, 6, 1, 128, "bfloat16", "bshd"), PLANES),
-    "planes16": (CacheSpec(128, 16, 1, 32, "float16", "bshd"), SMALL_PLANES),
-    "planes_abreast4": (CacheSpec(128, 16, 4, 64, "bfloat16", "bshd"), WIDE_PLANES),
-    "planes_abreast3": (CacheSpec(64, 18, 3, 16, "float16", "bhsd"), WIDE_PLANES),
-    "planes_head64": (CacheSpec(64, 4, 2, 256, "bfloat16", "bshd"), PLANES),
-    "planes_head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SMALL_PLANES),
+    "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), STREAMS),
+    "group4_half": (CacheSpec(128, 4, 1, 16, "float16", "bhsd"), SMALL),
+    "group1": (CacheSpec(128, 3, 3, 16, "float16", "bshd"), BOTH),
+    "group6": (CacheSpec(128, 6, 1, 128, "bfloat16", "bshd"), STREAMS),
+    "group16": (CacheSpec(128, 16, 1, 32, "float16", "bshd"), SMALL),
+    "group16_abreast": (CacheSpec(128, 32, 2, 64, "bfloat16", "bshd"), BOTH),
+    "abreast4": (CacheSpec(128, 16, 4, 64, "bfloat16", "bshd"), WIDE),
+    "abreast4_streams": (CacheSpec(128, 16, 4, 16, "bfloat16", "bhsd"), BOTH),
+    "abreast3": (CacheSpec(64, 18, 3, 16, "float16", "bhsd"), WIDE),
+    "head64": (CacheSpec(64, 4, 2, 256, "bfloat16", "bshd"), STREAMS),
+    "head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SMALL),
 }
-PLANE_CASES = [name for name in CASES if name.startswith("planes")]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +111,7 @@ def test_equals_reference(compiled, case, parts):
     assert bool((out[0] == 0).all()), "an empty sequence gives zeros"
 
 
-@pytest.mark.parametrize("case", ["group4_shared", "group8", "planes4", "planes16"])
+@pytest.mark.parametrize("case", ["group4", "group16", "abreast4_streams"])
 def test_order_of_threads_does_not_matter(compiled, case):
     spec, _ = CASES[case]
     q, batch, _ = problem(spec, [130, 17])
@@ -127,7 +119,7 @@ def test_order_of_threads_does_not_matter(compiled, case):
     assert torch.equal(*orders)
 
 
-@pytest.mark.parametrize("case", ["group4", *PLANE_CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_large_logits(compiled, case):
     """Weights concentrate on few tokens, and the running maxima move."""
     spec, _ = CASES[case]
@@ -141,7 +133,7 @@ def test_large_logits(compiled, case):
 @pytest.mark.parametrize("parts", [2, 7, 60])
 def test_shares_cross_sequences(compiled, parts):
     """Many sequences, most of them empty: shares begin and end anywhere."""
-    case = "planes_head64"
+    case = "head64"
     spec, _ = CASES[case]
     lengths = [900, 1, 0, 0, 0, 300] + [0] * 40 + [5, 0, 64, 129]
     q, batch, want = problem(spec, lengths)
@@ -154,7 +146,7 @@ def test_shares_cross_sequences(compiled, parts):
 
 
 def test_nothing_to_attend_to(compiled):
-    case = "planes4"
+    case = "group4"
     q, batch, _ = problem(CASES[case][0], [0, 0])
     assert bool((run(compiled(case), case, q, batch, 4) == 0).all())
 
@@ -177,7 +169,7 @@ def one_hot_problem(spec, tokens, logit):
     return q, batch, want
 
 
-@pytest.mark.parametrize("case", ["planes4", "planes4_half", "planes6"])
+@pytest.mark.parametrize("case", ["group4", "group4_half", "group6"])
 @pytest.mark.parametrize("logit", [7.5, 30.0, 200.0])
 def test_one_token_among_thousands(compiled, case, logit):
     """At 7.5, the thousands weigh as much as the one."""
@@ -185,7 +177,7 @@ def test_one_token_among_thousands(compiled, case, logit):
     assert relative(run(compiled(case), case, q, batch, 1), want) <= LIMIT[q.dtype]
 
 
-@pytest.mark.parametrize("case", ["planes4", "planes6"])
+@pytest.mark.parametrize("case", ["group4", "group6"])
 def test_scale_of_either_sign(compiled, case):
     spec, _ = CASES[case]
     q, batch, _ = problem(spec, [150])
@@ -198,7 +190,7 @@ def test_scale_of_either_sign(compiled, case):
 
 
 def test_queries_of_zero_weigh_all_tokens_alike(compiled):
-    case = "planes4"
+    case = "group4"
     spec, _ = CASES[case]
     q, batch, _ = problem(spec, [150])
     q = torch.zeros_like(q)

@@ -10,7 +10,8 @@ import re
 __all__ = ["ask_for_shared_memory"]
 
 _CONDITION = re.compile(
-    r"^([ \t]*if \(\w+) >= 49152\) \{\n(?=.*cudaFuncAttributeMaxDynamicSharedMemorySize)", re.MULTILINE
+    r"^([ \t]*if \(\w+) >= 49152\) \{\n(?=.*cudaFuncAttributeMaxDynamicSharedMemorySize)",
+    re.MULTILINE,
 )
 
 

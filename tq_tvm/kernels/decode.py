@@ -5,7 +5,7 @@ Equation
 
         out = (softmax(sm_scale q' k^T) v) H / sqrt(D)
 
-    computed as online softmax over splits of the context, each of which leaves m = max of the
+    computed as online softmax over parts of the context, each of which leaves m = a bound of the
     logits (in units of log2), l = sum 2^(logit - m) and o = sum 2^(logit - m) v; then merged.
 
 Buffers
@@ -21,7 +21,7 @@ Buffers
     seq_lens     [B]                                       int32    in
     workspace    [W], see ``tq_tvm.splits``                float32  scratch: o, then (m, l)
     out          [B, HQ, D]                                dtype    out
-    num_splits   scalar: splits, or groups                 int32    in
+    num_parts    scalar: splits (CPU), or groups (GPU)     int32    in
     sm_scale     scalar                                    float32  in
     ===========  ========================================  =======  =====================
 
@@ -31,8 +31,8 @@ Tail
     Tokens past a sequence's end are masked, scales included. An empty sequence gives zeros.
 
 Numerics
-    float32 softmax and sums. On a GPU K, its centroids and q enter integer products with 16 bits,
-    weights and V's levels are halves: the error is that of rounding the output.
+    float32 softmax. On a GPU q enters integer products with 16 bits, K's centroids with 8 or, for
+    float16, 16 bits, and the weights of V with 15: the error is that of rounding the output.
 
 Cost of one token and KV head (k4v2, D = 128): 102 bytes read; see ``decode_cuda`` for operations.
 
@@ -47,9 +47,8 @@ from collections.abc import Mapping
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.decode_cpu import DecodeCpuConfig, decode_cpu
-from tq_tvm.kernels.decode_cuda import DecodeConfig, decode_cuda
-from tq_tvm.kernels.decode_planes import decode_planes
-from tq_tvm.kernels.decode_shape import planes_config
+from tq_tvm.kernels.decode_cuda import decode_cuda
+from tq_tvm.kernels.decode_shape import DecodeConfig
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["decode"]
@@ -57,8 +56,6 @@ __all__ = ["decode"]
 
 def decode(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``decode`` for a target kind and one value of each decision."""
-    if "planes" in decisions:
-        return decode_planes(spec, planes_config(decisions))
     if kind == "cuda":
         return decode_cuda(spec, DecodeConfig(**decisions))
     return decode_cpu(spec, DecodeCpuConfig(**decisions))

@@ -1,4 +1,4 @@
-"""Merging in ``decode_planes``: the warps of a column, then the pieces of a sequence."""
+"""Merging in ``decode_cuda``: the warps of a column, then the pieces of a sequence."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MergedMemory:
 
     @classmethod
     def allocate(cls, shape: Shape, words) -> MergedMemory:
-        """Shared memory for all columns; outputs are kept in ``words``, which only ``ptx`` writes."""
+        """Shared memory for all columns; outputs are in ``words``, which only ``ptx`` writes."""
         heads = (shape.abreast, shape.heads)
         return cls(
             output=words,

@@ -1,4 +1,4 @@
-"""Copying tokens of a packed cache to shared memory, and reading them, for ``decode_planes``.
+"""Copying tokens of a packed cache to shared memory, and reading them, for ``decode_cuda``.
 
 The threads of a CTA copy a step of tokens, a tile for each stream of warps, for all KV heads of the
 CTA together: what lies side by side in a page is asked for at once, by neighbouring lanes. (Warps
@@ -106,7 +106,7 @@ class Cell:
             self._words(into, (j,), at + place * count + j, width)
 
     def value_rows(self, step: int):
-        """Rows of V of 32 tokens: ``[chunk of 16 bytes, octet]``, bytes 2 g, 2 g + 1 of two tokens."""
+        """V of 32 tokens: bytes 2 g, 2 g + 1 of two tokens, ``[chunk of 16 bytes, octet]``."""
         shape, ring = self._shape, self._ring
         rows = local((shape.value_chunks, 4), "uint32")
         for chunk in range(shape.value_chunks):
@@ -155,9 +155,7 @@ class PageReader:
     to the thread. Page strides have to fit 31 bits, in elements.
     """
 
-    def __init__(
-        self, shape: Shape, matched, block_table, first_head, thread, ring: Ring
-    ) -> None:
+    def __init__(self, shape: Shape, matched, block_table, first_head, thread, ring: Ring) -> None:
         self._shape, self._ring, self._table = shape, ring, block_table
         spec, fmt = shape.spec, shape.spec.cache_format
         self._first_head = first_head
@@ -264,7 +262,10 @@ class PageReader:
             if page not in bases:
                 at = T.cast(plane.pages[page], "int64") * stride + T.cast(plane.at, "int64")
                 if apart:
-                    at = at + T.cast(T.truncmod(first + plane.token + token, size), "int64") * plane.row
+                    at = (
+                        at
+                        + T.cast(T.truncmod(first + plane.token + token, size), "int64") * plane.row
+                    )
                 elif size > self._together:
                     inside = T.truncmod(first + page * self._together, size) * plane.row
                     at = at + T.cast(inside, "int64")

@@ -1,4 +1,4 @@
-"""Queries of a CTA of ``decode_planes``: rotated, in 16 bits, in the order of K's bytes."""
+"""Queries of a CTA of ``decode_cuda``: rotated, in 16 bits, in the order of K's bytes."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class Query:
             store(self.row_weight, sign)
 
     def _arrange(self, i: int, part: int) -> None:
-        """Two words of K meet these: bytes of the nibbles of each, then low, then high ones of both.
+        """Two words of K meet these: bytes of each one's nibbles, then low, then high ones of both.
 
         What one product takes is side by side, or it would have to be moved.
         """

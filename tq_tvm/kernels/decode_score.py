@@ -1,4 +1,4 @@
-"""Scores of a tile in ``decode_planes``: packed codes of K against the queries.
+"""Scores of a tile in ``decode_cuda``: packed codes of K against the queries.
 
 ``prmt`` maps four codes to four signed bytes of a table held in registers: the packed nibbles, sign
 bits cleared, are its selector. The sign bits are operands as they lie in the word, 8 for the low

@@ -1,22 +1,21 @@
-"""The numbers that a ``decode_planes`` kernel is made of: its decisions, and what follows."""
+"""The numbers that a ``decode_cuda`` kernel is made of: its decisions, and what follows."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 from tq_tvm.kernels.decode_tables import KeyTables, narrow_tables, wide_tables
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["PlanesConfig", "Shape", "planes_config"]
+__all__ = ["DecodeConfig", "Shape"]
 
 REGISTERS = 65536
 """Registers of an SM."""
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanesConfig:
+class DecodeConfig:
     """The decisions of one kernel; ``schedules/decode.py`` says what each one trades."""
 
     warps: int
@@ -30,17 +29,12 @@ class PlanesConfig:
     stages: int
 
 
-def planes_config(decisions: Mapping[str, int]) -> PlanesConfig:
-    """The configuration of sampled decisions, which name the design too."""
-    return PlanesConfig(**{name: value for name, value in decisions.items() if name != "planes"})
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Static sizes, for a lane unless said otherwise."""
 
     spec: CacheSpec
-    config: PlanesConfig
+    config: DecodeConfig
 
     @property
     def abreast(self) -> int:
@@ -177,7 +171,7 @@ class Shape:
 
     @property
     def sums_at(self) -> int:
-        """Where the sums of all warps begin in dynamic shared memory, in words; the ring is first."""
+        """Where sums of warps begin in dynamic shared memory, in words, behind the ring."""
         return self.ring_words
 
     @property

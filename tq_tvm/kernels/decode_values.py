@@ -1,4 +1,4 @@
-"""Softmax and weighted sums of V of a tile in ``decode_planes``, in integers.
+"""Softmax and weighted sums of V of a tile in ``decode_cuda``, in integers.
 
 V's four levels are symmetric, so they are affine in the two bits of a code::
 

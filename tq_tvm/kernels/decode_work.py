@@ -1,4 +1,4 @@
-"""Which tokens a CTA of ``decode_planes`` attends to: equal shares, whatever the lengths.
+"""Which tokens a CTA of ``decode_cuda`` attends to: equal shares, whatever the lengths.
 
 The tiles of all sequences, one after another, are cut into ``groups`` equal shares, which cross
 sequences.

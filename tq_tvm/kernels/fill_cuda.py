@@ -4,9 +4,9 @@ One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the
 
 1. reads them in 16-byte pieces (8 at D = 64), by ``cp.async`` into a ring of ``stages`` in shared
    memory, so that the next rows are on their way while these are worked on, and rotates them by
-   tensor cores (`hadamard_cuda`): exact, since rows have 8 or 11 bits a value, the matrix has ones and minus ones, and sums are
-   float32. The sign of the result is turned, so that a zero, which comes as +0, is told from a
-   positive value by its sign;
+   tensor cores (`hadamard_cuda`): exact, since rows have 8 or 11 bits a value, the matrix has ones
+   and minus ones, and sums are float32. The sign of the result is turned, so that a zero, which
+   comes as +0, is told from a positive value by its sign;
 2. finds the squared norms as the diagonal of the product of the rows with themselves;
 3. encodes by comparing magnitudes with the boundaries times the norm: a steep difference, cut off
    at 0 and 1, is a comparison f on the multiplier's pipe. The level is the sum of f, the centroid
@@ -262,7 +262,7 @@ def _emit(
     store(filled, i32(0))
 
     def row_of(start):
-        """Token and head of the lane's row; past the end it is the last one, which writes nothing."""
+        """Token and head of the lane's row; past the end those of the last, to write nothing."""
         index = let(T.cast(T.min(start + g, total - 1), "uint32"))
         token, head = index // u32(heads), index % u32(heads)
         return let(T.cast(token, "int32")), let(T.cast(head, "int32"))
