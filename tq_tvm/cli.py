@@ -325,6 +325,11 @@ def verify(as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Libraries of the default schedules, timed in turn (see build --no-records).",
 )
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Time FlashInfer's, lmdeploy's and vLLM's decode too, where they are installed.",
+)
 @click.option("--launches", type=click.IntRange(3), default=50, show_default=True)
 @click.option(
     "--json",
@@ -337,6 +342,7 @@ def bench(
     kernels: tuple[str, ...],
     device: str | None,
     defaults: Path | None,
+    compare: bool,
     launches: int,
     json_path: Path | None,
 ) -> None:
@@ -352,10 +358,18 @@ def bench(
         _ensure_library(spec, target)
     bar = tqdm(total=len(rows), unit="row", disable=None)
     done = run.run_rows(
-        rows, where, defaults=defaults, launches=launches, report=lambda row: bar.update()
+        rows,
+        where,
+        defaults=defaults,
+        compare=compare,
+        launches=launches,
+        report=lambda row: bar.update(),
     )
     bar.close()
-    click.echo(table.table(done))
+    click.echo("\n\n".join([table.table(done), *table.compare_tables(done).values()]))
+    absent = {f"{name}: {why}" for row in done for name, why in row.peers_absent.items()}
+    for line in sorted(absent):
+        click.echo(f"not timed: {line}", err=True)
     if json_path:
         results.write_rows(json_path, done)
 
