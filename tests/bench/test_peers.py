@@ -170,8 +170,8 @@ def test_vllm_fills_every_page_itself(inputs, install, monkeypatch):
         return output_buf
 
     package = "vllm.model_executor.layers.quantization.turboquant"
-    install("triton")
     install("vllm")
+    install("vllm.triton_utils", triton=types.SimpleNamespace(__version__="3.6.0"))
     install(f"{package}.config", TurboQuantConfig=Config)
     install(f"{package}.centroids", get_centroids=lambda dim, bits: torch.tensor([2.0, 0.0, 1.0]))
     ops = "vllm.v1.attention.ops.triton_turboquant"
@@ -181,6 +181,7 @@ def test_vllm_fills_every_page_itself(inputs, install, monkeypatch):
     baseline = peers.decode_peers(inputs)["vLLM 4bit_nc"]()
     assert len(stored) == 13 * 16
     assert baseline.bytes == TOKENS * 2 * 70 + Q_BYTES
+    assert baseline.versions == {"vllm": "1.2.3", "triton": "3.6.0"}
 
 
 def test_fast_hadamard_transform(install):

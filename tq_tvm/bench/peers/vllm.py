@@ -23,10 +23,10 @@ _TOLERANCE = 0.25
 
 def four_bit(inputs: DecodeInputs) -> Peer:
     """Attention over pages that vLLM's own kernel has quantised."""
-    import triton
     import vllm
     from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
     from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+    from vllm.triton_utils import triton
     from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
     from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
 
