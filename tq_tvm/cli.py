@@ -357,21 +357,21 @@ def bench(
     for spec in cases.specs(rows):
         _ensure_library(spec, target)
     bar = tqdm(total=len(rows), unit="row", disable=None)
-    done = run.run_rows(
-        rows,
-        where,
-        defaults=defaults,
-        compare=compare,
-        launches=launches,
-        report=lambda row: bar.update(),
-    )
+    done: list[results.Row] = []
+
+    def keep(row: results.Row) -> None:
+        done.append(row)
+        bar.update()
+        # What stops a later row leaves the file with the rows before it.
+        if json_path:
+            results.write_rows(json_path, done)
+
+    run.run_rows(rows, where, defaults=defaults, compare=compare, launches=launches, report=keep)
     bar.close()
     click.echo("\n\n".join([table.table(done), *table.compare_tables(done).values()]))
     absent = {f"{name}: {why}" for row in done for name, why in row.peers_absent.items()}
     for line in sorted(absent):
         click.echo(f"not timed: {line}", err=True)
-    if json_path:
-        results.write_rows(json_path, done)
 
 
 def _ensure_library(spec: CacheSpec, target: TargetInfo) -> None:
