@@ -25,7 +25,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10, 3.11 or 3.12 must be on PATH"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch==2.13.0
-	$(RUN) -m pip install -q -c constraints.txt -e '.[tune,dev]'
+	$(RUN) -m pip install -q -c constraints.txt -e '.[tune,dev,plot]'
 	touch $@
 
 clean:

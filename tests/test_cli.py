@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -199,6 +200,7 @@ def test_what_ctrl_c_kept_is_shown(monkeypatch, tmp_path, as_json):
 def test_bench_times_every_row_of_a_kernel(built, monkeypatch, tmp_path):
     root, _ = built
     monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(root))
+    monkeypatch.setitem(sys.modules, "fast_hadamard_transform", None)
     path = tmp_path / "bench.json"
     result = invoke(
         "bench", "--device", "cpu", "--kernel", "rotate", "--launches", "3", "--json", str(path)
@@ -210,4 +212,6 @@ def test_bench_times_every_row_of_a_kernel(built, monkeypatch, tmp_path):
     assert row["bytes"] == 65536 * 128 * 2 * 2
     assert row["us"] > 0
     assert row["default_us"] is None
+    assert list(row["peers_absent"]) == ["fast_hadamard_transform"]
+    assert "not timed: fast_hadamard_transform: ModuleNotFoundError" in result.stderr
     assert row["fraction_of_copy"] == pytest.approx(row["tb_per_s"] / row["copy_tb_per_s"], rel=0.1)

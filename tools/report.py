@@ -1,10 +1,11 @@
-"""Put the table of a ``bench.json`` into README.md."""
+"""Put the tables of a ``bench.json`` into README.md, and draw its picture."""
 
 from pathlib import Path
 
 import click
 
 from tq_tvm.bench.results import read_rows
+from tq_tvm.bench.roofline import draw
 from tq_tvm.bench.table import replace_table
 
 _ROOT = Path(__file__).parents[1]
@@ -17,9 +18,17 @@ _ROOT = Path(__file__).parents[1]
     default=_ROOT / "tuning_logs" / "nvidia_h200" / "bench.json",
 )
 @click.option("--readme", type=click.Path(path_type=Path), default=_ROOT / "README.md")
-def main(bench: Path, readme: Path) -> None:
-    """Rewrite the table between README's marks from BENCH."""
-    replace_table(readme, read_rows(bench))
+@click.option(
+    "--roofline",
+    type=click.Path(path_type=Path),
+    help="Picture to draw; roofline.svg beside BENCH by default.",
+)
+def main(bench: Path, readme: Path, roofline: Path | None) -> None:
+    """Rewrite what lies between README's marks from BENCH."""
+    rows = read_rows(bench)
+    picture = roofline or bench.with_name("roofline.svg")
+    draw(rows, picture)
+    replace_table(readme, rows, picture)
 
 
 if __name__ == "__main__":

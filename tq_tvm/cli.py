@@ -325,6 +325,11 @@ def verify(as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False, exists=True),
     help="Libraries of the default schedules, timed in turn (see build --no-records).",
 )
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Time FlashInfer's, lmdeploy's and vLLM's decode too, where they are installed.",
+)
 @click.option("--launches", type=click.IntRange(3), default=50, show_default=True)
 @click.option(
     "--json",
@@ -337,6 +342,7 @@ def bench(
     kernels: tuple[str, ...],
     device: str | None,
     defaults: Path | None,
+    compare: bool,
     launches: int,
     json_path: Path | None,
 ) -> None:
@@ -351,13 +357,21 @@ def bench(
     for spec in cases.specs(rows):
         _ensure_library(spec, target)
     bar = tqdm(total=len(rows), unit="row", disable=None)
-    done = run.run_rows(
-        rows, where, defaults=defaults, launches=launches, report=lambda row: bar.update()
-    )
+    done: list[results.Row] = []
+
+    def keep(row: results.Row) -> None:
+        done.append(row)
+        bar.update()
+        # What stops a later row leaves the file with the rows before it.
+        if json_path:
+            results.write_rows(json_path, done)
+
+    run.run_rows(rows, where, defaults=defaults, compare=compare, launches=launches, report=keep)
     bar.close()
-    click.echo(table.table(done))
-    if json_path:
-        results.write_rows(json_path, done)
+    click.echo("\n\n".join([table.table(done), *table.compare_tables(done).values()]))
+    absent = {f"{name}: {why}" for row in done for name, why in row.peers_absent.items()}
+    for line in sorted(absent):
+        click.echo(f"not timed: {line}", err=True)
 
 
 def _ensure_library(spec: CacheSpec, target: TargetInfo) -> None:

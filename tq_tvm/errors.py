@@ -11,6 +11,7 @@ __all__ = [
     "ArgumentValueError",
     "ArtifactCorruptError",
     "ArtifactNotFoundError",
+    "BenchmarkError",
     "BuildError",
     "TQError",
     "TuningLogError",
@@ -47,6 +48,10 @@ class ArtifactCorruptError(TQError, RuntimeError):
 
 class TuningLogError(TQError, RuntimeError):
     """A tuning log is malformed, or was recorded for another device or kernel."""
+
+
+class BenchmarkError(TQError, RuntimeError):
+    """Another program computed something else than asked, or a picture lacks its package."""
 
 
 class BuildError(TQError, RuntimeError):

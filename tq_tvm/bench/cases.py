@@ -1,7 +1,7 @@
 """What is timed: calls of the public operations on valid inputs, and torch's way of doing the same.
 
 A baseline of torch works on the dense data of the model's dtype: what a server without this cache
-would do in its place.
+would do in its place. Other programs, where they are installed, are in `tq_tvm.bench.peers`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tq_tvm.bench.baseline import Baseline
+from tq_tvm.bench.peers import DecodeInputs, decode_peers, rotate_peers
 from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
 from tq_tvm.spec import CacheSpec
 
@@ -72,14 +74,17 @@ class Workload:
 class Case:
     """A workload's call, the bytes it has to move, and who else does it.
 
-    ``function`` and ``size`` say which compiled variant serves the call.
+    ``function`` and ``size`` say which compiled variant serves the call. A function of ``peers``
+    brings the inputs into a program's form and checks its result; what it raises is why the
+    program cannot be timed.
     """
 
     call: Callable[[], object]
     bytes: int
     function: str
     size: int
-    baselines: dict[str, Callable[[], object]]
+    baselines: dict[str, Baseline]
+    peers: dict[str, Callable[[], Baseline]] = dataclasses.field(default_factory=dict)
 
 
 def workloads(kind: str) -> list[Workload]:
@@ -118,11 +123,15 @@ def workloads(kind: str) -> list[Workload]:
     ]
 
 
-def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
-    """Allocate a workload's tensors on a device."""
+def make_case(
+    workload: Workload, device: torch.device, seed: int = 0, *, compare: bool = False
+) -> Case:
+    """Allocate a workload's tensors on a device; ``compare`` adds the peers of ``decode``."""
     torch.manual_seed(seed)
     makers = {"rotate": _rotate, "fill": _fill, "flatten": _flatten, "decode": _decode}
-    return makers[workload.kernel](workload, device)
+    case = makers[workload.kernel](workload, device)
+    # The rotation's peer costs nothing where it is missing; those of decode fill whole caches.
+    return case if compare or workload.kernel == "rotate" else dataclasses.replace(case, peers={})
 
 
 def _rotate(workload: Workload, device: torch.device) -> Case:
@@ -130,12 +139,14 @@ def _rotate(workload: Workload, device: torch.device) -> Case:
     dtype = getattr(torch, spec.dtype)
     x = torch.randn(workload.batch, spec.head_dim, device=device).to(dtype)
     out = torch.empty_like(x)
+    moved = 2 * x.numel() * x.element_size()
     return Case(
         call=lambda: hadamard_rotate(x, out=out),
-        bytes=2 * x.numel() * x.element_size(),
+        bytes=moved,
         function="rotate",
         size=x.numel(),
-        baselines={"torch copy": lambda: out.copy_(x)},
+        baselines={"torch copy": Baseline(lambda: out.copy_(x), moved)},
+        peers=rotate_peers(x),
     )
 
 
@@ -163,9 +174,14 @@ def _random_cache(spec: CacheSpec, pages: int, device: torch.device) -> PagedKVC
     return cache
 
 
+def _dense_bytes(spec: CacheSpec) -> int:
+    """One K and one V row of the model."""
+    return 2 * spec.head_dim * getattr(torch, spec.dtype).itemsize
+
+
 def _row_bytes(spec: CacheSpec) -> int:
     """One K and one V row of the model, and their packed form."""
-    return 2 * spec.head_dim * getattr(torch, spec.dtype).itemsize + spec.bytes_per_token_head
+    return _dense_bytes(spec) + spec.bytes_per_token_head
 
 
 def _fill(workload: Workload, device: torch.device) -> Case:
@@ -203,7 +219,11 @@ def _fill(workload: Workload, device: torch.device) -> Case:
         bytes=tokens * spec.num_kv_heads * _row_bytes(spec),
         function=function,
         size=k.numel(),
-        baselines={"torch index_copy, dense": scatter},
+        baselines={
+            "torch index_copy, dense": Baseline(
+                scatter, 2 * tokens * spec.num_kv_heads * _dense_bytes(spec)
+            )
+        },
     )
 
 
@@ -237,7 +257,11 @@ def _flatten(workload: Workload, device: torch.device) -> Case:
         bytes=tokens * spec.num_kv_heads * _row_bytes(spec),
         function="flatten_unrotated" if workload.rotate_back else "flatten",
         size=out[0].numel(),
-        baselines={"torch index_select, dense": gather},
+        baselines={
+            "torch index_select, dense": Baseline(
+                gather, 2 * tokens * spec.num_kv_heads * _dense_bytes(spec)
+            )
+        },
     )
 
 
@@ -250,21 +274,24 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     out = torch.empty_like(q)
     size = paged_decode_workspace_size(spec, batch, workload.context, device)
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    baselines: dict[str, Callable[[], object]] = {}
+    inputs = DecodeInputs(spec, cache, q, table, lengths)
+    baselines = {}
     if workload.shortest is None:
         shape = (2, batch, spec.num_kv_heads, workload.context, spec.head_dim)
         k, v = torch.randn(shape, device=device, dtype=dtype)
         query = q.view(batch, spec.num_q_heads, 1, spec.head_dim)
         # On lengths that differ, torch would have to pad.
-        baselines["torch sdpa, dense"] = lambda: F.scaled_dot_product_attention(
-            query, k, v, enable_gqa=True
+        baselines["torch sdpa, dense"] = Baseline(
+            lambda: F.scaled_dot_product_attention(query, k, v, enable_gqa=True),
+            inputs.traffic(_dense_bytes(spec)),
         )
     return Case(
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace),
-        bytes=int(lengths.sum()) * spec.bytes_per_token + 2 * q.numel() * q.element_size(),
+        bytes=inputs.traffic(spec.bytes_per_token_head),
         function="decode",
         size=batch * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
         baselines=baselines,
+        peers=decode_peers(inputs),
     )
 
 

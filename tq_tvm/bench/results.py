@@ -36,6 +36,10 @@ class Row(msgspec.Struct):
         Times of other programs that do the same, in the same run.
     conditions
         Device, driver and versions.
+    baseline_bytes
+        What each of the ``baselines`` has to read and write, once, in its own format.
+    peers_absent
+        Why a program that was asked for has no time, by its name.
     """
 
     kernel: str
@@ -50,6 +54,8 @@ class Row(msgspec.Struct):
     default_us: float | None
     baselines: dict[str, float]
     conditions: dict[str, str]
+    baseline_bytes: dict[str, int] = {}
+    peers_absent: dict[str, str] = {}
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

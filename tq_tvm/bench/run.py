@@ -1,4 +1,4 @@
-"""Time the rows of `tq_tvm.bench.cases`: tuned library, default library and baselines in turn."""
+"""Time the rows of `tq_tvm.bench.cases`: tuned, default, baselines and peers in turn."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from tq_tvm import env, ops
 from tq_tvm._version import __version__
 from tq_tvm.artifacts import load
+from tq_tvm.bench.baseline import Baseline
 from tq_tvm.bench.cases import Workload, make_case
 from tq_tvm.bench.results import Row
 from tq_tvm.bench.timing import capture, copy_tb_per_s, time_us
@@ -41,6 +42,25 @@ def _time(call: Callable[[], object], device: torch.device, graph: bool, launche
     return time_us(capture(call) if graph else call, device, launches=launches)
 
 
+def _time_peer(
+    make: Callable[[], Baseline], device: torch.device, graph: bool, launches: int
+) -> tuple[float, int, dict[str, str]]:
+    """Time in us, bytes and versions of a peer, whose caches end with this call."""
+    baseline = make()
+    return (
+        _time(baseline.call, device, graph, launches),
+        baseline.bytes,
+        baseline.versions,
+    )
+
+
+def _why_absent(name: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    level = logging.INFO if isinstance(error, ImportError) else logging.WARNING
+    _log.log(level, "bench: %s is left out: %s", name, reason)
+    return reason
+
+
 def conditions(device: torch.device) -> dict[str, str]:
     """Say what a time was measured on."""
     facts = {"tq_tvm": __version__, "torch": str(torch.__version__), "cache": "L2 cold"}
@@ -56,6 +76,7 @@ def run_rows(
     device: torch.device,
     *,
     defaults: Path | None = None,
+    compare: bool = False,
     launches: int = 50,
     report: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
@@ -70,6 +91,8 @@ def run_rows(
     defaults
         Directory of libraries with the default schedules (``tq-tvm build --no-records``); None
         leaves ``default_us`` out.
+    compare
+        Time other programs' decode too, where they are installed.
     launches
         Launches of each median.
     report
@@ -84,7 +107,7 @@ def run_rows(
     facts = conditions(device)
     done = []
     for workload in rows:
-        case = make_case(workload, device)
+        case = make_case(workload, device, compare=compare)
         variant = load(case.function, workload.spec, device).nearest(case.size)
         us = _time(case.call, device, workload.graph, launches)
         default_us = None
@@ -97,10 +120,22 @@ def run_rows(
                     del plain
                 except ArtifactNotFoundError as error:
                     _log.warning("no default library: %s", str(error).splitlines()[0])
-        baselines = {
-            name: round(_time(call, device, workload.graph, launches), 3)
-            for name, call in case.baselines.items()
+        times = {
+            name: _time(baseline.call, device, workload.graph, launches)
+            for name, baseline in case.baselines.items()
         }
+        moved = {name: baseline.bytes for name, baseline in case.baselines.items()}
+        absent: dict[str, str] = {}
+        versions: dict[str, str] = {}
+        for name, make in case.peers.items():
+            try:
+                timed = _time_peer(make, device, workload.graph, launches)
+            # Another program may fail in any way, and the rows are not about it.
+            except Exception as error:
+                absent[name] = _why_absent(name, error)
+            else:
+                times[name], moved[name] = timed[:2]
+                versions |= timed[2]
         speed = case.bytes / us / 1e6
         row = Row(
             kernel=workload.kernel,
@@ -113,8 +148,10 @@ def run_rows(
             tuned=variant.tuned,
             record=variant.workload,
             default_us=None if default_us is None else round(default_us, 3),
-            baselines=baselines,
-            conditions=facts,
+            baselines={name: round(time, 3) for name, time in times.items()},
+            conditions=facts | versions,
+            baseline_bytes=moved,
+            peers_absent=absent,
         )
         report(row)
         done.append(row)

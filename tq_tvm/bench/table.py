@@ -1,7 +1,8 @@
-"""Rows of a benchmark as a table, and that table in a Markdown file."""
+"""Rows of a benchmark as tables, and these tables in a Markdown file."""
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
 
 from tabulate import tabulate
@@ -10,12 +11,13 @@ from tq_tvm.artifacts import schedule_word
 from tq_tvm.bench.results import Row
 from tq_tvm.errors import ArgumentValueError
 
-__all__ = ["replace_table", "table"]
+__all__ = ["compare_tables", "describe", "replace_table", "table"]
 
 _BEGIN, _END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
-def _describe(row: Row) -> str:
+def describe(row: Row) -> str:
+    """Sizes of a row in a few words."""
     size = row.workload
     if row.kernel == "rotate":
         text = f"{size['rows']} x {size['n']}"
@@ -30,15 +32,20 @@ def _describe(row: Row) -> str:
     return text + (", graph" if size["graph"] else "")
 
 
+def _is_torch(baseline: str) -> bool:
+    return baseline.startswith("torch ")
+
+
 def table(rows: list[Row], style: str = "simple") -> str:
     """Format rows; ``style`` is one of tabulate's (``"github"`` for Markdown)."""
     cells = []
     for row in rows:
-        name, baseline = next(iter(row.baselines.items()), ("", None))
+        name = next((name for name in row.baselines if _is_torch(name)), None)
+        baseline = None if name is None else row.baselines[name]
         cells.append(
             [
                 row.kernel,
-                _describe(row),
+                describe(row),
                 f"{row.us:.1f}",
                 f"{row.fraction_of_copy:.0%}",
                 "-" if row.default_us is None else f"{row.default_us:.1f}",
@@ -60,8 +67,43 @@ def table(rows: list[Row], style: str = "simple") -> str:
     return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True)
 
 
-def replace_table(path: Path, rows: list[Row]) -> None:
-    """Put the table of ``rows`` between the marks in a Markdown file.
+def compare_tables(rows: list[Row], style: str = "simple") -> dict[str, str]:
+    """Format what other programs took, in us and as a multiple of our time, by kernel.
+
+    A kernel that no other program than torch was timed on has no table.
+    """
+    tables = {}
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        own = [row for row in rows if row.kernel == kernel]
+        names = list(dict.fromkeys(name for row in own for name in row.baselines))
+        if all(map(_is_torch, names)):
+            continue
+        cells = [
+            [describe(row), f"{row.us:.1f}", *(_ratio(row, name) for name in names)] for row in own
+        ]
+        tables[kernel] = tabulate(
+            cells, headers=[kernel, "us", *names], tablefmt=style, disable_numparse=True
+        )
+    return tables
+
+
+def _ratio(row: Row, name: str) -> str:
+    if name not in row.baselines:
+        return "-"
+    return f"{row.baselines[name]:.1f} ({row.baselines[name] / row.us:.2f}x)"
+
+
+def replace_table(path: Path, rows: list[Row], picture: Path | None = None) -> None:
+    """Put the tables of ``rows`` between the marks in a Markdown file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    rows
+        At least one.
+    picture
+        What to show below the tables; the file links to it by a relative path.
 
     Raises
     ------
@@ -75,6 +117,12 @@ def replace_table(path: Path, rows: list[Row]) -> None:
         )
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
-    facts = ", ".join(f"{k} {v}" for k, v in rows[0].conditions.items())
+    # Rows differ in the programs that they name alone.
+    conditions = {k: v for row in rows for k, v in row.conditions.items()}
+    facts = ", ".join(f"{k} {v}" for k, v in conditions.items())
     note = f"Copy bandwidth in that run: {rows[0].copy_tb_per_s:.3f} TB/s. Conditions: {facts}."
-    path.write_text(f"{before}{_BEGIN}\n{table(rows, 'github')}\n\n{note}\n{_END}{after}")
+    parts = [table(rows, "github"), *compare_tables(rows, "github").values(), note]
+    if picture is not None:
+        target = Path(os.path.relpath(picture, path.parent)).as_posix()
+        parts.append(f"![bandwidth of decode over bytes moved]({target})")
+    path.write_text(f"{before}{_BEGIN}\n" + "\n\n".join(parts) + f"\n{_END}{after}")
