@@ -37,4 +37,7 @@ def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Deci
         ],
         metas=[f"{s}_meta" for s, codec in sides.items() if len(codec.meta) > 1],
     )
-    (schedule_cuda if kind == "cuda" else schedule_cpu)(sch, spec, names, decide)
+    if kind == "cuda":
+        schedule_cuda(sch, spec.head_dim, names, decide)
+    else:
+        schedule_cpu(sch, names, decide)

@@ -32,4 +32,7 @@ def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Deci
         row_stores=[f"{s}_store" for s in sides],
         scalars=["sequence", "slot", *[f"{s}_scales" for s in sides]],
     )
-    (schedule_cuda if kind == "cuda" else schedule_cpu)(sch, spec, names, decide)
+    if kind == "cuda":
+        schedule_cuda(sch, spec.head_dim, names, decide)
+    else:
+        schedule_cpu(sch, names, decide)

@@ -28,8 +28,6 @@ from collections.abc import Sequence
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
-from tq_tvm.spec import CacheSpec
-
 __all__ = ["ROW_MULTIPLE", "RowBlocks", "schedule_cpu", "schedule_cuda"]
 
 ROW_MULTIPLE = {"cuda": 128, "llvm": 1}
@@ -67,15 +65,15 @@ class RowBlocks:
     """Store several scales of a row next to each other."""
 
 
-def _vectors(spec: CacheSpec) -> list[int]:
+def _vectors(dim: int) -> list[int]:
     """Values of each quarter a lane may own: at least two lanes a row, at most a warp."""
-    quarter = spec.head_dim // _PARTS
+    quarter = dim // _PARTS
     return [v for v in (8, 16, 32) if 2 <= quarter // v <= _WARP]
 
 
-def schedule_cuda(sch: Schedule, spec: CacheSpec, names: RowBlocks, decide: Decide) -> None:
+def schedule_cuda(sch: Schedule, dim: int, names: RowBlocks, decide: Decide) -> None:
     """Bind rows and lanes; every buffer of a row lives in registers."""
-    vector = decide("vector", _vectors(spec))
+    vector = decide("vector", _vectors(dim))
     access = decide("access", [2, 4, 8])
     rows = decide("rows", [8, 16, 32, 64])
     serial = decide("serial", [1, 2])
@@ -122,7 +120,7 @@ def schedule_cuda(sch: Schedule, spec: CacheSpec, names: RowBlocks, decide: Deci
         sch.unroll(sch.get_loops(sch.get_sblock(name))[-1])
 
 
-def schedule_cpu(sch: Schedule, spec: CacheSpec, names: RowBlocks, decide: Decide) -> None:
+def schedule_cpu(sch: Schedule, names: RowBlocks, decide: Decide) -> None:
     """Rows in parallel, each row's loops vectorised."""
     chunk = decide("chunk", [1, 8, 32, 128])
     vector = decide("vector", [4, 8, 16])

@@ -32,6 +32,7 @@ __all__ = [
     "store",
     "u32",
     "wait_for_launch_before",
+    "warp_barrier",
     "when",
 ]
 
@@ -86,6 +87,11 @@ def mma(instruction: str, result, a, b, c) -> None:
 def barrier() -> None:
     """``__syncthreads``."""
     I.evaluate(T.tvm_storage_sync("shared"))
+
+
+def warp_barrier() -> None:
+    """``__syncwarp``."""
+    I.evaluate(T.cuda.warp_sync())
 
 
 def shuffle(value, lane):
