@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import CacheSpec, RotateSpec, Spec
 
 __all__ = ["Case", "Workload", "make_case", "workloads"]
 
 _SERVED = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+_ROTATED = (64, 128, 256, 512, 1024, 4096)
+_GIB = 1 << 30
 _SCALE_SPREAD = 0.1
 
 
@@ -30,23 +32,30 @@ class Workload:
     """
 
     kernel: str
-    spec: CacheSpec
+    spec: Spec
     batch: int
     context: int
     graph: bool = False
     rotate_back: bool = False
     shortest: int | None = None
 
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """The spec, of a kernel other than ``rotate``."""
+        assert isinstance(self.spec, CacheSpec)
+        return self.spec
+
     def describe(self) -> dict[str, Any]:
         """The fields of ``bench.json``."""
-        spec = self.spec
         if self.kernel == "rotate":
+            rotation = self.spec.rotation
             return {
                 "rows": self.batch,
-                "n": spec.head_dim,
-                "dtype": spec.dtype,
+                "n": rotation.dim,
+                "dtype": rotation.dtype,
                 "graph": self.graph,
             }
+        spec = self.cache_spec
         fields: dict[str, Any] = {
             "batch": self.batch,
             "context": self.context,
@@ -86,7 +95,7 @@ def workloads(kind: str) -> list[Workload]:
     """The rows for a kind of target: serving sizes on a GPU, sizes of milliseconds on a CPU."""
     if kind == "llvm":
         return [
-            Workload("rotate", _SERVED, 65536, 1),
+            Workload("rotate", RotateSpec(128), 65536, 1),
             Workload("fill", _SERVED, 2, 512),
             Workload("fill", _SERVED, 8, 1),
             Workload("flatten", _SERVED, 2, 1024),
@@ -113,8 +122,8 @@ def workloads(kind: str) -> list[Workload]:
         Workload("fill", _SERVED, 256, 1, graph=True),
         Workload("flatten", _SERVED, 64, 8192),
         Workload("flatten", _SERVED, 64, 8192, rotate_back=True),
-        Workload("rotate", _SERVED, 4 << 20, 1),
-        Workload("rotate", _SERVED, 4096, 1, graph=True),
+        *(Workload("rotate", RotateSpec(dim), _GIB // (2 * dim), 1) for dim in _ROTATED),
+        Workload("rotate", RotateSpec(128), 4096, 1, graph=True),
     ]
 
 
@@ -126,9 +135,9 @@ def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
 
 
 def _rotate(workload: Workload, device: torch.device) -> Case:
-    spec = workload.spec
+    spec = workload.spec.rotation
     dtype = getattr(torch, spec.dtype)
-    x = torch.randn(workload.batch, spec.head_dim, device=device).to(dtype)
+    x = torch.randn(workload.batch, spec.dim, device=device, dtype=dtype)
     out = torch.empty_like(x)
     return Case(
         call=lambda: hadamard_rotate(x, out=out),
@@ -141,7 +150,7 @@ def _rotate(workload: Workload, device: torch.device) -> Case:
 
 def _pages(workload: Workload, device: torch.device) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Number of pages, a permuted block table, and lengths."""
-    width = -(-workload.context // workload.spec.page_size)
+    width = -(-workload.context // workload.cache_spec.page_size)
     pages = workload.batch * width
     table = torch.randperm(pages, device=device).int().view(workload.batch, width)
     lengths = torch.full((workload.batch,), workload.context, dtype=torch.int32, device=device)
@@ -169,7 +178,7 @@ def _row_bytes(spec: CacheSpec) -> int:
 
 
 def _fill(workload: Workload, device: torch.device) -> Case:
-    spec, tokens = workload.spec, workload.batch * workload.context
+    spec, tokens = workload.cache_spec, workload.batch * workload.context
     pages, table, lengths = _pages(workload, device)
     cache = PagedKVCache(spec, pages, device)
     shape = (tokens, spec.num_kv_heads, spec.head_dim)
@@ -208,7 +217,7 @@ def _fill(workload: Workload, device: torch.device) -> Case:
 
 
 def _flatten(workload: Workload, device: torch.device) -> Case:
-    spec, tokens = workload.spec, workload.batch * workload.context
+    spec, tokens = workload.cache_spec, workload.batch * workload.context
     pages, table, lengths = _pages(workload, device)
     cache = _random_cache(spec, pages, device)
     shape = (tokens, spec.num_kv_heads, spec.head_dim)
@@ -242,7 +251,7 @@ def _flatten(workload: Workload, device: torch.device) -> Case:
 
 
 def _decode(workload: Workload, device: torch.device) -> Case:
-    spec, batch = workload.spec, workload.batch
+    spec, batch = workload.cache_spec, workload.batch
     pages, table, lengths = _pages(workload, device)
     cache = _random_cache(spec, pages, device)
     dtype = getattr(torch, spec.dtype)
@@ -268,6 +277,6 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     )
 
 
-def specs(rows: list[Workload]) -> Iterator[CacheSpec]:
+def specs(rows: list[Workload]) -> Iterator[Spec]:
     """Specs whose libraries the rows need, each once."""
     yield from dict.fromkeys(row.spec for row in rows)
