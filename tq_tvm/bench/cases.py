@@ -1,7 +1,7 @@
 """What is timed: calls of the public operations on valid inputs, and torch's way of doing the same.
 
 A baseline of torch works on the dense data of the model's dtype: what a server without this cache
-would do in its place.
+would do in its place. On a CPU those of ``rotate`` and ``fill`` do the same steps (`steps`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tq_tvm.bench.steps import fill_steps, rotate_steps
 from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
 from tq_tvm.spec import CacheSpec, RotateSpec, Spec
 
@@ -139,12 +140,13 @@ def _rotate(workload: Workload, device: torch.device) -> Case:
     dtype = getattr(torch, spec.dtype)
     x = torch.randn(workload.batch, spec.dim, device=device, dtype=dtype)
     out = torch.empty_like(x)
+    baselines: dict[str, Callable[[], object]] = {"torch copy": lambda: out.copy_(x)}
     return Case(
         call=lambda: hadamard_rotate(x, out=out),
         bytes=2 * x.numel() * x.element_size(),
         function="rotate",
         size=x.numel(),
-        baselines={"torch copy": lambda: out.copy_(x)},
+        baselines=baselines if device.type == "cuda" else rotate_steps(x, out),
     )
 
 
@@ -212,7 +214,9 @@ def _fill(workload: Workload, device: torch.device) -> Case:
         bytes=tokens * spec.num_kv_heads * _row_bytes(spec),
         function=function,
         size=k.numel(),
-        baselines={"torch index_copy, dense": scatter},
+        baselines={"torch index_copy, dense": scatter}
+        if device.type == "cuda"
+        else fill_steps(cache, k, v, slots),
     )
 
 

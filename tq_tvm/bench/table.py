@@ -34,7 +34,7 @@ def table(rows: list[Row], style: str = "simple") -> str:
     """Format rows; ``style`` is one of tabulate's (``"github"`` for Markdown)."""
     cells = []
     for row in rows:
-        name, baseline = next(iter(row.baselines.items()), ("", None))
+        name, baseline = min(row.baselines.items(), key=lambda pair: pair[1], default=("", None))
         cells.append(
             [
                 row.kernel,
