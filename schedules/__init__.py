@@ -2,8 +2,8 @@
 
 ``rotate``, ``fill`` and ``flatten`` are schedulable blocks: a trace found on a function of static
 shape is replayed on the dynamic function that ships. ``decode`` samples the parameters of its
-factory on an anchor function, and the factory makes the kernel; on GPUs ``fill`` and ``flatten``
-have factories as well, as a second design (`factories`).
+factory on an anchor function, and the factory makes the kernel; on GPUs the others have factories
+as well, as a second design, and long rows of ``rotate`` as the only one (`factories`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import tvm
 from tq_tvm.schedules import decode, factories, fill, flatten, rotate
-from tq_tvm.schedules.decisions import decided, sampled
+from tq_tvm.schedules.decisions import Decide, decided, sampled
 from tq_tvm.schedules.rows import ROW_MULTIPLE
 from tvm.s_tir import Schedule, Trace
 from tvm.tirx import PrimFunc
@@ -26,7 +26,7 @@ from tq_tvm.kernels.decode import decode as decode_kernel
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
 from tq_tvm.kernels.rotate import rotate as rotate_kernel
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import HEAD_DIMS, CacheSpec, Spec
 
 __all__ = [
     "Instance",
@@ -54,14 +54,14 @@ class Instance:
 
 
 def unscheduled(
-    function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None = None
+    function: str, spec: Spec, kind: str, shape: dict[str, int] | None = None
 ) -> PrimFunc:
     """The TensorIR of a row kernel before any schedule; ``shape`` fixes its sizes."""
     sizes: dict[str, Any] = {"row_multiple": ROW_MULTIPLE[kind], **(shape or {})}
     if "pages" in sizes:
         sizes["num_pages"] = sizes.pop("pages")
     if function == "rotate":
-        return rotate_kernel(spec, **sizes)
+        return rotate_kernel(spec.rotation, **sizes)
     if function == "fill_slots":
         return fill_slots(spec, **sizes)
     if function == "fill_table":
@@ -73,7 +73,7 @@ def unscheduled(
     )
 
 
-def _identity(function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None) -> str:
+def _identity(function: str, spec: Spec, kind: str, shape: dict[str, int] | None) -> str:
     if shape is None:  # no workload, so nothing is filed under it
         return f"{function}/{kind}/{spec.label}//"
     sizes = ",".join(f"{k}={v}" for k, v in sorted(shape.items()))
@@ -81,7 +81,7 @@ def _identity(function: str, spec: CacheSpec, kind: str, shape: dict[str, int] |
 
 
 def search_module(
-    function: str, spec: CacheSpec, kind: str, shape: dict[str, int] | None
+    function: str, spec: Spec, kind: str, shape: dict[str, int] | None
 ) -> tvm.IRModule:
     """What MetaSchedule searches: the function of static sizes, or an anchor in its place."""
     if function == "decode":
@@ -91,7 +91,7 @@ def search_module(
     return tvm.IRModule({"main": func})
 
 
-def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], list[Schedule]]:
+def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Schedule]]:
     """The search space of a function: samples every decision, of every design.
 
     The first design is applied to the schedule itself, others to copies of it.
@@ -99,27 +99,47 @@ def space(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], lis
 
     def apply(sch: Schedule) -> list[Schedule]:
         designs = [sch]
-        if kind == "cuda" and factories.options(function, spec) is not None:
+        if _has_second_factory(function, spec, kind):
             designs.append(sch.copy())
             factories.apply(designs[1], function, spec, sampled(designs[1]))
-        _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, sampled(sch))
+        _apply_first(sch, function, spec, kind, sampled(sch))
         return designs
 
     return apply
 
 
-def has_factory(function: str, spec: CacheSpec, kind: str) -> bool:
+def _only_a_factory(function: str, spec: Spec, kind: str) -> bool:
+    """All row kernels of GPUs, but the rotation of rows that `tq_tvm.schedules.rows` can give."""
+    short = function == "rotate" and spec.rotation.dim <= max(HEAD_DIMS)
+    return kind == "cuda" and function != "decode" and not short
+
+
+def _has_second_factory(function: str, spec: Spec, kind: str) -> bool:
+    made = kind == "cuda" and factories.options(function, spec) is not None
+    return made and not _only_a_factory(function, spec, kind)
+
+
+def _apply_first(sch: Schedule, function: str, spec: Spec, kind: str, decide: Decide) -> None:
+    if _only_a_factory(function, spec, kind):
+        factories.apply(sch, function, spec, decide)
+    else:
+        _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, decide)
+
+
+def has_factory(function: str, spec: Spec, kind: str) -> bool:
     """Whether a point of the space may be a factory's parameters, which loops say nothing of."""
     made = kind == "cuda" and factories.options(function, spec) is not None
     return function == "decode" or made
 
 
-def default(function: str, spec: CacheSpec, kind: str) -> Callable[[Schedule], None]:
+def default(function: str, spec: Spec, kind: str) -> Callable[[Schedule], None]:
     """The point of the space with the hand-picked decisions, correct on every target."""
-    module = _SPACES[FUNCTIONS[function]]
+    values = _SPACES[FUNCTIONS[function]].DEFAULTS[kind]
+    if _only_a_factory(function, spec, kind):
+        values = factories.DEFAULTS[FUNCTIONS[function]]
 
     def apply(sch: Schedule) -> None:
-        module.apply(sch, function, spec, kind, sampled(sch, module.DEFAULTS[kind]))
+        _apply_first(sch, function, spec, kind, sampled(sch, values))
 
     return apply
 
@@ -164,7 +184,7 @@ def candidate(mod: tvm.IRModule) -> tvm.IRModule:
     return tvm.IRModule({"main": decode_kernel(spec, kind, config)})
 
 
-def _row_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+def _row_config(trace: Trace, function: str, spec: Spec, kind: str) -> dict[str, int]:
     """Names and values of the decisions of a row kernel's trace."""
     names: list[str] = []
 
@@ -177,7 +197,7 @@ def _row_config(trace: Trace, function: str, spec: CacheSpec, kind: str) -> dict
     return dict(zip(names, decided(trace), strict=True))
 
 
-def _config(sch: Schedule, function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+def _config(sch: Schedule, function: str, spec: Spec, kind: str) -> dict[str, int]:
     """Names and values of the decisions that a schedule has made."""
     if function == "decode":
         return decode.decisions(sch)
@@ -186,7 +206,7 @@ def _config(sch: Schedule, function: str, spec: CacheSpec, kind: str) -> dict[st
 
 
 @functools.lru_cache(maxsize=64)
-def _default_config(function: str, spec: CacheSpec, kind: str) -> dict[str, int]:
+def _default_config(function: str, spec: Spec, kind: str) -> dict[str, int]:
     sch = Schedule(search_module(function, spec, kind, None))
     default(function, spec, kind)(sch)
     return _config(sch, function, spec, kind)
@@ -194,7 +214,7 @@ def _default_config(function: str, spec: CacheSpec, kind: str) -> dict[str, int]
 
 def instantiate(
     function: str,
-    spec: CacheSpec,
+    spec: Spec,
     kind: str,
     trace: Trace | None,
     shape: dict[str, int] | None = None,

@@ -1,7 +1,7 @@
-"""Designs of row kernels for GPUs that a factory makes, beside the schedules of their blocks.
+"""Row kernels of GPUs that a factory makes; short rows of ``rotate`` have a schedule as well.
 
-MetaSchedule searches both on the same function: a schedule transforms it, while these decisions are
-written onto its block ``row``, and whoever builds a candidate or a record calls the factory.
+MetaSchedule searches on the function before any schedule: these decisions are written onto its
+block ``row``, and whoever builds a candidate or a record calls the factory.
 
 ================  ==================================================================
 decision (fill)   what it trades
@@ -22,6 +22,10 @@ registers         the most a thread may have: more CTAs on an SM, against spills
 
 ``flatten`` decides ``warps``, ``tiles`` and ``registers`` too; ``rows``, which a lane reads before
 it writes the first, only in the rotated domain, and ``contracted`` only to rotate back.
+
+``rotate`` decides ``warps``, ``contracted`` and ``registers`` too; ``values`` of a lane: more loads
+at once and fewer exchanges, against warps on an SM; and ``tiles`` of a CTA, each read while the one
+before is written. Rows longer than a head have this design alone.
 """
 
 from __future__ import annotations
@@ -39,9 +43,39 @@ from tvm.tirx import PrimFunc
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.fill_cuda import FillConfig, fill_cuda
 from tq_tvm.kernels.flatten_cuda import FlattenConfig, flatten_cuda
-from tq_tvm.spec import CacheSpec
+from tq_tvm.kernels.rotate_cuda import RotateConfig, rotate_cuda
+from tq_tvm.spec import Spec, parse_spec
 
-__all__ = ["Made", "apply", "made", "make", "options"]
+__all__ = ["DEFAULTS", "Made", "apply", "made", "make", "options"]
+
+DEFAULTS = {
+    "rotate": {
+        "factory": 1,
+        "values": 64,
+        "warps": 4,
+        "tiles": 1,
+        "contracted": 2,
+        "registers": 128,
+    },
+    "fill": {
+        "factory": 1,
+        "warps": 4,
+        "tiles": 4,
+        "contracted": 1,
+        "sides": 1,
+        "stages": 2,
+        "registers": 96,
+    },
+    "flatten": {
+        "factory": 1,
+        "warps": 4,
+        "tiles": 4,
+        "registers": 64,
+        "rows": 2,
+        "contracted": 1,
+    },
+}
+"""Of each kernel; of ``rotate`` where it has no schedule."""
 
 _BLOCK = "row"
 _PREFIX = "tq_"
@@ -53,13 +87,25 @@ class Made:
     """What a factory's annotations say: function, the spec it was searched at, decisions."""
 
     function: str
-    spec: CacheSpec
+    spec: Spec
     config: dict[str, int]
 
 
-def options(function: str, spec: CacheSpec) -> dict[str, list[int]] | None:
+def options(function: str, spec: Spec) -> dict[str, list[int]] | None:
     """What each decision may be; None where there is no factory."""
-    contracted = [0, 1] if spec.head_dim == 64 else [0, 1, 2]
+    dim = spec.rotation.dim
+    contracted = [0, 1] if dim == 64 else [0, 1, 2]
+    if function == "rotate":
+        values = [16, 32, 64] if dim <= 256 else [32, 64] if dim < 4096 else [64]
+        return {
+            "factory": [1],
+            "values": values,
+            # Enough for a row.
+            "warps": [w for w in (1, 2, 4) if 32 * w * values[0] >= dim],
+            "tiles": [1, 2, 4],
+            "contracted": contracted,
+            "registers": [64, 96, 128],
+        }
     if function in ("fill_slots", "fill_table"):
         return {
             "factory": [1],
@@ -82,15 +128,17 @@ def options(function: str, spec: CacheSpec) -> dict[str, list[int]] | None:
     return None
 
 
-def make(function: str, spec: CacheSpec, config: Mapping[str, int]) -> PrimFunc:
+def make(function: str, spec: Spec, config: Mapping[str, int]) -> PrimFunc:
     """The kernel of some decisions, on functions of dynamic shape."""
     values = {name: value for name, value in config.items() if name != "factory"}
+    if function == "rotate":
+        return rotate_cuda(spec.rotation, RotateConfig(**values))
     if function in ("fill_slots", "fill_table"):
         return fill_cuda(spec, FillConfig(**values), function == "fill_table")
     return flatten_cuda(spec, FlattenConfig(**values), function == "flatten_unrotated")
 
 
-def apply(sch: Schedule, function: str, spec: CacheSpec, decide: Decide) -> None:
+def apply(sch: Schedule, function: str, spec: Spec, decide: Decide) -> None:
     """Write the design and its decisions onto the row's block."""
     block = sch.get_sblock(_BLOCK)
     sch.annotate(block, _DESIGN, f"{function}/{spec.label}/{_digest(function, spec)}")
@@ -110,7 +158,7 @@ def made(sch: Schedule) -> Made | None:
     if _DESIGN not in annotations:
         return None
     function, label, digest = str(annotations[_DESIGN]).split("/")
-    spec = CacheSpec.parse(label)
+    spec = parse_spec(label)
     if digest != _digest(function, spec):
         raise UnsupportedSpecError(
             f"{function}: decisions must be of the kernel as it is now, got those of {digest}; "
@@ -125,7 +173,7 @@ def made(sch: Schedule) -> Made | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _digest(function: str, spec: CacheSpec) -> str:
+def _digest(function: str, spec: Spec) -> str:
     """Of the kernels with each decision at the first and at the last of its options."""
     table = options(function, spec) or {}
     hashes = [

@@ -1,9 +1,9 @@
-"""The search space of ``flatten``: see `tq_tvm.schedules.rows` for what each decision trades."""
+"""The search space of ``flatten``: on CPUs see `tq_tvm.schedules.rows`, on GPUs `factories`."""
 
 from __future__ import annotations
 
 from tq_tvm.schedules.decisions import Decide
-from tq_tvm.schedules.rows import RowBlocks, schedule_cpu, schedule_cuda
+from tq_tvm.schedules.rows import RowBlocks, schedule_cpu
 from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.blocks import stage_names
@@ -11,25 +11,19 @@ from tq_tvm.spec import CacheSpec
 
 __all__ = ["DEFAULTS", "apply"]
 
-DEFAULTS = {
-    "cuda": {"vector": 8, "access": 8, "rows": 32, "serial": 1},
-    "llvm": {"chunk": 32, "vector": 8, "unroll": 64},
-}
+DEFAULTS = {"llvm": {"chunk": 32, "vector": 8, "unroll": 64}}
 
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
-    """Schedule ``flatten`` or ``flatten_unrotated`` for a target kind."""
+    """Schedule ``flatten`` or ``flatten_unrotated`` for CPUs."""
     sides = ("k", "v")
     unrotated = function == "flatten_unrotated"
     names = RowBlocks(
-        code_loads=[f"{s}_load" for s in sides],
         shared=[
             name
             for s in sides
             for name in (f"{s}_value", *(stage_names(s, spec.head_dim) if unrotated else ()))
         ],
-        private=[f"{s}_narrow" for s in sides],
         row_stores=[f"{s}_store" for s in sides],
-        scalars=["sequence", "slot", *[f"{s}_scales" for s in sides]],
     )
-    (schedule_cuda if kind == "cuda" else schedule_cpu)(sch, spec, names, decide)
+    schedule_cpu(sch, names, decide)

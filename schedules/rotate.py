@@ -7,7 +7,7 @@ from tq_tvm.schedules.rows import RowBlocks, schedule_cpu, schedule_cuda
 from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.blocks import stage_names
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import Spec
 
 __all__ = ["DEFAULTS", "apply"]
 
@@ -17,12 +17,16 @@ DEFAULTS = {
 }
 
 
-def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
+def apply(sch: Schedule, function: str, spec: Spec, kind: str, decide: Decide) -> None:
     """Schedule ``rotate`` for a target kind."""
+    dim = spec.rotation.dim
     names = RowBlocks(
         row_loads=["x_load"],
-        shared=["x_widen", *stage_names("x", spec.head_dim)],
+        shared=["x_widen", *stage_names("x", dim)],
         private=["y_narrow"],
         row_stores=["y_store"],
     )
-    (schedule_cuda if kind == "cuda" else schedule_cpu)(sch, spec, names, decide)
+    if kind == "cuda":
+        schedule_cuda(sch, dim, names, decide)
+    else:
+        schedule_cpu(sch, names, decide)

@@ -1,8 +1,8 @@
 """What the schedules of ``rotate``, ``fill`` and ``flatten`` share: how rows meet the hardware.
 
-On a GPU, ``threadIdx.x`` counts the lanes that share a row, ``threadIdx.y`` the rows of a CTA. A
-lane owns ``vector`` neighbouring values of each quarter of the row, so it packs and unpacks alone
-and only log2(lanes) butterflies of the rotation are shuffles.
+On a GPU, where this is the schedule of ``rotate`` alone, ``threadIdx.x`` counts the lanes that share
+a row, ``threadIdx.y`` the rows of a CTA. A lane owns ``vector`` neighbouring values of each quarter
+of the row, so only log2(lanes) butterflies of the rotation are shuffles.
 
 ============  ======================================================================
 decision      what it trades
@@ -28,8 +28,6 @@ from collections.abc import Sequence
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
-from tq_tvm.spec import CacheSpec
-
 __all__ = ["ROW_MULTIPLE", "RowBlocks", "schedule_cpu", "schedule_cuda"]
 
 ROW_MULTIPLE = {"cuda": 128, "llvm": 1}
@@ -37,8 +35,6 @@ ROW_MULTIPLE = {"cuda": 128, "llvm": 1}
 
 _WARP = 32
 _PARTS = 4
-_CODE_ACCESS = 8
-"""Bytes of codes an access: TVM's CUDA generator has no copy of eight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,33 +45,21 @@ class RowBlocks:
     """Copy a row of the model's dtype in: loops (part, m)."""
     row_stores: Sequence[str] = ()
     """Copy a row of the model's dtype out: loops (part, m)."""
-    code_loads: Sequence[str] = ()
-    """Copy packed bytes in: loops (group, m)."""
-    code_stores: Sequence[str] = ()
-    """Copy packed bytes out: loops (group, m)."""
-    packs: Sequence[str] = ()
-    """Compute packed bytes: loops (group, m)."""
     shared: Sequence[str] = ()
     """Compute values that other lanes of the row may read: loops (m, part)."""
     private: Sequence[str] = ()
     """Compute values that stay with their lane: loops (m, part)."""
-    sums: Sequence[str] = ()
-    """Reduce a row: loops (m, part)."""
-    scalars: Sequence[str] = ()
-    """Compute a few values a row."""
-    metas: Sequence[str] = ()
-    """Store several scales of a row next to each other."""
 
 
-def _vectors(spec: CacheSpec) -> list[int]:
+def _vectors(dim: int) -> list[int]:
     """Values of each quarter a lane may own: at least two lanes a row, at most a warp."""
-    quarter = spec.head_dim // _PARTS
+    quarter = dim // _PARTS
     return [v for v in (8, 16, 32) if 2 <= quarter // v <= _WARP]
 
 
-def schedule_cuda(sch: Schedule, spec: CacheSpec, names: RowBlocks, decide: Decide) -> None:
+def schedule_cuda(sch: Schedule, dim: int, names: RowBlocks, decide: Decide) -> None:
     """Bind rows and lanes; every buffer of a row lives in registers."""
-    vector = decide("vector", _vectors(spec))
+    vector = decide("vector", _vectors(dim))
     access = decide("access", [2, 4, 8])
     rows = decide("rows", [8, 16, 32, 64])
     serial = decide("serial", [1, 2])
@@ -97,32 +81,19 @@ def schedule_cuda(sch: Schedule, spec: CacheSpec, names: RowBlocks, decide: Deci
         sch.unroll(part)
         return target, value
 
-    for name in [*names.row_loads, *names.row_stores, *names.code_loads, *names.code_stores]:
+    for name in [*names.row_loads, *names.row_stores]:
         target, value = lanes_of(name, m_first=False)
-        width = access if name in {*names.row_loads, *names.row_stores} else _CODE_ACCESS
-        sch.vectorize(sch.split(value, [None, width])[-1])
-        if name in {*names.row_loads, *names.code_loads}:
+        sch.vectorize(sch.split(value, [None, access])[-1])
+        if name in names.row_loads:
             sch.set_scope(target, 0, "local")
-    for name in names.packs:
-        target, value = lanes_of(name, m_first=False)
-        sch.unroll(value)
-        sch.set_scope(target, 0, "local")
     for name in [*names.shared, *names.private]:
         target, value = lanes_of(name, m_first=True)
         sch.unroll(value)
         for index in range(len(sch.get(target).writes)):
             sch.set_scope(target, index, "warp" if name in names.shared else "local")
-    for name in names.sums:
-        target, value = lanes_of(name, m_first=True)
-        sch.unroll(value)
-        sch.set_scope(target, 0, "local")
-    for name in names.scalars:
-        sch.set_scope(sch.get_sblock(name), 0, "local")
-    for name in names.metas:
-        sch.unroll(sch.get_loops(sch.get_sblock(name))[-1])
 
 
-def schedule_cpu(sch: Schedule, spec: CacheSpec, names: RowBlocks, decide: Decide) -> None:
+def schedule_cpu(sch: Schedule, names: RowBlocks, decide: Decide) -> None:
     """Rows in parallel, each row's loops vectorised."""
     chunk = decide("chunk", [1, 8, 32, 128])
     vector = decide("vector", [4, 8, 16])

@@ -6,8 +6,10 @@ import json
 import sys
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from tq_tvm import hadamard_rotate, reference
 from tq_tvm.artifacts import Manifest
 from tq_tvm.artifacts.manifest import LIBRARY_NAME
 from tq_tvm.cli import main
@@ -55,6 +57,20 @@ def test_list_and_verify(built, monkeypatch):
     result = invoke("verify")
     assert result.exit_code == 0
     assert "ok" in result.stdout
+
+
+def test_a_library_of_a_rotation(monkeypatch, tmp_path):
+    """It has this function alone, and calls find it."""
+    pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(tmp_path))
+    result = invoke("build", "--target", detect("cpu").name, "--spec", "rotate_d512_f32", "--json")
+    assert result.exit_code == 0, result.output
+    (listed,) = json.loads(invoke("list", "--json").stdout)
+    assert listed["spec"] == "rotate_d512_f32"
+    assert listed["functions"] == {"rotate": [0, 1]}
+    assert invoke("verify").exit_code == 0
+    x = torch.eye(512)
+    assert torch.allclose(hadamard_rotate(x), reference.hadamard_rotate(x))
 
 
 def test_verify_fails_on_a_changed_byte(built, monkeypatch, tmp_path):

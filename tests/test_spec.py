@@ -18,9 +18,12 @@ from tq_tvm.spec import (
     K4V2,
     LAYOUTS,
     PAGE_SIZES,
+    ROTATE_DIMS,
     CacheSpec,
     QuantPolicy,
+    RotateSpec,
     get_format,
+    parse_spec,
 )
 from tq_tvm.splits import (
     WORKSPACE_BYTES,
@@ -61,6 +64,31 @@ def by_name(codec):
 @given(specs)
 def test_label_round_trip(spec):
     assert CacheSpec.parse(spec.label) == spec
+
+
+@pytest.mark.parametrize("spec", [SPEC, *map(RotateSpec, ROTATE_DIMS)], ids=lambda s: s.label)
+def test_any_label_round_trip(spec):
+    assert parse_spec(spec.label) == spec
+
+
+@pytest.mark.parametrize(
+    ("label", "part"),
+    [
+        ("rotate_d96_bf16", "RotateSpec: dim must be one of 64, 128, 256, 512, .*, got 96"),
+        ("rotate_n1024_bf16", "label must look like 'k4v2_.*' or 'rotate_d1024_bf16', got"),
+        ("rotate_d1024_f8", "label must look like"),
+        ("rotate_d1024_bf16_", "label must look like"),
+    ],
+)
+def test_labels_of_no_rotation(label, part):
+    with pytest.raises(UnsupportedSpecError, match=part):
+        parse_spec(label)
+
+
+@pytest.mark.parametrize("fields", [(1024.0,), (True,), (1024, "bfloat"), (8192,)])
+def test_rotations_without_kernels(fields):
+    with pytest.raises(UnsupportedSpecError, match=r"RotateSpec: (dim|dtype) must be one of"):
+        RotateSpec(*fields)
 
 
 @untimed

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from tq_tvm import artifacts, env
 from tq_tvm._version import __version__
 from tq_tvm.errors import ArtifactNotFoundError, BuildError, TQError
-from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, parse_spec
 from tq_tvm.targets import TARGETS, TargetInfo, as_device, cpu_threads, detect, get_target
 
 __all__ = ["main"]
@@ -34,13 +34,11 @@ class _Spec(click.ParamType):
 
     name = "spec"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> CacheSpec:
-        if isinstance(value, CacheSpec):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Spec:
+        if isinstance(value, CacheSpec | RotateSpec):
             return value
         try:
-            return CacheSpec.parse(value)
+            return parse_spec(value)
         except TQError as error:
             self.fail(str(error), param, ctx)
 
@@ -77,7 +75,7 @@ _spec_option = click.option(
     multiple=True,
     default=[_DEFAULT_SPEC],
     show_default=True,
-    help="Label of a cache spec; may be repeated.",
+    help="Label of a cache spec or of a rotation, such as rotate_d1024_bf16; may be repeated.",
 )
 _kernel_option = click.option(
     "--kernel",
@@ -155,7 +153,7 @@ def main() -> None:
 def tune(
     target: TargetInfo,
     kernels: tuple[str, ...],
-    specs: tuple[CacheSpec, ...],
+    specs: tuple[Spec, ...],
     trials: int,
     seconds: float,
     seed: int,
@@ -180,7 +178,8 @@ def tune(
     check_tunable(chosen, target, device, logs)
     kept, failed = [], []
     try:
-        for workload in (w for spec in specs for w in workloads(spec, target)):
+        # Specs may share the workloads of their rotation.
+        for workload in dict.fromkeys(w for spec in specs for w in workloads(spec, target)):
             if workload.kernel not in chosen:
                 continue
             try:
@@ -238,7 +237,7 @@ def _decided(entry: Any) -> str:
 @_reported
 def build(
     target: TargetInfo,
-    specs: tuple[CacheSpec, ...],
+    specs: tuple[Spec, ...],
     out: Path | None,
     no_records: bool,
     logs: Path | None,
@@ -374,10 +373,11 @@ def bench(
         click.echo(f"not timed: {line}", err=True)
 
 
-def _ensure_library(spec: CacheSpec, target: TargetInfo) -> None:
+def _ensure_library(spec: Spec, target: TargetInfo) -> None:
     """Build the library of a spec if calls cannot find one."""
     try:
-        artifacts.locate("decode", spec, target)
+        for function in spec.functions:
+            artifacts.locate(function, spec, target)
     except ArtifactNotFoundError:
         _require_compiler("bench")
         from tq_tvm.build.library import build_library

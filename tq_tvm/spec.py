@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from collections.abc import Iterable
 
 from tq_tvm.errors import UnsupportedSpecError
 
@@ -39,17 +40,22 @@ __all__ = [
     "LAYOUTS",
     "NORM_EPS",
     "PAGE_SIZES",
+    "ROTATE_DIMS",
     "CacheFormat",
     "CacheSpec",
     "Codec",
     "QuantPolicy",
+    "RotateSpec",
+    "Spec",
     "get_format",
+    "parse_spec",
 ]
 
 NORM_EPS = 1e-8
 """Added to every sum of squares before its square root; part of the format."""
 
 HEAD_DIMS = (64, 128, 256)
+ROTATE_DIMS = (64, 128, 256, 512, 1024, 2048, 4096)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("bshd", "bhsd")
@@ -66,6 +72,7 @@ FUNCTIONS = {
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _DTYPE_SLUG = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+_SLUG_DTYPE = {slug: dtype for dtype, slug in _DTYPE_SLUG.items()}
 
 
 class QuantPolicy(enum.IntEnum):
@@ -159,6 +166,65 @@ def get_format(name: str | int) -> CacheFormat:
     raise UnsupportedSpecError(f"get_format: name must be one of {known}, got {name!r}")
 
 
+def _check_fields(name: str, fields: Iterable[tuple[str, object, tuple]]) -> None:
+    """Refuse a value that is not among those allowed, of fields (name, value, allowed)."""
+    for field, value, allowed in fields:
+        # 64.0 equals 64, and 42 names a format too, but neither spells a label.
+        if type(value) is not type(allowed[0]) or value not in allowed:
+            raise UnsupportedSpecError(
+                f"{name}: {field} must be one of {', '.join(map(str, allowed))}, got {value!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RotateSpec:
+    """What ``rotate`` is specialised for; a library of it alone serves `hadamard_rotate`.
+
+    Parameters
+    ----------
+    dim
+        Values of a row (D), one of `ROTATE_DIMS`.
+    dtype
+        Their dtype. ``"float32"`` is for the CPU.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        A value for which no kernel can be generated.
+
+    Examples
+    --------
+    >>> RotateSpec(1024).label
+    'rotate_d1024_bf16'
+    """
+
+    dim: int
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _check_fields("RotateSpec", (("dim", self.dim, ROTATE_DIMS), ("dtype", self.dtype, DTYPES)))
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Functions of a library of this spec."""
+        return ("rotate",)
+
+    @property
+    def rotation(self) -> RotateSpec:
+        """What ``rotate`` depends on: the spec itself."""
+        return self
+
+    def relevant_to(self, function: str) -> RotateSpec:
+        """The spec itself: no field can be put aside."""
+        return self
+
+    @property
+    def label(self) -> str:
+        """A slug of every field; `parse_spec` reads it back."""
+        return f"rotate_d{self.dim}_{_DTYPE_SLUG[self.dtype]}"
+
+
+_ROTATE_LABEL = re.compile(r"rotate_d(?P<d>\d+)_(?P<dtype>f16|bf16|f32)")
 _LABEL = re.compile(
     r"(?P<format>[a-z0-9]+)_d(?P<d>\d+)_hq(?P<hq>\d+)_hk(?P<hk>\d+)_p(?P<ps>\d+)"
     r"_(?P<dtype>f16|bf16|f32)_(?P<layout>bshd|bhsd)"
@@ -206,19 +272,16 @@ class CacheSpec:
 
     def __post_init__(self) -> None:
         get_format(self.format)
-        for name, value, allowed in (
-            ("head_dim", self.head_dim, HEAD_DIMS),
-            ("page_size", self.page_size, PAGE_SIZES),
-            ("dtype", self.dtype, DTYPES),
-            ("layout", self.layout, LAYOUTS),
-            ("format", self.format, tuple(FORMATS)),
-        ):
-            # 64.0 equals 64, and 42 names a format too, but neither spells a label.
-            if type(value) is not type(allowed[0]) or value not in allowed:
-                raise UnsupportedSpecError(
-                    f"CacheSpec: {name} must be one of {', '.join(map(str, allowed))}, "
-                    f"got {value!r}"
-                )
+        _check_fields(
+            "CacheSpec",
+            (
+                ("head_dim", self.head_dim, HEAD_DIMS),
+                ("page_size", self.page_size, PAGE_SIZES),
+                ("dtype", self.dtype, DTYPES),
+                ("layout", self.layout, LAYOUTS),
+                ("format", self.format, tuple(FORMATS)),
+            ),
+        )
         for name, heads in (
             ("num_q_heads", self.num_q_heads),
             ("num_kv_heads", self.num_kv_heads),
@@ -243,7 +306,17 @@ class CacheSpec:
         """Query heads that share a KV head (G)."""
         return self.num_q_heads // self.num_kv_heads
 
-    def relevant_to(self, function: str) -> CacheSpec:
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Functions of a library of this spec."""
+        return tuple(FUNCTIONS)
+
+    @property
+    def rotation(self) -> RotateSpec:
+        """What ``rotate`` depends on."""
+        return RotateSpec(self.head_dim, self.dtype)
+
+    def relevant_to(self, function: str) -> Spec:
         """The spec with what a function does not depend on put aside.
 
         A library or a record of any spec with the same one serves the function.
@@ -256,12 +329,12 @@ class CacheSpec:
         if function == "decode":
             return self
         if function == "rotate":
-            return CacheSpec(self.head_dim, num_q_heads=1, num_kv_heads=1, dtype=self.dtype)
+            return self.rotation
         return dataclasses.replace(self, num_q_heads=self.num_kv_heads)
 
     @property
     def label(self) -> str:
-        """A slug of every field; `parse` reads it back."""
+        """A slug of every field; `parse` and `parse_spec` read it back."""
         return (
             f"{self.format}_d{self.head_dim}_hq{self.num_q_heads}_hk{self.num_kv_heads}"
             f"_p{self.page_size}_{_DTYPE_SLUG[self.dtype]}_{self.layout}"
@@ -276,13 +349,12 @@ class CacheSpec:
                 "CacheSpec.parse: label must look like 'k4v2_d128_hq32_hk8_p64_bf16_bshd', "
                 f"got {label!r}"
             )
-        slug_dtype = {slug: dtype for dtype, slug in _DTYPE_SLUG.items()}
         return cls(
             head_dim=int(match["d"]),
             num_q_heads=int(match["hq"]),
             num_kv_heads=int(match["hk"]),
             page_size=int(match["ps"]),
-            dtype=slug_dtype[match["dtype"]],
+            dtype=_SLUG_DTYPE[match["dtype"]],
             layout=match["layout"],
             format=match["format"],
         )
@@ -323,3 +395,31 @@ class CacheSpec:
         """How many times smaller than a 16-bit cache (for a float32 model: than its cache)."""
         dense = 2 * self.head_dim * _DTYPE_BYTES[self.dtype]
         return dense / self.bytes_per_token_head
+
+
+Spec = CacheSpec | RotateSpec
+"""What a library is specialised for."""
+
+
+def parse_spec(label: str) -> Spec:
+    """Read a spec back from its label.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        No kernels can be generated for the label.
+
+    Examples
+    --------
+    >>> parse_spec("rotate_d4096_f16")
+    RotateSpec(dim=4096, dtype='float16')
+    """
+    match = _ROTATE_LABEL.fullmatch(label)
+    if match is not None:
+        return RotateSpec(int(match["d"]), _SLUG_DTYPE[match["dtype"]])
+    if _LABEL.fullmatch(label) is None:
+        raise UnsupportedSpecError(
+            "parse_spec: label must look like 'k4v2_d128_hq32_hk8_p64_bf16_bshd' or "
+            f"'rotate_d1024_bf16', got {label!r}"
+        )
+    return CacheSpec.parse(label)

@@ -15,6 +15,7 @@ import torch
 from tq_tvm import CacheSpec, hadamard_rotate
 from tq_tvm.artifacts import FileRecord, Manifest, Variant, list_artifacts, load, locate
 from tq_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError
+from tq_tvm.spec import RotateSpec
 from tq_tvm.targets import TargetInfo, canonical_gpu_name, detect, get_target
 
 SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
@@ -88,6 +89,28 @@ def test_specs_agree_where_it_matters(places, function, changes, served):
     else:
         with pytest.raises(ArtifactNotFoundError, match=f"it has {next(iter(changes))}"):
             locate(function, SPEC, H200)
+
+
+@pytest.mark.parametrize("theirs", [SPEC, SPEC.rotation], ids=lambda s: s.label)
+def test_a_rotation_is_found_by_dim_and_dtype_alone(places, theirs):
+    """In libraries of caches and of rotations alike."""
+    directory = describe(places[0], H200, theirs, theirs.functions)
+    assert locate("rotate", RotateSpec(128), H200)[0] == directory
+    assert locate("rotate", CacheSpec(128, 2, 1, 16), H200)[0] == directory
+    for other, reason in (
+        (RotateSpec(1024), "dim 128, not 1024"),
+        (RotateSpec(128, "float16"), ""),
+    ):
+        with pytest.raises(ArtifactNotFoundError, match=f"it has {reason}") as caught:
+            locate("rotate", other, H200)
+        command = f"run `tq-tvm build --target nvidia_h200 --spec {other.label}`"
+        assert command in str(caught.value)
+
+
+def test_a_library_of_rotations_has_nothing_else(places):
+    describe(places[0], H200, SPEC.rotation, ("rotate",))
+    with pytest.raises(ArtifactNotFoundError, match="it has no function decode"):
+        locate("decode", SPEC, H200)
 
 
 def test_reason_for_every_candidate(places):

@@ -45,7 +45,7 @@ def edit(directory, **changes):
 
 def test_write_then_read(manifest, directory):
     assert Manifest.read(directory) == manifest
-    assert manifest.cache_spec == SPEC
+    assert manifest.parsed_spec == SPEC
     assert manifest.counts() == {"rotate": (1, 2)}
     assert [p.name for p in directory.iterdir()] == ["manifest.json"]
 

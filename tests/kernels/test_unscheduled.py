@@ -19,7 +19,7 @@ import tvm_ffi
 from tq_tvm import reference, schedules
 from tq_tvm.build.compile import compile_library
 from tq_tvm.errors import UnsupportedSpecError
-from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec
 from tq_tvm.targets import detect
 
 # Every head_dim, dtype and layout.
@@ -29,6 +29,7 @@ SPECS = [
     CacheSpec(256, 3, 3, 32, "bfloat16", "bhsd"),
     CacheSpec(128, 2, 1, 16, "float32", "bhsd"),
 ]
+LONG = [RotateSpec(512, "float16"), RotateSpec(1024), RotateSpec(4096), RotateSpec(4096, "float32")]
 ROW_KERNELS = [name for name in FUNCTIONS if name != "decode"]
 LENGTHS = [5, 0, 1, 16, 33]
 
@@ -74,16 +75,34 @@ def poisoned(like):
     return torch.full_like(like, float("nan"))
 
 
+def check_rotate(call, x):
+    y = poisoned(x)
+    call(x, y)
+    want = reference.hadamard_rotate(x)
+    assert (y.float() - want).norm() <= ROUNDING[x.dtype] * want.norm()
+    call(x, x)
+    assert torch.equal(x, y), "in place"
+
+
 # 128 is what a GPU's rows are padded to.
 @pytest.mark.parametrize("count", [1, 127, 128, 129])
 def test_rotate(program, count):
     x = rows("gaussian", count, program.spec.head_dim, seed=count).to(program.dtype)
-    y = poisoned(x)
-    program.call["rotate"](x, y)
-    want = reference.hadamard_rotate(x)
-    assert (y.float() - want).norm() <= ROUNDING[program.dtype] * want.norm()
-    program.call["rotate"](x, x)
-    assert torch.equal(x, y), "in place"
+    check_rotate(program.call["rotate"], x)
+
+
+@pytest.fixture(scope="module")
+def rotations(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rotations") / "kernels.so"
+    functions = {spec.label: schedules.unscheduled("rotate", spec, "llvm") for spec in LONG}
+    compile_library(functions, detect("cpu"), path)
+    return tvm_ffi.load_module(str(path))
+
+
+@pytest.mark.parametrize("spec", LONG, ids=lambda s: s.label)
+def test_rotate_long_rows(rotations, spec):
+    x = rows("heavy_tailed", 5, spec.dim).to(getattr(torch, spec.dtype))
+    check_rotate(rotations[spec.label], x)
 
 
 def check_filled(program, batch, k, v, slots):

@@ -387,13 +387,17 @@ def test_layout_and_policy(arguments, operation):
             CALLS[operation](**arguments[operation], policy=policy)
 
 
+@pytest.mark.parametrize("dim", [32, 96, 8192])
+def test_rotation_without_a_kernel(arguments, dim):
+    rows = torch.zeros(T, dim, dtype=torch.float16)
+    refuse(
+        arguments, "hadamard_rotate", UnsupportedSpecError, "dim", "64, 128, 256, 512",
+        str(dim), x=rows,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("head_dim", [32, 96, 512])
 def test_head_dim_without_a_kernel(arguments, head_dim):
-    rows = torch.zeros(T, head_dim, dtype=torch.float16)
-    refuse(
-        arguments, "hadamard_rotate", UnsupportedSpecError, "head_dim", "64, 128, 256",
-        str(head_dim), x=rows,
-    )  # fmt: skip
     q = torch.zeros(B, HQ, head_dim, dtype=torch.float16)
     refuse(arguments, "paged_decode", UnsupportedSpecError, "head_dim", str(head_dim), q=q)
 

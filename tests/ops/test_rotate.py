@@ -8,27 +8,38 @@ from rows import rows
 from specs import CPU_SPECS
 
 from tq_tvm import hadamard_rotate, reference
+from tq_tvm.spec import HEAD_DIMS, ROTATE_DIMS, RotateSpec
 
 # Rounding the output once, and float32 sums over log2(D) steps.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 
+# Libraries of caches, and of rotations for the rows that no cache has.
+LONG = [
+    RotateSpec(dim, dtype)
+    for dim in ROTATE_DIMS
+    if dim > max(HEAD_DIMS)
+    for dtype in (("float16", "bfloat16") if dim == 4096 else ("bfloat16",))
+]
+FLOATS = RotateSpec(2048, "float32")
+
+
 @pytest.mark.parametrize("count", [1, 7, 128, 1000])
-@pytest.mark.parametrize("spec", CPU_SPECS, ids=lambda s: s.label)
+@pytest.mark.parametrize("spec", [*CPU_SPECS, *LONG, FLOATS], ids=lambda s: s.label)
 def test_equals_reference(library, device, spec, count):
     library(spec, device)
     dtype = getattr(torch, spec.dtype)
-    x = rows("gaussian", count, spec.head_dim, seed=count).to(device, dtype)
+    x = rows("gaussian", count, spec.rotation.dim, seed=count).to(device, dtype)
     out = torch.full_like(x, float("nan"))
     assert hadamard_rotate(x, out=out) is out
     want = reference.hadamard_rotate(x)
     assert (out.float() - want).norm() <= TOLERANCE[dtype] * want.norm()
 
 
-def test_is_its_own_inverse_in_place(library, device):
-    spec = CPU_SPECS[0]
+@pytest.mark.parametrize("spec", [CPU_SPECS[0], RotateSpec(4096)], ids=lambda s: s.label)
+def test_is_its_own_inverse_in_place(library, device, spec):
     library(spec, device)
-    x = rows("heavy_tailed", 3, 5, spec.head_dim).to(device, torch.bfloat16)
+    x = rows("heavy_tailed", 3, 5, spec.rotation.dim).to(device, torch.bfloat16)
     kept = x.clone()
     hadamard_rotate(x, out=x)
     assert not torch.equal(x, kept)

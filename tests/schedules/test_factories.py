@@ -20,14 +20,15 @@ from tq_tvm import schedules
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
-from tq_tvm.spec import HEAD_DIMS, CacheSpec
+from tq_tvm.spec import HEAD_DIMS, ROTATE_DIMS, CacheSpec, RotateSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import search_workload
 
 SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
-FUNCTIONS = ["fill_slots", "fill_table", "flatten", "flatten_unrotated"]
+FUNCTIONS = ["rotate", "fill_slots", "fill_table", "flatten", "flatten_unrotated"]
 PAGES = {"batch": 2, "pages": 6, "table_width": 3}
 SHAPES = {
+    "rotate": {"n": 91},
     "fill_slots": {"tokens": 91, "pages": 6},
     "fill_table": {"tokens": 96, **PAGES},
     "flatten": {"tokens": 96, **PAGES},
@@ -62,7 +63,6 @@ def test_a_schedule_is_no_factory_and_a_cpu_has_none(function):
     assert factories.made(first) is None
     cpu = Schedule(schedules.search_module(function, SPEC, "llvm", SHAPES[function]), seed=1)
     assert schedules.space(function, SPEC, "llvm")(cpu) == [cpu]
-    assert factories.options("rotate", SPEC) is None
     assert schedules.has_factory(function, SPEC, "cuda")
     assert not schedules.has_factory(function, SPEC, "llvm")
 
@@ -95,7 +95,7 @@ def test_decisions_of_another_kernel_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("function", ["fill_slots", "flatten", "flatten_unrotated"])
+@pytest.mark.parametrize("function", ["rotate", "fill_slots", "flatten", "flatten_unrotated"])
 def test_cuda_source_at_the_ends_of_the_options(function, head_dim):
     spec = CacheSpec(head_dim, 2, 1, 64, "float16", "bhsd")
     table = factories.options(function, spec)
@@ -109,7 +109,7 @@ def test_cuda_source_at_the_ends_of_the_options(function, head_dim):
         threads = 32 * config["warps"]
         assert f"__launch_bounds__({threads}, {65536 // (threads * config['registers'])})" in source
         assert ("mma.sync" in source) == (function != "flatten")
-        assert "prmt.b32" in source or function.startswith("fill")
+        assert "prmt.b32" in source or not function.startswith("flatten")
         assert "__syncthreads" not in source
 
 
@@ -120,5 +120,22 @@ def test_options_are_points():
         for function in FUNCTIONS
     }
     assert counts == {
-        "fill_slots": 288, "fill_table": 288, "flatten": 81, "flatten_unrotated": 81,
+        "rotate": 243, "fill_slots": 288, "fill_table": 288, "flatten": 81, "flatten_unrotated": 81,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dim", [d for d in ROTATE_DIMS if d > max(HEAD_DIMS)])
+def test_long_rows_have_a_factory_alone(dim):
+    """The default is a point of it, and every point has the warps of a row."""
+    spec = RotateSpec(dim)
+    sch = Schedule(schedules.search_module("rotate", spec, "cuda", {"n": 5}), seed=1)
+    assert schedules.space("rotate", spec, "cuda")(sch) == [sch]
+    assert factories.made(sch).spec == spec
+    offered = factories.options("rotate", spec)
+    instance = schedules.instantiate("rotate", spec, "cuda", None)
+    assert not instance.tuned
+    assert instance.config == factories.DEFAULTS["rotate"]
+    assert all(value in offered[name] for name, value in instance.config.items())
+    for values, warps in itertools.product(offered["values"], offered["warps"]):
+        assert 32 * values * warps >= dim
+        assert 4 * 32 * values * warps <= 48 << 10, "static shared memory"

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
 from tq_tvm import schedules
-from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.spec import FUNCTIONS, parse_spec
 from tq_tvm.targets import TARGETS, TargetInfo
 from tq_tvm.tuning.database import Metadata, entries, find_records, logs_root
 from tq_tvm.tuning.workloads import Workload, workloads
@@ -67,7 +67,7 @@ def test_a_folder_holds_records_of_its_kernel_alone(target):
 @each_entry
 def test_a_record_is_found_and_replays(target, entry):
     """Its decisions are those that the summary tells, on the dynamic function."""
-    spec = CacheSpec.parse(entry.spec)
+    spec = parse_spec(entry.spec)
     records = {r.workload: r for r in find_records(entry.function, spec, target)}
     record = records[entry.workload]
     assert (record.size, record.us) == (entry.size, entry.us)
@@ -80,7 +80,7 @@ def test_a_record_is_found_and_replays(target, entry):
 @each_entry
 def test_a_summary_is_consistent(target, entry):
     """Named and sized after its workload, right, and no slower than the default."""
-    spec = CacheSpec.parse(entry.spec)
+    spec = parse_spec(entry.spec)
     workload = Workload(entry.function, spec, entry.shape, "a test")
     assert (entry.workload, entry.size) == (workload.label, workload.size)
     default = schedules.instantiate(entry.function, spec, target.kind, None).config
@@ -93,5 +93,5 @@ def test_a_summary_is_consistent(target, entry):
 @each_entry
 def test_its_workload_is_one_that_tune_searches(target, entry):
     """So that `tq-tvm tune` renews the record."""
-    spec = CacheSpec.parse(entry.spec)
+    spec = parse_spec(entry.spec)
     assert entry.workload in {workload.label for workload in workloads(spec, target)}

@@ -26,7 +26,7 @@ from tq_tvm.artifacts.locate import locate
 from tq_tvm.artifacts.manifest import LIBRARY_NAME, Manifest
 from tq_tvm.artifacts.verify import verify_file
 from tq_tvm.errors import ArtifactCorruptError
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import Spec
 
 __all__ = ["LoadedFunction", "LoadedVariant", "clear_cache", "load"]
 
@@ -79,12 +79,12 @@ class LoadedFunction:
 
 
 _lock = threading.RLock()
-_functions: dict[tuple[str, CacheSpec, torch.device], LoadedFunction] = {}
+_functions: dict[tuple[str, Spec, torch.device], LoadedFunction] = {}
 _modules: dict[tuple[Path, str], Any] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunction:
+def load(function: str, spec: Spec, device: torch.device) -> LoadedFunction:
     """Return the variants of a kernel function for a spec on a device.
 
     The search, the check of the digest and the load happen at the first call with these arguments;
@@ -124,7 +124,7 @@ def clear_cache() -> None:
         _functions.clear()
 
 
-def _load(function: str, spec: CacheSpec, device: torch.device) -> LoadedFunction:
+def _load(function: str, spec: Spec, device: torch.device) -> LoadedFunction:
     target = targets.detect(device)
     directory, manifest = locate(function, spec, target)
     _warn_if_other_gpu(manifest.target, target)

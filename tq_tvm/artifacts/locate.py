@@ -10,7 +10,7 @@ from tq_tvm import env
 from tq_tvm.artifacts import verify
 from tq_tvm.artifacts.manifest import Manifest, build_command
 from tq_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError, UnsupportedSpecError
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import Spec, parse_spec
 from tq_tvm.targets import CPU_LEVELS, TargetInfo, missing_cpu_features
 
 __all__ = ["ArtifactInfo", "Candidate", "candidates", "list_artifacts", "locate"]
@@ -42,7 +42,7 @@ class ArtifactInfo:
     problem: str | None
 
 
-def candidates(function: str, spec: CacheSpec, device: TargetInfo) -> list[Candidate]:
+def candidates(function: str, spec: Spec, device: TargetInfo) -> list[Candidate]:
     """Every library on the search path, judged; accepted ones first, best first."""
     found = [
         _judge(directory, index, function, spec, device)
@@ -52,7 +52,7 @@ def candidates(function: str, spec: CacheSpec, device: TargetInfo) -> list[Candi
     return sorted(found, key=lambda c: (c.reason is not None, c.rank))
 
 
-def locate(function: str, spec: CacheSpec, device: TargetInfo) -> tuple[Path, Manifest]:
+def locate(function: str, spec: Spec, device: TargetInfo) -> tuple[Path, Manifest]:
     """Directory and manifest of the best library.
 
     A library of the very GPU comes before one of its architecture; a better CPU level before a
@@ -124,7 +124,7 @@ def list_artifacts(*, digests: bool = False) -> list[ArtifactInfo]:
 
 
 def _judge(
-    directory: Path, root_index: int, function: str, spec: CacheSpec, device: TargetInfo
+    directory: Path, root_index: int, function: str, spec: Spec, device: TargetInfo
 ) -> Candidate:
     try:
         manifest = Manifest.read(directory)
@@ -132,7 +132,7 @@ def _judge(
     except ArtifactCorruptError as error:
         return Candidate(directory, None, str(error), corrupt=True)
     target_rank, reason = _judge_target(manifest.target, device)
-    reason = reason or _judge_spec(manifest.cache_spec, function, spec)
+    reason = reason or _judge_spec(manifest.parsed_spec, function, spec)
     if reason is None and function not in manifest.functions:
         reason = f"it has no function {function}"
     return Candidate(
@@ -165,7 +165,9 @@ def _judge_target(target: TargetInfo, device: TargetInfo) -> tuple[int, str | No
     return 0, f"it is for {_described(target)}, not for {_described(device)}"
 
 
-def _judge_spec(theirs: CacheSpec, function: str, spec: CacheSpec) -> str | None:
+def _judge_spec(theirs: Spec, function: str, spec: Spec) -> str | None:
+    if function not in theirs.functions:
+        return f"it has no function {function}"
     has, wanted = (dataclasses.asdict(s.relevant_to(function)) for s in (theirs, spec))
     differ = [
         f"{name} {has[name]}, not {wanted[name]}" for name in has if has[name] != wanted[name]
@@ -173,10 +175,10 @@ def _judge_spec(theirs: CacheSpec, function: str, spec: CacheSpec) -> str | None
     return f"it has {'; '.join(differ)}" if differ else None
 
 
-def _may_serve(directory: Path, function: str, spec: CacheSpec, device: TargetInfo) -> bool:
+def _may_serve(directory: Path, function: str, spec: Spec, device: TargetInfo) -> bool:
     """Judge by the directory's names, for a manifest that cannot be read."""
     try:
-        theirs = CacheSpec.parse(directory.name)
+        theirs = parse_spec(directory.name)
     except UnsupportedSpecError:
         return False
     return directory.parent.name == device.name and _judge_spec(theirs, function, spec) is None
@@ -186,7 +188,7 @@ def _described(target: TargetInfo) -> str:
     return f"{target.name} ({target.arch})"
 
 
-def _not_found(function: str, spec: CacheSpec, device: TargetInfo, judged: list[Candidate]) -> str:
+def _not_found(function: str, spec: Spec, device: TargetInfo, judged: list[Candidate]) -> str:
     rejected: dict[tuple[Path, str], list[str]] = {}
     for candidate in judged:
         group = (candidate.directory.parent, str(candidate.reason))

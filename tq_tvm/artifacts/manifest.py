@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from tq_tvm.errors import ArtifactCorruptError
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import Spec, parse_spec
 from tq_tvm.targets import TargetInfo
 
 __all__ = [
@@ -107,7 +107,7 @@ class Manifest(msgspec.Struct, frozen=True):
     Parameters
     ----------
     spec
-        Label of the `CacheSpec` that the kernels are specialised for.
+        Label of the `Spec` that the kernels are specialised for.
     target
         Device that they are compiled for.
     files
@@ -133,9 +133,9 @@ class Manifest(msgspec.Struct, frozen=True):
     abi: int = ABI
 
     @property
-    def cache_spec(self) -> CacheSpec:
+    def parsed_spec(self) -> Spec:
         """The spec that ``spec`` names."""
-        return CacheSpec.parse(self.spec)
+        return parse_spec(self.spec)
 
     @property
     def build_command(self) -> str:
@@ -197,7 +197,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def _check(self, directory: Path) -> None:
         """Raise a ValueError for what the types alone do not say."""
-        CacheSpec.parse(self.spec)
+        parse_spec(self.spec)
         for name in self.files:
             if name != Path(name).name:
                 raise ValueError(f"the file name {name!r}, which is a path")

@@ -1,7 +1,8 @@
 """What is timed: calls of the public operations on valid inputs, and torch's way of doing the same.
 
 A baseline of torch works on the dense data of the model's dtype: what a server without this cache
-would do in its place. Other programs, where they are installed, are in `tq_tvm.bench.peers`.
+would do in its place. On a CPU those of ``rotate`` and ``fill`` do the same steps (`steps`). Other
+programs, where they are installed, are in `tq_tvm.bench.peers`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch.nn.functional as F
 
 from tq_tvm.bench.baseline import Baseline
 from tq_tvm.bench.peers import DecodeInputs, decode_peers, rotate_peers
+from tq_tvm.bench.steps import fill_steps, rotate_steps
 from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import CacheSpec, RotateSpec, Spec
 
 __all__ = ["Case", "Workload", "make_case", "workloads"]
 
 _SERVED = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+_ROTATED = (64, 128, 256, 512, 1024, 4096)
+_GIB = 1 << 30
 _SCALE_SPREAD = 0.1
 
 
@@ -32,23 +36,30 @@ class Workload:
     """
 
     kernel: str
-    spec: CacheSpec
+    spec: Spec
     batch: int
     context: int
     graph: bool = False
     rotate_back: bool = False
     shortest: int | None = None
 
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """The spec, of a kernel other than ``rotate``."""
+        assert isinstance(self.spec, CacheSpec)
+        return self.spec
+
     def describe(self) -> dict[str, Any]:
         """The fields of ``bench.json``."""
-        spec = self.spec
         if self.kernel == "rotate":
+            rotation = self.spec.rotation
             return {
                 "rows": self.batch,
-                "n": spec.head_dim,
-                "dtype": spec.dtype,
+                "n": rotation.dim,
+                "dtype": rotation.dtype,
                 "graph": self.graph,
             }
+        spec = self.cache_spec
         fields: dict[str, Any] = {
             "batch": self.batch,
             "context": self.context,
@@ -91,7 +102,7 @@ def workloads(kind: str) -> list[Workload]:
     """The rows for a kind of target: serving sizes on a GPU, sizes of milliseconds on a CPU."""
     if kind == "llvm":
         return [
-            Workload("rotate", _SERVED, 65536, 1),
+            Workload("rotate", RotateSpec(128), 65536, 1),
             Workload("fill", _SERVED, 2, 512),
             Workload("fill", _SERVED, 8, 1),
             Workload("flatten", _SERVED, 2, 1024),
@@ -118,8 +129,8 @@ def workloads(kind: str) -> list[Workload]:
         Workload("fill", _SERVED, 256, 1, graph=True),
         Workload("flatten", _SERVED, 64, 8192),
         Workload("flatten", _SERVED, 64, 8192, rotate_back=True),
-        Workload("rotate", _SERVED, 4 << 20, 1),
-        Workload("rotate", _SERVED, 4096, 1, graph=True),
+        *(Workload("rotate", RotateSpec(dim), _GIB // (2 * dim), 1) for dim in _ROTATED),
+        Workload("rotate", RotateSpec(128), 4096, 1, graph=True),
     ]
 
 
@@ -135,24 +146,26 @@ def make_case(
 
 
 def _rotate(workload: Workload, device: torch.device) -> Case:
-    spec = workload.spec
+    spec = workload.spec.rotation
     dtype = getattr(torch, spec.dtype)
-    x = torch.randn(workload.batch, spec.head_dim, device=device).to(dtype)
+    x = torch.randn(workload.batch, spec.dim, device=device, dtype=dtype)
     out = torch.empty_like(x)
     moved = 2 * x.numel() * x.element_size()
+    copy = {"torch copy": lambda: out.copy_(x)}
+    calls = copy if device.type == "cuda" else rotate_steps(x, out)
     return Case(
         call=lambda: hadamard_rotate(x, out=out),
         bytes=moved,
         function="rotate",
         size=x.numel(),
-        baselines={"torch copy": Baseline(lambda: out.copy_(x), moved)},
+        baselines={name: Baseline(call, moved) for name, call in calls.items()},
         peers=rotate_peers(x),
     )
 
 
 def _pages(workload: Workload, device: torch.device) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Number of pages, a permuted block table, and lengths."""
-    width = -(-workload.context // workload.spec.page_size)
+    width = -(-workload.context // workload.cache_spec.page_size)
     pages = workload.batch * width
     table = torch.randperm(pages, device=device).int().view(workload.batch, width)
     lengths = torch.full((workload.batch,), workload.context, dtype=torch.int32, device=device)
@@ -185,7 +198,7 @@ def _row_bytes(spec: CacheSpec) -> int:
 
 
 def _fill(workload: Workload, device: torch.device) -> Case:
-    spec, tokens = workload.spec, workload.batch * workload.context
+    spec, tokens = workload.cache_spec, workload.batch * workload.context
     pages, table, lengths = _pages(workload, device)
     cache = PagedKVCache(spec, pages, device)
     shape = (tokens, spec.num_kv_heads, spec.head_dim)
@@ -214,21 +227,23 @@ def _fill(workload: Workload, device: torch.device) -> Case:
         def call() -> None:
             cache.fill(k, v, block_table=table, seq_lens=lengths, q_start_loc=starts)
 
+    calls = (
+        {"torch index_copy, dense": scatter}
+        if device.type == "cuda"
+        else fill_steps(cache, k, v, slots)
+    )
+    moved = 2 * tokens * spec.num_kv_heads * _dense_bytes(spec)
     return Case(
         call=call,
         bytes=tokens * spec.num_kv_heads * _row_bytes(spec),
         function=function,
         size=k.numel(),
-        baselines={
-            "torch index_copy, dense": Baseline(
-                scatter, 2 * tokens * spec.num_kv_heads * _dense_bytes(spec)
-            )
-        },
+        baselines={name: Baseline(torch_call, moved) for name, torch_call in calls.items()},
     )
 
 
 def _flatten(workload: Workload, device: torch.device) -> Case:
-    spec, tokens = workload.spec, workload.batch * workload.context
+    spec, tokens = workload.cache_spec, workload.batch * workload.context
     pages, table, lengths = _pages(workload, device)
     cache = _random_cache(spec, pages, device)
     shape = (tokens, spec.num_kv_heads, spec.head_dim)
@@ -266,7 +281,7 @@ def _flatten(workload: Workload, device: torch.device) -> Case:
 
 
 def _decode(workload: Workload, device: torch.device) -> Case:
-    spec, batch = workload.spec, workload.batch
+    spec, batch = workload.cache_spec, workload.batch
     pages, table, lengths = _pages(workload, device)
     cache = _random_cache(spec, pages, device)
     dtype = getattr(torch, spec.dtype)
@@ -295,6 +310,6 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     )
 
 
-def specs(rows: list[Workload]) -> Iterator[CacheSpec]:
+def specs(rows: list[Workload]) -> Iterator[Spec]:
     """Specs whose libraries the rows need, each once."""
     yield from dict.fromkeys(row.spec for row in rows)

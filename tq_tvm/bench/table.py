@@ -33,15 +33,15 @@ def describe(row: Row) -> str:
 
 
 def _is_torch(baseline: str) -> bool:
-    return baseline.startswith("torch ")
+    return baseline.startswith("torch")
 
 
 def table(rows: list[Row], style: str = "simple") -> str:
     """Format rows; ``style`` is one of tabulate's (``"github"`` for Markdown)."""
     cells = []
     for row in rows:
-        name = next((name for name in row.baselines if _is_torch(name)), None)
-        baseline = None if name is None else row.baselines[name]
+        of_torch = {name: us for name, us in row.baselines.items() if _is_torch(name)}
+        name, baseline = min(of_torch.items(), key=lambda pair: pair[1], default=("", None))
         cells.append(
             [
                 row.kernel,

@@ -17,9 +17,8 @@ from tq_tvm.build.compile import compile_library
 from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.errors import TuningLogError, UnsupportedSpecError
-from tq_tvm.kernels import FUNCTIONS
 from tq_tvm.schedules import Instance, instantiate
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import FUNCTIONS, Spec
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
 
@@ -27,7 +26,7 @@ __all__ = ["build_library"]
 
 
 def build_library(
-    spec: CacheSpec,
+    spec: Spec,
     target: TargetInfo,
     root: Path,
     *,
@@ -78,7 +77,7 @@ def build_library(
             find_records(function, spec, target, logs) if use_records else [],
             functions,
         )
-        for function in FUNCTIONS
+        for function in spec.functions
     }
     parent = Path(root) / target.name
     parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +114,7 @@ def build_library(
 
 def _variants(
     function: str,
-    spec: CacheSpec,
+    spec: Spec,
     target: TargetInfo,
     records: list[TunedRecord],
     functions: dict[str, PrimFunc],
@@ -150,7 +149,7 @@ def _variants(
 
 
 def _replay(
-    function: str, spec: CacheSpec, target: TargetInfo, record: TunedRecord, symbol: str
+    function: str, spec: Spec, target: TargetInfo, record: TunedRecord, symbol: str
 ) -> Instance:
     try:
         return instantiate(function, spec, target.kind, record.trace, symbol=symbol)

@@ -31,9 +31,9 @@ __all__ = [
     "shuffle",
     "shuffle_xor",
     "store",
-    "sync_warp",
     "u32",
     "wait_for_launch_before",
+    "warp_barrier",
     "when",
 ]
 
@@ -98,10 +98,9 @@ def barrier() -> None:
     I.evaluate(T.tvm_storage_sync("shared"))
 
 
-def sync_warp() -> None:
-    """``__syncwarp``: what lanes have written to shared memory is seen by the others."""
-    source = "static __device__ __forceinline__ void tq_sync_warp() { __syncwarp(); }\n"
-    I.evaluate(T.cuda.func_call("tq_sync_warp", source_code=source, return_type="void"))
+def warp_barrier() -> None:
+    """``__syncwarp``."""
+    I.evaluate(T.cuda.warp_sync())
 
 
 def shuffle(value, lane):

@@ -242,7 +242,7 @@ def _emit(
     """8 rows of a warp at a time; ``slots`` says where a token goes, see `_TableSlots`."""
     fmt, heads = spec.cache_format, spec.num_kv_heads
     codecs = {"k": fmt.key, "v": fmt.value}
-    row = RowBits(spec, config.contracted)
+    row = RowBits.of_cache(spec.head_dim, config.contracted)
     warp, lane = let(thread // 32), let(thread % 32)
     g, t = let(lane // 4), let(lane % 4)
     total = let(T.cast(tokens, "int32") * heads)

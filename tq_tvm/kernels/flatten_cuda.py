@@ -289,7 +289,7 @@ def _emit(
     total = let(T.cast(tokens, "int32") * heads)
     if unrotated:
         zeros = hidden_zeros(total, lane, 4)
-        bits = RowBits(spec, config.contracted)
+        bits = RowBits.of_cache(spec.head_dim, config.contracted)
         ones = hadamard_words("float16", let(lane // 4), let(lane % 4), zeros)
         sides = [_RotatedSide(spec, c, f, bits, ones) for c, f in zip(codecs, flat, strict=True)]
     share = abreast * config.rows * config.tiles

@@ -1,4 +1,4 @@
-"""Rotating rows by tensor cores: what `fill_cuda` and `flatten_cuda` share.
+"""Rotating rows by tensor cores: what `fill_cuda`, `flatten_cuda` and `rotate_cuda` share.
 
 A Hadamard matrix is a product of 2 x 2 factors, one a bit of the coordinate. The tensor core takes
 the bits that lie across lanes and two to four more, by ``mma.m16n8k16`` with a matrix of ones and
@@ -12,40 +12,51 @@ D = 64), or looked up in words of two values, is an operand as it is.
 from __future__ import annotations
 
 import itertools
+import struct
 
 from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import f32, let, local, mma, shuffle_xor, store, u32
-from tq_tvm.spec import CacheSpec
 
-__all__ = ["PRODUCTS", "RowBits", "hadamard_words", "hidden_zeros", "numbers", "rotate_rows"]
+__all__ = [
+    "PRODUCTS",
+    "RowBits",
+    "butterfly",
+    "hadamard_words",
+    "hidden_zeros",
+    "numbers",
+    "rotate_rows",
+]
 
 PRODUCTS = {
     "float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
     "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
 }
-_ONE = {"float16": 0x3C00, "bfloat16": 0x3F80}
 
 
 class RowBits:
-    """Where the bits of a coordinate are.
+    """Where the bits of a coordinate of ``dim`` are.
 
-    Bit 0 is inside a word of two values, bit 1 tells the two rows of an operand, ``deep`` the two
-    words of a row of it: a piece that was read, or two, is an operand as it is.
+    The four lanes of a row have pieces of 2^``lane_bit`` values in turn. Bit 0 is inside a word of
+    two values, bit 1 tells the two rows of an operand, ``deep`` the two words of a row of it: a
+    piece that was read, or two, is an operand as it is.
     """
 
-    def __init__(self, spec: CacheSpec, contracted: int) -> None:
-        self.dim = spec.head_dim
-        bits = self.dim.bit_length() - 1
-        # Pieces of 8 values a lane, or of 4, so that the bytes of V's fields stay in a lane.
-        self.lane_bit = 3 if bits >= 7 else 2
-        self.deep = 2 if bits >= 7 else 4
+    def __init__(self, dim: int, contracted: int, lane_bit: int = 3) -> None:
+        self.dim, self.lane_bit = dim, lane_bit
+        bits = dim.bit_length() - 1
+        self.deep = 2 if lane_bit == 3 else 4
         self.piece = 1 << self.lane_bit
         self.pieces = self.dim // (4 * self.piece)
         lanes = (self.lane_bit, self.lane_bit + 1)
         others = [b for b in range(2, bits) if b not in (*lanes, self.deep)]
         self.inner = others[:contracted]
         self.rest = others[contracted:]
+
+    @classmethod
+    def of_cache(cls, dim: int, contracted: int) -> RowBits:
+        """Pieces of 8 values, or of 4, so that the bytes of V's fields stay in a lane."""
+        return cls(dim, contracted, 3 if dim >= 128 else 2)
 
     def slot(self, coordinate: int) -> int:
         """Index of a coordinate among those of a lane."""
@@ -56,15 +67,21 @@ class RowBits:
         """The coordinate at an index, lane bits 0."""
         return slot >> self.lane_bit << (self.lane_bit + 2) | slot & (self.piece - 1)
 
-    def operand(self, words, coordinate: int) -> list:
+    def operand(self, words, coordinate: int, first: int = 0) -> list:
         """Four words from ``coordinate`` on: bit 1 in turn, then ``deep``."""
         places = (coordinate | deep << self.deep | x << 1 for deep in (0, 1) for x in (0, 1))
-        return [words[self.slot(place) // 2] for place in places]
+        return [words[(first + self.slot(place)) // 2] for place in places]
 
 
 def numbers(bits: list[int]) -> list[int]:
     """All numbers that have ones at the places ``bits`` alone."""
     return [sum(1 << b for i, b in enumerate(bits) if n >> i & 1) for n in range(1 << len(bits))]
+
+
+def _bits(dtype: str, value: float) -> int:
+    if dtype == "float16":
+        return int.from_bytes(struct.pack("<e", value), "little")
+    return int.from_bytes(struct.pack("<f", value), "little") >> 16
 
 
 def _odd(value: int) -> bool:
@@ -80,13 +97,15 @@ def hidden_zeros(positive, lane, count: int) -> list:
     return [let(T.cast(shuffle_xor(zero, 1 << i), "uint32")) for i in range(count)]
 
 
-def hadamard_words(dtype: str, g, t, zeros):
-    """The lane's column of minus the matrix of the lane bits and bit 0: ``[low, high, word]``.
+def hadamard_words(dtype: str, g, t, zeros, scale: float = -1.0):
+    """The lane's column of ``scale`` times the matrix of the lane bits and bit 0.
+
+    The index is ``[low, high, word]``; ``scale`` is a number of the dtype.
 
     ``low`` and ``high`` say whether the signs of the words, without and with the bit ``deep`` of
     the source, are turned.
     """
-    one = _ONE[dtype]
+    one = _bits(dtype, abs(scale))
     both = T.bitwise_and(t, g // 2)
     odd = T.bitwise_xor(both, T.shift_right(both, 1))
     # Column 2 t' + e: the first value of a word meets e = 0 of the row, the second e = 1.
@@ -96,36 +115,43 @@ def hadamard_words(dtype: str, g, t, zeros):
     words = local((2, 2, 2), "uint32")
     for i, (low, high) in enumerate(itertools.product(range(2), repeat=2)):
         for e, odd_sign in enumerate((low, high)):
-            minus = 0 if odd_sign else 0x80008000
+            minus = 0 if bool(odd_sign) == (scale < 0) else 0x80008000
             word = T.bitwise_xor(signs, u32((one << 16 | one) ^ minus))
             # Registers of their own: a pair of operands has to be side by side.
             store(words, word + zeros[i], low, high, e)
     return words
 
 
-def rotate_rows(row: RowBits, dtype: str, words, ones, value) -> None:
-    """``value`` becomes minus the rows in ``words`` times the unscaled Hadamard matrix.
+def rotate_rows(row: RowBits, dtype: str, words, ones, value, first: int = 0) -> None:
+    """``value`` becomes the rows in ``words`` times the Hadamard matrix times a scale.
 
-    ``ones`` are the operands of `hadamard_words`.
+    ``ones`` are the operands of `hadamard_words`, which says the scale; ``first`` is the index of
+    the first value of a lane, which may have several rows.
     """
     for rest in numbers(row.rest):
         for target in numbers([*row.inner, row.deep]):
             result = [
-                value[row.slot(rest | target | x << 1 | low)] for x in range(2) for low in range(2)
+                value[first + row.slot(rest | target | x << 1 | low)]
+                for x in range(2)
+                for low in range(2)
             ]
             for n, source in enumerate(numbers(row.inner)):
                 # Words of the column: without and with the bit ``deep`` of the source.
                 odd = [int(_odd(target & full)) for full in (source, source | 1 << row.deep)]
                 start = result if n else [f32(0)] * 4
                 b = [ones[odd[0], odd[1], e] for e in range(2)]
-                mma(PRODUCTS[dtype], result, row.operand(words, rest | source), b, start)
+                mma(PRODUCTS[dtype], result, row.operand(words, rest | source, first), b, start)
     pair = local(2, "float32")
     for bit in (1, *row.rest):
         for slot in range(row.dim // 4):
             coordinate = row.coordinate(slot)
             if not coordinate >> bit & 1:
-                other = row.slot(coordinate | 1 << bit)
-                store(pair, value[slot], 0)
-                store(pair, value[other], 1)
-                store(value, pair[0] + pair[1], slot)
-                store(value, pair[0] - pair[1], other)
+                butterfly(value, first + slot, first + row.slot(coordinate | 1 << bit), pair)
+
+
+def butterfly(value, low: int, high: int, pair) -> None:
+    """Replace two values by their sum and their difference; ``pair`` are two registers."""
+    store(pair, value[low], 0)
+    store(pair, value[high], 1)
+    store(value, pair[0] + pair[1], low)
+    store(value, pair[0] - pair[1], high)

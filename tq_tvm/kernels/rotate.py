@@ -23,6 +23,8 @@ Numerics
 Cost of one value (D = 128, bf16)
     2 bytes read and 2 written; 7 additions and 1 multiplication.
 
+GPUs have a second design, `rotate_cuda`, which is the only one for D > 256.
+
 Blocks that schedules name: ``row`` > ``x_load``, ``x_widen``, ``x_stage*``, ``y_narrow``,
 ``y_store``.
 """
@@ -33,14 +35,14 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import blocks
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import RotateSpec
 
 __all__ = ["rotate"]
 
 
-def rotate(spec: CacheSpec, *, row_multiple: int, n: int | None = None) -> PrimFunc:
+def rotate(spec: RotateSpec, *, row_multiple: int, n: int | None = None) -> PrimFunc:
     """The TensorIR of ``rotate``; ``n`` fixes the number of rows for a search."""
-    d, dtype = spec.head_dim, spec.dtype
+    d, dtype = spec.dim, spec.dtype
     rows = n
 
     def emit(X, Y, vr, total):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from tq_tvm.errors import ArgumentTypeError, ArgumentValueError, UnsupportedSpecError
-from tq_tvm.spec import LAYOUTS, CacheFormat, CacheSpec, get_format
+from tq_tvm.spec import LAYOUTS, CacheFormat, CacheSpec, RotateSpec, get_format
 
 __all__ = [
     "CACHE_NAMES",
@@ -43,6 +43,8 @@ __all__ = [
     "suspect_caches",
     "suspect_rows",
 ]
+
+_Spec = TypeVar("_Spec", CacheSpec, RotateSpec)
 
 CACHE_NAMES = ("k_cache", "v_cache", "k_meta", "v_meta")
 
@@ -271,12 +273,12 @@ def check_spec(op: str, spec: Any) -> None:
         )
 
 
-def make_spec(op: str, **fields: Any) -> CacheSpec:
+def make_spec(op: str, kind: type[_Spec], **fields: Any) -> _Spec:
     """Make the spec of a call; one without kernels is an error that names the operation."""
     try:
-        return CacheSpec(**fields)
+        return kind(**fields)
     except UnsupportedSpecError as error:
-        message = str(error).removeprefix("CacheSpec: ")
+        message = str(error).removeprefix(f"{kind.__name__}: ")
         raise UnsupportedSpecError(f"{op}: {message}; no kernel is generated for that") from error
 
 
@@ -301,6 +303,7 @@ def cache_spec(
     page_size, heads = k_cache.shape[1:3] if layout == "bshd" else k_cache.shape[1:3][::-1]
     return make_spec(
         op,
+        CacheSpec,
         head_dim=head_dim,
         num_q_heads=heads if num_q_heads is None else num_q_heads,
         num_kv_heads=heads,

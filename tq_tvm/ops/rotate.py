@@ -9,6 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check
 from tq_tvm.ops._library import call_kernel, destination_op
+from tq_tvm.spec import RotateSpec
 
 __all__ = ["hadamard_rotate"]
 
@@ -22,8 +23,8 @@ def hadamard_rotate(x: Any, *, out: Any = None) -> Any:
     Parameters
     ----------
     x
-        ``[..., D]``, contiguous, float16 or bfloat16 (on the CPU also float32), D = 64, 128 or 256.
-        A torch tensor, or any object with ``__dlpack__``.
+        ``[..., D]``, contiguous, float16 or bfloat16 (on the CPU also float32), D a power of two
+        from 64 to 4096. A torch tensor, or any object with ``__dlpack__``.
     out
         Where the result goes: shape, dtype and device of ``x``. It may be ``x`` itself, not a
         tensor that overlaps it otherwise.
@@ -45,6 +46,9 @@ def hadamard_rotate(x: Any, *, out: Any = None) -> Any:
     -----
     One launch on torch's current stream. It can be captured in a CUDA graph after one call outside
     of it; with ``out`` nothing is allocated. There is no gradient.
+
+    Any library of D and the dtype serves: of caches, which have D up to 256, or of the rotation
+    alone, as ``tq-tvm build --spec rotate_d1024_bf16`` builds it.
 
     Examples
     --------
@@ -74,8 +78,7 @@ def _rotate(x: torch.Tensor, out: torch.Tensor) -> None:
         actual = f"a start {out_at - x_at} bytes after it"
         _check.fail(_OP, "out", "x itself or apart from it", actual, "pass another tensor")
     if loaded is None:
-        fields = {"head_dim": shape[-1], "dtype": _check.dtype_name(x.dtype)}
-        spec = _check.make_spec(_OP, num_q_heads=1, num_kv_heads=1, **fields)
+        spec = RotateSpec(shape[-1], _check.dtype_name(x.dtype))
         loaded = _loaded[key] = load("rotate", spec, x.device)
     rows = (size // shape[-1], shape[-1])
     tensors = (x.view(rows), out.view(rows))
@@ -88,11 +91,11 @@ def _check_arguments(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, 
     _check.check_model_dtype(_OP, "x", x)
     if x.ndim == 0:
         _check.fail(_OP, "x", "of shape [..., D]", "a scalar", "pass rows")
-    head_dim, dtype = x.shape[-1], _check.dtype_name(x.dtype)
-    _check.make_spec(_OP, head_dim=head_dim, dtype=dtype, num_q_heads=1, num_kv_heads=1)
+    dim = x.shape[-1]
+    _check.make_spec(_OP, RotateSpec, dim=dim, dtype=_check.dtype_name(x.dtype))
     _check.check_dtype(_OP, "out", out, x.dtype)
     _check.check_shape(_OP, "out", out, "that of x", x.shape)
     for name, tensor in tensors.items():
         _check.check_compact(_OP, name, tensor)
         _check.check_alignment(_OP, name, tensor, 16)
-    return x.reshape(-1, head_dim), out.view(-1, head_dim)
+    return x.reshape(-1, dim), out.view(-1, dim)

@@ -30,7 +30,7 @@ from tvm.s_tir import meta_schedule as ms
 from tq_tvm import env, schedules
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.errors import TuningLogError
-from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.spec import FUNCTIONS, RotateSpec, Spec, parse_spec
 from tq_tvm.targets import TargetInfo
 
 __all__ = [
@@ -109,7 +109,7 @@ def own_logs() -> Path:
     return packaged if is_clone and os.access(packaged, os.W_OK) else env.user_logs_dir()
 
 
-def search_workload(function: str, spec: CacheSpec, kind: str, shape: dict[str, int]) -> Any:
+def search_workload(function: str, spec: Spec, kind: str, shape: dict[str, int]) -> Any:
     """The module that is searched for a workload, as MetaSchedule stores it."""
     mod = schedules.search_module(function, spec, kind, dict(shape))
     return ms.tune_context._normalize_mod(_without_spans(mod))
@@ -195,21 +195,24 @@ def check_log(kernel: str, target: TargetInfo, logs: Path | None = None) -> None
     _stored(kernel, target, logs)
 
 
-def _kind(function: str, spec: CacheSpec) -> tuple[object, ...]:
+def _kind(function: str, spec: Spec) -> tuple[object, ...]:
     """What has to agree for decisions to carry over."""
+    spec = spec.relevant_to(function)
+    if isinstance(spec, RotateSpec):
+        return (spec.dim, spec.dtype)
     kind = (spec.format, spec.head_dim, spec.dtype)
     return (*kind, spec.group_size) if function == "decode" else kind
 
 
-def _chosen(function: str, spec: CacheSpec, found: list[Entry]) -> list[Entry]:
+def _chosen(function: str, spec: Spec, found: list[Entry]) -> list[Entry]:
     """Records of the spec itself; else of the first one that its decisions carry over from.
 
     Page size and layout change addresses, not what a lane does, and the number of heads neither,
     but for the group in ``decode``, which changes the registers that it takes.
     """
-    groups: dict[CacheSpec, list[Entry]] = {}
+    groups: dict[Spec, list[Entry]] = {}
     for entry in found:
-        theirs = CacheSpec.parse(entry.spec)
+        theirs = parse_spec(entry.spec)
         if entry.function == function and _kind(function, theirs) == _kind(function, spec):
             groups.setdefault(theirs.relevant_to(function), []).append(entry)
     own = groups.get(spec.relevant_to(function))
@@ -230,7 +233,7 @@ def _stored(
     database = open_database(directory, _repair(directory))
 
     def trace(entry: Entry) -> Trace | None:
-        spec = CacheSpec.parse(entry.spec)
+        spec = parse_spec(entry.spec)
         mod = search_workload(entry.function, spec, target.kind, entry.shape)
         if not database.has_workload(mod):
             return None
@@ -241,7 +244,7 @@ def _stored(
 
 
 def find_records(
-    function: str, spec: CacheSpec, target: TargetInfo, logs: Path | None = None
+    function: str, spec: Spec, target: TargetInfo, logs: Path | None = None
 ) -> list[TunedRecord]:
     """Records that serve a function of a spec on a target: one a workload of one spec.
 
@@ -313,7 +316,7 @@ def _write(directory: Path, kept: list[tuple[Entry, Trace]], target: TargetInfo)
     directory.mkdir()
     database = open_database(directory, "", create=True)
     for entry, trace in kept:
-        spec = CacheSpec.parse(entry.spec)
+        spec = parse_spec(entry.spec)
         mod = search_workload(entry.function, spec, target.kind, entry.shape)
         workload = database.commit_workload(mod)
         database.commit_tuning_record(

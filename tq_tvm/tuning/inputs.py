@@ -79,7 +79,7 @@ def _table(workload: Workload, device: torch.device) -> tuple[torch.Tensor, torc
     shape = workload.shape
     pages = torch.randperm(shape["pages"], device=device).int()
     table = pages[: shape["batch"] * shape["table_width"]].view(shape["batch"], -1).contiguous()
-    context = shape["table_width"] * workload.spec.page_size
+    context = shape["table_width"] * workload.cache_spec.page_size
     return table, torch.full((shape["batch"],), context, dtype=torch.int32, device=device)
 
 
@@ -91,9 +91,9 @@ def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
 
 
 def _rotate(workload: Workload, device: torch.device) -> Case:
-    spec = workload.spec
+    spec = workload.spec.rotation
     dtype = getattr(torch, spec.dtype)
-    x = torch.randn(workload.shape["n"], spec.head_dim, device=device).to(dtype)
+    x = torch.randn(workload.shape["n"], spec.dim, device=device).to(dtype)
     y = torch.empty_like(x)
 
     def check() -> float:
@@ -107,7 +107,7 @@ def _rotate(workload: Workload, device: torch.device) -> Case:
 
 
 def _fill(workload: Workload, device: torch.device) -> Case:
-    spec, tokens = workload.spec, workload.shape["tokens"]
+    spec, tokens = workload.cache_spec, workload.shape["tokens"]
     dtype = getattr(torch, spec.dtype)
     k, v = (
         torch.randn(tokens, spec.num_kv_heads, spec.head_dim, device=device).to(dtype)
@@ -156,7 +156,7 @@ def _fill(workload: Workload, device: torch.device) -> Case:
 
 
 def _flatten(workload: Workload, device: torch.device) -> Case:
-    spec, tokens = workload.spec, workload.shape["tokens"]
+    spec, tokens = workload.cache_spec, workload.shape["tokens"]
     dtype = getattr(torch, spec.dtype)
     caches = _random_caches(spec, workload.shape["pages"], device)
     table, lengths = _table(workload, device)
@@ -185,7 +185,7 @@ def _flatten(workload: Workload, device: torch.device) -> Case:
 
 
 def _decode(workload: Workload, device: torch.device) -> Case:
-    spec, batch = workload.spec, workload.shape["batch"]
+    spec, batch = workload.cache_spec, workload.shape["batch"]
     dtype = getattr(torch, spec.dtype)
     caches = _random_caches(spec, workload.shape["pages"], device)
     table, lengths = _table(workload, device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec
 from tq_tvm.targets import TargetInfo
 
 __all__ = ["Workload", "workloads"]
@@ -22,7 +22,7 @@ class Workload:
     """
 
     function: str
-    spec: CacheSpec
+    spec: Spec
     shape: dict[str, int] = dataclasses.field(hash=False)
     why: str
 
@@ -30,6 +30,12 @@ class Workload:
     def kernel(self) -> str:
         """Kernel that the function is a form of."""
         return FUNCTIONS[self.function]
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """The spec, of a function other than ``rotate``."""
+        assert isinstance(self.spec, CacheSpec)
+        return self.spec
 
     @property
     def label(self) -> str:
@@ -40,11 +46,11 @@ class Workload:
     @property
     def size(self) -> int:
         """Problem size by which a variant is chosen at run time."""
-        heads, dim = self.spec.num_kv_heads, self.spec.head_dim
         if self.function == "rotate":
-            return self.shape["n"] * dim
+            return self.shape["n"] * self.spec.rotation.dim
+        heads, dim = self.cache_spec.num_kv_heads, self.cache_spec.head_dim
         if self.function == "decode":
-            context = self.shape["table_width"] * self.spec.page_size
+            context = self.shape["table_width"] * self.cache_spec.page_size
             return self.shape["batch"] * heads * context * dim
         return self.shape["tokens"] * heads * dim
 
@@ -58,10 +64,17 @@ def _tokens(spec: CacheSpec, batch: int, context: int) -> dict[str, int]:
     return {"tokens": batch * context, **_batch(spec, batch, context)}
 
 
-def workloads(spec: CacheSpec, target: TargetInfo) -> list[Workload]:
+def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
     """Workloads of a spec: on a GPU sizes of serving, on a CPU sizes that take milliseconds."""
+    large, small = (1 << 29, 1 << 19) if target.kind == "cuda" else (1 << 23, 1 << 16)
+    rotation = spec.rotation
+    rotations = [
+        Workload("rotate", rotation, {"n": large // rotation.dim}, "no cache holds it: bandwidth"),
+        Workload("rotate", rotation, {"n": small // rotation.dim}, "one launch: latency"),
+    ]
+    if isinstance(spec, RotateSpec):
+        return rotations
     if target.kind == "cuda":
-        large, small = 4 << 20, 4096
         prefill, append, gather = (8, 2048), 64, (16, 4096)
         decodes = [
             (64, 8192, "every SM busy: bandwidth and instructions"),
@@ -70,12 +83,10 @@ def workloads(spec: CacheSpec, target: TargetInfo) -> list[Workload]:
             (1, 1024, "one short sequence: launches"),
         ]
     else:
-        large, small = 65536, 512
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
     return [
-        Workload("rotate", spec, {"n": large}, "larger than the L2: bandwidth"),
-        Workload("rotate", spec, {"n": small}, "one launch: latency"),
+        *rotations,
         Workload(
             "fill_slots",
             spec,
