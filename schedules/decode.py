@@ -63,12 +63,12 @@ __all__ = [
 OPTIONS = {
     "cuda": {
         "warps": [1, 2, 4, 8],
-        "abreast": [1, 2, 4, 8],
+        "abreast": [1, 2, 4],
         "tile": [32, 64],
         "stages": [2, 3],
         "registers": [128, 168, 256],
         "query_in_shared": [0, 1],
-        "headroom": [0, 1, 2],
+        "headroom": [1, 2],
         "reach": [1, 2, 4],
         "overlap": [0, 1],
     },
@@ -77,14 +77,14 @@ OPTIONS = {
 
 DEFAULTS = {
     "cuda": {
-        "warps": 1,
-        "abreast": 8,
-        "tile": 32,
+        "warps": 4,
+        "abreast": 1,
+        "tile": 64,
         "stages": 2,
         "registers": 256,
         "query_in_shared": 0,
         "headroom": 1,
-        "reach": 2,
+        "reach": 1,
         "overlap": 1,
     },
     "llvm": {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0},

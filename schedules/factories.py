@@ -60,11 +60,11 @@ DEFAULTS = {
     "fill": {
         "factory": 1,
         "warps": 4,
-        "tiles": 4,
+        "tiles": 8,
         "contracted": 1,
         "sides": 1,
         "stages": 2,
-        "registers": 96,
+        "registers": 80,
     },
     "flatten": {
         "factory": 1,

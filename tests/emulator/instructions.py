@@ -208,6 +208,7 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"cp\.async\.commit_group", _named("commit_copies")),
     (r"cp\.async\.wait_group", _named("wait_for_copies")),
     (r"cp\.async\.wait_all", _named("wait_for_all_copies")),
+    (r"prefetch\.global\.L[12]", lambda instruction: "(void)0"),
     (r"griddepcontrol\.(?:wait|launch_dependents)", lambda instruction: "(void)0"),
     (r"bar(?:rier)?\.sync(?:\.aligned)?", _named("synchronize")),
 ]

@@ -27,6 +27,9 @@ and byte moves 112, selections 42, shifts 38; tensor core 64.
 
 from __future__ import annotations
 
+import functools
+
+import tvm
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
@@ -54,6 +57,7 @@ from tq_tvm.kernels.device import (
     let_next_launch_begin,
     local,
     loop,
+    ptx,
     shared_dynamic,
     store,
     when,
@@ -115,6 +119,16 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     return main
 
 
+def _prefetch(argument, line) -> None:
+    """Ask for one line of an argument, if it has that many."""
+    per_line = 128 * 8 // tvm.DataType(argument.dtype).bits
+    size = functools.reduce(lambda a, b: a * b, argument.shape)
+    at = let(T.cast(line, "int64") * per_line)
+    with when(at < size):
+        flat = T.decl_buffer((size,), argument.dtype, data=argument.data)
+        ptx("prefetch.global.L2", flat.ptr_to([at]))
+
+
 def _attend(
     shape: Shape, q, caches, block_table, seq_lens, workspace, out, batch, unit, group, thread,
     groups, sm_scale,
@@ -129,6 +143,10 @@ def _attend(
     kv_head, head_tile = let(part // shape.head_tiles), let(part % shape.head_tiles)
     first_head = let(kv_head * spec.group_size + head_tile * shape.heads)
     heads = let(T.min(i32(shape.heads), i32(spec.group_size) - head_tile * shape.heads))
+    # These are needed one after another, and may all have to come from memory.
+    at = let((group * shape.units + unit) * shape.threads + thread)
+    for argument in (block_table, q):
+        _prefetch(argument, at)
     words = shared_dynamic(shape.dynamic_words, "uint32")
     query_memory = QueryMemory.allocate(shape, words)
     sum_memory = SumMemory.allocate(shape, words)
@@ -179,10 +197,12 @@ def _attend(
                 barrier()
             with loop(now[0] < last[0]):
                 ring.wait()
-                fetch()
                 own = let(now[0] + warp)
                 with when(own < last[0]):
                     score(shape, query, table, cell, values.scores)
+                # Here, or all threads would copy at once and then compute at once.
+                fetch()
+                with when(own < last[0]):
                     values.add(cell, own * shape.config.tile, seq_len[0])
                 ring.leave()
                 store(now, now[0] + warps)
