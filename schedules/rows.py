@@ -1,6 +1,6 @@
 """What the schedules of ``rotate``, ``fill`` and ``flatten`` share: how rows meet the hardware.
 
-On a GPU, where this is the schedule of ``rotate`` alone, ``threadIdx.x`` counts the lanes that share
+On a GPU, where only ``rotate`` has this schedule, ``threadIdx.x`` counts the lanes that share
 a row, ``threadIdx.y`` the rows of a CTA. A lane owns ``vector`` neighbouring values of each quarter
 of the row, so only log2(lanes) butterflies of the rotation are shuffles.
 
