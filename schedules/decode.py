@@ -3,22 +3,23 @@
 ================  ==================================================================
 decision (CUDA)   what it trades
 ================  ==================================================================
-abreast           KV heads of a CTA: whole lines of memory, against more pieces to merge and
-                  warps that wait for one another
-warps             tiles of a step, each for a warp of every head: larger copies, against the
-                  merge at the end and shared memory
+warps             tokens of a group of CTAs in parallel, against the merge at the end of each
+                  piece and the shared memory that it takes
+abreast           KV heads of a CTA: sectors that they share are read once, against more pieces to
+                  merge
 tile              tokens a warp handles at a time: fewer look-ups, maxima and votes a token,
                   against registers
-stages            steps of tokens in shared memory: latency hidden, against CTAs on an SM
 registers         the most a thread may have: more CTAs on an SM, against spills and loads
                   in flight
 query_in_shared   query fragments in shared memory instead of registers
 headroom          bits of a weight that a rising maximum may use up: fewer moves of the bound,
                   against precision
-reach             steps that a group of CTAs gets at least: fewer pieces to merge, against
-                  parallel work
+reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to merge,
+                  against parallel work
 overlap           the second launch begins before the first is done: less waiting, against
                   CTAs that hold an SM while they wait
+promoted          bytes around a read that L2 fetches with it: whole lines of memory for the
+                  heads that follow, against lines that are dropped before
 ================  ==================================================================
 
 ================  ==================================================================
@@ -65,12 +66,12 @@ OPTIONS = {
         "warps": [1, 2, 4, 8],
         "abreast": [1, 2, 4],
         "tile": [32, 64],
-        "stages": [2, 3],
         "registers": [128, 168, 256],
         "query_in_shared": [0, 1],
         "headroom": [1, 2],
         "reach": [1, 2, 4],
         "overlap": [0, 1],
+        "promoted": [0, 128, 256],
     },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1], "lookup": [0, 1]},
 }
@@ -80,12 +81,12 @@ DEFAULTS = {
         "warps": 4,
         "abreast": 1,
         "tile": 64,
-        "stages": 2,
         "registers": 256,
-        "query_in_shared": 0,
+        "query_in_shared": 1,
         "headroom": 1,
         "reach": 1,
         "overlap": 1,
+        "promoted": 128,
     },
     "llvm": {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0},
 }

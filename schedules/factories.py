@@ -68,8 +68,8 @@ DEFAULTS = {
     },
     "flatten": {
         "factory": 1,
-        "warps": 4,
-        "tiles": 4,
+        "warps": 8,
+        "tiles": 1,
         "registers": 64,
         "rows": 2,
         "contracted": 1,

@@ -24,8 +24,8 @@ from tq_tvm.splits import launch_keys, num_groups
 
 SPEC = CacheSpec(64, 8, 2, 16, "bfloat16", "bshd")
 CONFIG = {
-    "warps": 2, "abreast": 2, "tile": 32, "stages": 2, "registers": 256, "query_in_shared": 1,
-    "headroom": 1, "reach": 1, "overlap": 0,
+    "warps": 2, "abreast": 2, "tile": 32, "registers": 256, "query_in_shared": 1,
+    "headroom": 1, "reach": 1, "overlap": 0, "promoted": 0,
 }  # fmt: skip
 PROCESSORS = 4
 

@@ -24,20 +24,20 @@ from tq_tvm.splits import workspace_floats
 LIMIT = {torch.float16: 5e-3, torch.bfloat16: 1e-2}
 LENGTHS = [0, 1, 63, 64, 65, 203]
 STREAMS = {
-    "warps": 4, "abreast": 1, "tile": 64, "stages": 2, "registers": 168, "query_in_shared": 1,
-    "headroom": 1, "reach": 1, "overlap": 0,
+    "warps": 4, "abreast": 1, "tile": 64, "registers": 168, "query_in_shared": 1,
+    "headroom": 1, "reach": 1, "overlap": 0, "promoted": 128,
 }  # fmt: skip
 SMALL = {
-    "warps": 2, "abreast": 1, "tile": 32, "stages": 3, "registers": 256, "query_in_shared": 0,
-    "headroom": 0, "reach": 2, "overlap": 1,
+    "warps": 2, "abreast": 1, "tile": 32, "registers": 256, "query_in_shared": 0,
+    "headroom": 0, "reach": 2, "overlap": 1, "promoted": 0,
 }  # fmt: skip
 WIDE = {
-    "warps": 1, "abreast": 4, "tile": 64, "stages": 2, "registers": 168, "query_in_shared": 1,
-    "headroom": 2, "reach": 4, "overlap": 0,
+    "warps": 1, "abreast": 4, "tile": 64, "registers": 168, "query_in_shared": 1,
+    "headroom": 2, "reach": 4, "overlap": 0, "promoted": 128,
 }  # fmt: skip
 BOTH = {
-    "warps": 2, "abreast": 4, "tile": 32, "stages": 2, "registers": 128, "query_in_shared": 0,
-    "headroom": 1, "reach": 1, "overlap": 0,
+    "warps": 2, "abreast": 4, "tile": 32, "registers": 128, "query_in_shared": 0,
+    "headroom": 1, "reach": 1, "overlap": 0, "promoted": 128,
 }  # fmt: skip
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), STREAMS),
@@ -45,7 +45,7 @@ CASES = {
     "group1": (CacheSpec(128, 3, 3, 16, "float16", "bshd"), BOTH),
     "group6": (CacheSpec(128, 6, 1, 128, "bfloat16", "bshd"), STREAMS),
     "group16": (CacheSpec(128, 16, 1, 32, "float16", "bshd"), SMALL),
-    "group16_abreast": (CacheSpec(128, 32, 2, 64, "bfloat16", "bshd"), BOTH),
+    "group16_abreast": (CacheSpec(128, 32, 2, 64, "bfloat16", "bshd"), {**BOTH, "abreast": 2}),
     "abreast4": (CacheSpec(128, 16, 4, 64, "bfloat16", "bshd"), WIDE),
     "abreast4_streams": (CacheSpec(128, 16, 4, 16, "bfloat16", "bhsd"), BOTH),
     "abreast3": (CacheSpec(64, 18, 3, 16, "float16", "bhsd"), WIDE),

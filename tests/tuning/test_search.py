@@ -178,7 +178,7 @@ def test_ctrl_c_before_anything_was_measured(folders, monkeypatch, handler):
     def build(self, inputs):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(ms.builder.LocalBuilder._cls, "build", build)
+    monkeypatch.setattr(candidates._Builder._cls, "build", build)
     with pytest.raises(SearchInterrupted) as stop:
         tune(ROTATE, detect(CPU), CPU, trials=4, logs=logs)
     assert stop.value.entry is None
@@ -189,13 +189,13 @@ def test_ctrl_c_before_anything_was_measured(folders, monkeypatch, handler):
 def test_what_cannot_be_built_is_a_failure(folders, monkeypatch):
     cache, logs = folders
     small_space(monkeypatch, tile=[16, 32], vector=[16], unroll=[0, 1])
-    build = ms.builder.LocalBuilder._cls.build
+    build = candidates._Builder._cls.build
 
     def one_fails(self, inputs):
         _, *others = build(self, inputs)
         return [ms.builder.BuilderResult(None, "a build that failed"), *others]
 
-    monkeypatch.setattr(ms.builder.LocalBuilder._cls, "build", one_fails)
+    monkeypatch.setattr(candidates._Builder._cls, "build", one_fails)
     entry = tune(DECODE, detect(CPU), CPU, trials=4, logs=logs)
     assert (entry.trials, entry.failures) == (4, 1)
     assert len(measured(cache, DECODE)) == 3

@@ -7,9 +7,10 @@ page (scales, in layout bshd) comes from L2 once for all of them. It takes its p
 after the other:
 
 1. rotates and quantises its queries to 16 bits, two signed bytes a value (`decode_query`);
-2. goes through its tokens in steps, which all threads copy to a ring in shared memory
-   (`decode_pages`), a tile of ``tile`` tokens for every warp of a column: scores from integer
-   products of codes (`decode_score`), then softmax and integer sums of V (`decode_values`);
+2. lets every warp walk its own tiles of ``tile`` tokens: scores from integer products of codes
+   (`decode_score`), then softmax and integer sums of V (`decode_values`); between the two, when K's
+   registers are used up, the next tile is asked for (`decode_pages`). Nothing in that loop
+   synchronises warps;
 3. merges the warps of a column (`decode_merge`). A sequence that the CTA has to itself is rotated
    back and done; of a piece, (sum of w v, bound, sum of w) goes to the workspace.
 
@@ -44,7 +45,7 @@ from tq_tvm.kernels.decode_merge import (
     write_output,
     write_piece,
 )
-from tq_tvm.kernels.decode_pages import Cell, PageReader, Ring
+from tq_tvm.kernels.decode_pages import KeyTile, PageReader, ValueRing
 from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
@@ -58,7 +59,6 @@ from tq_tvm.kernels.device import (
     local,
     loop,
     ptx,
-    shared_dynamic,
     store,
     when,
 )
@@ -71,9 +71,11 @@ def decode_shared_bytes(spec: CacheSpec, config: DecodeConfig) -> tuple[int, int
     """Static and dynamic shared memory of the first launch."""
     shape = Shape(spec, config)
     queries = shape.heads * (2 * spec.head_dim + 4 + 8)
-    warps = config.warps * (12 * shape.heads + 4)
-    static = shape.abreast * (queries + warps + 8 * shape.heads)
-    return static, 4 * shape.dynamic_words
+    fragments = 512 * shape.key_words * shape.parts * config.query_in_shared
+    sums = config.warps * (512 * shape.quads + 12 * shape.heads + 4)
+    merged = 4 * shape.heads * (spec.head_dim + 2)
+    ring = config.warps * 8 * shape.value_words
+    return shape.abreast * (queries + fragments + sums + merged), shape.abreast * ring
 
 
 def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
@@ -147,48 +149,37 @@ def _attend(
     at = let((group * shape.units + unit) * shape.threads + thread)
     for argument in (block_table, q):
         _prefetch(argument, at)
-    words = shared_dynamic(shape.dynamic_words, "uint32")
-    query_memory = QueryMemory.allocate(shape, words)
-    sum_memory = SumMemory.allocate(shape, words)
-    merged = MergedMemory.allocate(shape, words)
+    query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
+    merged = MergedMemory.allocate(shape)
     shares = share_out(shape, seq_lens, batch, lane, groups)
     place = find_place(shape, shares, seq_lens, batch, lane, group)
     zero = let(unknown_zero(shares))
     table = key_table(shape, zero)
     if shape.config.overlap:
         let_next_launch_begin()
-    ring = Ring(shape, words)
-    first_kv_head = let(unit * shape.abreast // shape.head_tiles)
-    reader = PageReader(shape, caches, block_table, first_kv_head, thread, ring)
-    cell = Cell(shape, ring, warp, let(kv_head - first_kv_head), lane)
+    ring = ValueRing(shape, let(thread // 32), lane)
+    reader = PageReader(shape, caches, block_table, kv_head, lane, ring)
     query = Query(shape, query_memory, column, warp, lane, g, t)
     values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
     values.find_metas(reader, kv_head)
+    tile = KeyTile.allocate(shape)
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
-
-    def fetch() -> None:
-        with when(ahead[0] < last[0]):
-            reader.copy(ahead[0])
-        ring.close()
-        store(ahead, ahead[0] + warps)
-        with when(ahead[0] < last[0]):
-            reader.find_pages(place.sequence[0], ahead[0], seq_len[0])
-
     with loop(place.tile[0] < place.end[0]):
         sequence = place.sequence[0]
         store(seq_len, seq_lens[sequence])
         left = tiles_of(shape, seq_len[0]) - place.offset[0]
         count = let(T.min(left, place.end[0] - place.tile[0]))
         with when(count > 0):
-            store(now, place.offset[0])
+            store(now, place.offset[0] + warp)
             store(last, place.offset[0] + count)
-            # The first steps are on their way while the queries are prepared.
+            # The first tile is on its way while the queries are prepared.
             query.load(q, sequence, first_head, heads)
-            ring.rewind()
-            store(ahead, now[0])
-            reader.find_pages(sequence, now[0], seq_len[0])
-            for _ in range(shape.config.stages - 1):
-                fetch()
+            with when(now[0] < last[0]):
+                reader.find_pages(sequence, now[0], seq_len[0])
+                reader.load_k(tile, now[0])
+                reader.copy_v(now[0])
+                reader.find_pages(sequence, now[0] + warps, seq_len[0])
+            ring.turn()
             query.quantise()
             barrier()
             query.prepare(sm_scale, zero)
@@ -196,16 +187,16 @@ def _attend(
             if shape.config.query_in_shared:
                 barrier()
             with loop(now[0] < last[0]):
+                store(ahead, now[0] + warps)
+                score(shape, query, table, tile, values.scores)
+                with when(ahead[0] < last[0]):
+                    reader.load_k(tile, ahead[0])
+                    reader.copy_v(ahead[0])
+                    reader.find_pages(sequence, ahead[0] + warps, seq_len[0])
+                ring.turn()
                 ring.wait()
-                own = let(now[0] + warp)
-                with when(own < last[0]):
-                    score(shape, query, table, cell, values.scores)
-                # Here, or all threads would copy at once and then compute at once.
-                fetch()
-                with when(own < last[0]):
-                    values.add(cell, own * shape.config.tile, seq_len[0])
-                ring.leave()
-                store(now, now[0] + warps)
+                values.add(ring, now[0] * shape.config.tile, seq_len[0])
+                store(now, ahead[0])
             values.finish()
             barrier()
             merge_warps(shape, sum_memory, merged, column, inside)

@@ -10,18 +10,15 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.decode_query import rotate_row
 from tq_tvm.kernels.decode_shape import Shape
-from tq_tvm.kernels.decode_values import LOWEST, WEIGHT_TOP, SumMemory, sums_at
+from tq_tvm.kernels.decode_values import LOWEST, WEIGHT_TOP, SumMemory
 from tq_tvm.kernels.decode_work import share_out, tiles_of
 from tq_tvm.kernels.device import (
-    as_bits,
-    as_float,
     barrier,
     f32,
     i32,
     let,
     local,
     loop,
-    ptx,
     reduce_lanes,
     shared,
     store,
@@ -54,19 +51,14 @@ class MergedMemory:
     total: Any
 
     @classmethod
-    def allocate(cls, shape: Shape, words) -> MergedMemory:
-        """Shared memory for all columns; outputs are in ``words``, which only ``ptx`` writes."""
+    def allocate(cls, shape: Shape) -> MergedMemory:
+        """Shared memory for all columns."""
         heads = (shape.abreast, shape.heads)
         return cls(
-            output=words,
+            output=shared((*heads, shape.spec.head_dim), "float32"),
             bound=shared(heads, "float32"),
             total=shared(heads, "float32"),
         )
-
-
-def merged_at(shape: Shape, column, head, coordinate):
-    """Word of a column's merged output."""
-    return (column * shape.heads + head) * shape.spec.head_dim + coordinate
 
 
 def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thread) -> None:
@@ -78,8 +70,7 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
     unit = dim**-0.5 / WEIGHT_TOP
     lanes = 2 if shape.packed else 4
     pieces = shape.quads * 8 * lanes
-    output = local(4, "float32")
-    high, low = local(4, "uint32"), local(4, "uint32")
+    output, high, low = (local(4, "float32") for _ in range(3))
     top, factor, weights = (local(2, "float32") for _ in range(3))
     for turn in range(-(-pieces // threads)):
         piece = let(thread + turn * threads)
@@ -97,24 +88,20 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
                     raised = T.exp2(sums.bound[first + w, 2 * t + j] - top[j])
                     store(factor, raised * sums.norm[first + w], j)
                     store(weights, weights[j] + factor[j] * sums.weights[first + w, 2 * t + j], j)
-                own = let(sums_at(shape, first + w, quad, g * 4 + t))
                 with I.vectorized(0, 4) as e:
-                    store(high, sums.words[own + e], e)
+                    store(high, sums.values[first + w, quad, g * 4 + t, e], e)
                 if shape.packed:
                     with I.vectorized(0, 4) as e:
-                        store(low, sums.words[own + 8 + e], e)
+                        store(low, sums.values[first + w, quad, g * 4 + t + 2, e], e)
                 for e in range(4):
-                    value = as_float(high[e])
-                    if shape.packed:
-                        value = value * f32(256) + as_float(low[e])
+                    value = high[e] * f32(256) + low[e] if shape.packed else high[e]
                     store(output, output[e] + factor[e % 2] * value, e)
             for e in range(4):
                 field = 2 * (quad % 2) + e // 2
                 coordinate = 16 * (quad // 4) + 2 * g + quad // 2 % 2 + dim // 4 * field
                 level = output[e] * f32((outer - inner) * unit)
                 level = level - weights[e % 2] * f32(outer * unit)
-                at = merged_at(shape, column, 2 * t + e % 2, coordinate)
-                ptx("st.shared.u32", merged.output.ptr_to([at]), as_bits(level))
+                store(merged.output, level, column, 2 * t + e % 2, coordinate)
     with when(thread < shape.heads):
         store(top, f32(LOWEST), 0)
         store(weights, f32(0), 0)
@@ -137,8 +124,7 @@ def write_output(
         head = let(turn * shape.config.warps + warp)
         with when(head < heads):
             for i in range(count):
-                at = merged_at(shape, column, head, lane * count + i)
-                store(x, as_float(merged.output[at]), i)
+                store(x, merged.output[column, head, lane * count + i], i)
             _finish_row(
                 shape, x, merged.total[column, head], out, (sequence, first_head + head), lane
             )
@@ -177,7 +163,7 @@ def write_piece(
     for turn in range(-(-shape.heads * dim // threads)):
         element = let(thread + turn * threads)
         with when(element < heads * dim):
-            value = as_float(merged.output[merged_at(shape, column, 0, element)])
+            value = merged.output[column, element // dim, element % dim]
             store(workspace, value, row * dim + T.cast(element, "int64"))
     with when(thread < heads):
         at = let(stats + (row + T.cast(thread, "int64")) * 2)

@@ -1,20 +1,17 @@
-"""Copying tokens of a packed cache to shared memory, and reading them, for ``decode_cuda``.
+"""Reading tiles of a packed cache, for ``decode_cuda``.
 
-The threads of a CTA copy a step of tokens, a tile for each stream of warps, for all KV heads of the
-CTA together: what lies side by side in a page is asked for at once, by neighbouring lanes. (Warps
-that each read their own head, 64 and 32 bytes a token, got 2.7 TB/s on an H200, however many loads
-they had in flight; whole lines get 3.8.) ``cp.async`` fills a ring of ``stages`` steps.
+K comes in registers, V in shared memory: two tiles of each warp's own, which ``cp.async`` fills in
+turn. Loads to registers share few scoreboards, and who waits for one waits for all that are on it:
+with V in registers too, each tile's first use of K waited for the V that was asked for just before
+(32 % of the samples on an H200). With K in shared memory as well, reading it took as long.
 
-A step has a cell for every stream and KV head. Its words, for a tile of N tokens of D values::
+A lane is ``(g, t)``, g = lane / 4, t = lane % 4. Of token 8 i + g it holds a quarter of the codes
+of K, ``t``'s; of tokens 8 i + 2 t and 8 i + 2 t + 1 it reads bytes 2 g and 2 g + 1 of each 16 of V:
+the fragments of ``mma`` as they are, K's tokens on the M side, V's on the K side.
 
-    K codes   N D / 8     rows; at D = 256 their even and their odd 16 bytes apart
-    V codes   N D / 16    planes of 16 bytes a token, padded apart: rows of ``ldmatrix``
-    K metas   N           by octet within the eight tokens that a lane reads
-    V metas   N           the aligned word around each, likewise
-
-A lane is ``(g, t)``, g = lane / 4, t = lane % 4. Of token 8 i + g it reads a quarter of the codes
-of K, ``t``'s; of tokens 8 i + 2 t and 8 i + 2 t + 1 bytes 2 g and 2 g + 1 of each 16 of V: the
-fragments of ``mma`` as they are, K's tokens on the M side, V's on the K side.
+Words of a tile in shared memory, for N tokens of D values: V's codes, N D / 16, in planes of 16
+bytes a token that are padded apart, rows of ``ldmatrix``; then the aligned word around each meta of
+V, in the order in which lanes read them.
 """
 
 from __future__ import annotations
@@ -27,92 +24,69 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_shape import Shape
-from tq_tvm.kernels.device import barrier, byte_perm, i32, let, local, ptx, store, when
+from tq_tvm.kernels.device import byte_perm, let, local, ptx, shared_dynamic, store, warp_barrier
 
-__all__ = ["Cell", "PageReader", "Ring", "value_bytes"]
+__all__ = ["KeyTile", "PageReader", "ValueRing", "value_bytes"]
 
 _TRANSPOSED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 
-class Ring:
-    """Where the stages of a CTA are: one is read, the others are being filled."""
+@dataclasses.dataclass(frozen=True)
+class KeyTile:
+    """Registers of K of a tile: codes and metas by octet of tokens."""
 
-    def __init__(self, shape: Shape, words) -> None:
-        self._shape, self.words = shape, words
-        self.read, self.filled = local(1, "int32"), local(1, "int32")
-        self.rewind()
+    codes: Any
+    metas: Any
 
-    def rewind(self) -> None:
-        """Begin at the first stage; all copies are done."""
-        store(self.read, i32(0))
-        store(self.filled, i32(0))
+    @classmethod
+    def allocate(cls, shape: Shape) -> KeyTile:
+        """Registers for one tile."""
+        codes = local((shape.octets, shape.key_words), "uint32")
+        return cls(codes, local(shape.octets, "uint32"))
 
-    def _advance(self, stage) -> None:
-        last = (self._shape.config.stages - 1) * self._shape.step_words
-        following = T.Select(stage[0] == last, i32(0), stage[0] + self._shape.step_words)
-        store(stage, following)
 
-    def close(self) -> None:
-        """All copies of a step, or none, are under way."""
+class ValueRing:
+    """A warp's two tiles of V in shared memory: one is read while the other is filled."""
+
+    def __init__(self, shape: Shape, warp, lane) -> None:
+        self._shape, self._lane = shape, lane
+        warps = shape.config.warps * shape.abreast
+        self._words = shared_dynamic(warps * 2 * shape.value_words, "uint32")
+        begin = let(warp * (2 * shape.value_words))
+        self._both = let(2 * begin + shape.value_words)
+        self._tile = local(1, "int32")
+        store(self._tile, begin)
+
+    def at(self, word):
+        """Pointer to a word of the tile in turn."""
+        return self._words.ptr_to([self._tile[0] + word])
+
+    def turn(self) -> None:
+        """All copies to the tile in turn, or none, are under way: go to the other one."""
         ptx("cp.async.commit_group")
-        self._advance(self.filled)
+        store(self._tile, self._both - self._tile[0])
 
     def wait(self) -> None:
-        """Wait for the step that is read next; the one before has been read by all threads."""
-        ptx("cp.async.wait_group", self._shape.config.stages - 2)
-        barrier()
+        """Wait for the tile in turn, which was filled before the other."""
+        ptx("cp.async.wait_group", 1)
+        warp_barrier()
 
-    def leave(self) -> None:
-        """Go on to the next step."""
-        self._advance(self.read)
-
-
-class Cell:
-    """What one warp reads of a step: a tile of its stream and KV head."""
-
-    def __init__(self, shape: Shape, ring: Ring, stream, head, lane) -> None:
-        self._shape, self._ring = shape, ring
-        self._lane, self._g, self._t = lane, let(lane // 4), let(lane % 4)
-        self._first = let((stream * shape.kv_heads + head) * shape.cell_words)
-
-    def _words(self, into, index: tuple, at, count: int) -> None:
-        """Read neighbouring words."""
-        words, first = self._ring.words, self._ring.read[0] + self._first + at
-        if count == 1:
-            store(into, words[first], *index)
-            return
-        with I.vectorized(0, count) as e:
-            store(into, words[first + e], *index[:-1], index[-1] + e)
-
-    def key_codes(self, into, row: int, octet: int) -> None:
-        """A lane's words of K of an octet, into ``into[row]``."""
-        count = self._shape.key_words
-        width = min(count, 4)
-        for half in range(count // width):
-            at = half * (16 * self._shape.config.tile) + octet * 32 * width + self._lane * width
-            self._words(into, (row, half * width), at, width)
-
-    def key_metas(self, into) -> None:
-        """K's metas of token g of every octet."""
-        self._metas(into, self._shape.octets, self._shape.key_meta_at, self._g)
-
-    def value_metas(self, into, own_token) -> None:
+    def metas(self, into, own_token) -> None:
         """Words that hold V's metas of the lane's own tokens."""
-        self._metas(into, self._shape.own_tokens, self._shape.value_meta_at, own_token)
-
-    def _metas(self, into, count: int, at: int, place) -> None:
+        count = self._shape.own_tokens
+        first = self._tile[0] + self._shape.value_meta_at + own_token * count
         width = min(count, 4)
         for j in range(0, count, width):
-            self._words(into, (j,), at + place * count + j, width)
+            with I.vectorized(0, width) as e:
+                store(into, self._words[first + j + e], j + e)
 
-    def value_rows(self, step: int):
+    def codes(self, step: int):
         """V of 32 tokens: bytes 2 g, 2 g + 1 of two tokens, ``[chunk of 16 bytes, octet]``."""
-        shape, ring = self._shape, self._ring
+        shape = self._shape
         rows = local((shape.value_chunks, 4), "uint32")
         for chunk in range(shape.value_chunks):
-            at = shape.value_at + chunk * shape.value_plane + 128 * step + 4 * self._lane
-            pointer = ring.words.ptr_to([ring.read[0] + self._first + at])
-            ptx(_TRANSPOSED, *[rows[chunk, i] for i in range(4)], pointer)
+            first = chunk * shape.value_plane + 128 * step
+            ptx(_TRANSPOSED, *[rows[chunk, i] for i in range(4)], self.at(first + 4 * self._lane))
         return rows
 
 
@@ -127,164 +101,118 @@ def value_bytes(shape: Shape, rows):
     return words
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plane:
-    """One of the four tensors, as a thread copies it: in every pass a piece of one token.
-
-    ``span`` tokens of the step are in a pass, ``token`` is the thread's. ``at`` is its place inside
-    of a page but for tokens, in elements, and ``to`` its word in the step. ``pages`` are the
-    thread's own where a pass is longer than what all its threads have in one page.
-    """
-
-    name: str
-    bytes: int
-    span: int
-    token: Any
-    at: Any
-    to: Any
-    row: int
-    flat: Any
-    page_stride: Any
-    pages: Any
-
-
 class PageReader:
-    """One thread's share of the copies of every step.
+    """Addresses of one lane in the four cache tensors, and its share of every copy.
 
     One multiplication a page and tensor: everything inside a page is a constant offset, or belongs
-    to the thread. Page strides have to fit 31 bits, in elements.
+    to the lane. Page strides have to fit 31 bits, in elements.
     """
 
-    def __init__(self, shape: Shape, matched, block_table, first_head, thread, ring: Ring) -> None:
-        self._shape, self._ring, self._table = shape, ring, block_table
-        spec, fmt = shape.spec, shape.spec.cache_format
-        self._first_head = first_head
-        widths = {
-            "k": (fmt.key.packed_bytes(spec.head_dim), shape.key_words),
-            "v": (fmt.value.packed_bytes(spec.head_dim), shape.value_chunks),
-            "k_meta": (len(fmt.key.meta), 1),
-            "v_meta": (len(fmt.value.meta), 1),
-        }
-        # A tile may begin anywhere in a page; of these tokens all are in the same one.
-        self._together = min(shape.config.tile, spec.page_size)
-        self._pages = local(shape.step_tokens // self._together, "int32")
-        self._planes = [
-            self._plane(name, width, count, argument, thread)
-            for (name, (width, count)), argument in zip(widths.items(), matched, strict=True)
-        ]
+    _NAMES = ("k", "v", "k_meta", "v_meta")
 
-    def _plane(self, name: str, width: int, chunks: int, argument, thread) -> _Plane:
-        shape, spec = self._shape, self._shape.spec
-        heads, size = shape.kv_heads, spec.page_size
-        bshd = spec.layout == "bshd"
-        # Neighbouring threads copy neighbouring bytes.
-        if bshd:
-            token, head = thread // (heads * chunks), thread // chunks % heads
-        else:
-            own = shape.threads // heads
-            token, head = thread % own // chunks, thread // own
-        token, head, chunk = let(token), let(head), let(thread % chunks)
-        row = width * (spec.num_kv_heads if bshd else 1)
-        page_head = (self._first_head + head) * (width if bshd else width * size)
-        span = shape.threads // (heads * chunks)
-        at = page_head + chunk * (width // chunks)
-        if span <= self._together:
-            at = at + token * row
-        tile = shape.config.tile
-        stream, inside = token // tile, token % tile
-        cell = (stream * heads + head) * shape.cell_words
-        if name == "k":
-            place = inside * (4 * min(chunks, 4)) + chunk * 4
-            if chunks == 8:
-                place = chunk % 2 * (16 * tile) + inside * 16 + chunk // 2 * 4
-        elif name == "v":
-            place = shape.value_at + chunk * shape.value_plane + inside * 4
-        else:
-            apart, count = (8, shape.octets) if name == "k_meta" else shape.own_order
-            begin = shape.key_meta_at if name == "k_meta" else shape.value_meta_at
-            place = begin + inside % apart * count + inside // apart
-        stride = local(1, "int32")
-        store(stride, T.cast(argument.strides[0], "int32"))
-        looked_up = self._pages
-        if span > self._together:
-            looked_up = local(max(1, shape.step_tokens // span), "int32")
-        return _Plane(
-            name, 4 if name.endswith("meta") else 16, span, token, let(at), let(cell + place), row,
-            pages.flat(argument), stride, looked_up,
-        )  # fmt: skip
+    def __init__(self, shape: Shape, matched, block_table, head, lane, ring: ValueRing) -> None:
+        spec = shape.spec
+        self._shape, self._ring, self._table = shape, ring, block_table
+        self.page = local(shape.pages, "int32")
+        fmt = spec.cache_format
+        width = {
+            "k": fmt.key.packed_bytes(spec.head_dim),
+            "v": fmt.value.packed_bytes(spec.head_dim),
+            "k_meta": len(fmt.key.meta),
+            "v_meta": len(fmt.value.meta),
+        }
+        chunks = shape.value_chunks
+        # Tokens of a load or copy that lanes differ in, and which of them is a lane's.
+        self._span = {"k": 8, "v": 32 // chunks, "k_meta": 8, "v_meta": 32}
+        g = let(lane // 4)
+        self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
+        column = {"k": lane % 4 * (4 * shape.key_words), "v": lane % chunks * 16}
+        self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
+        for name, argument in zip(self._NAMES, matched, strict=True):
+            self._flat[name] = pages.flat(argument)
+            bshd = spec.layout == "bshd"
+            stride = width[name] * spec.num_kv_heads if bshd else width[name]
+            first = head * (width[name] if bshd else width[name] * spec.page_size)
+            self._row_stride[name] = stride
+            inside = self._token[name] % spec.page_size
+            at = let(first + inside * stride + column.get(name, 0))
+            if name == "v_meta":
+                # The word around a meta: heads in pairs, or tokens, come with one another.
+                at = T.bitwise_and(at, -2)
+            self._lane[name] = local(1, "int64")
+            store(self._lane[name], T.cast(at, "int64"))
+            self._page_stride[name] = local(1, "int32")
+            store(self._page_stride[name], T.cast(argument.strides[0], "int32"))
+        self._lane_index = lane
 
     def odd_meta(self, head, own_token):
         """Whether V's meta of a token is the upper half of its word; all the lane's are alike."""
         spec = self._shape.spec
-        bshd = spec.layout == "bshd"
-        first = head if bshd else head * spec.page_size
-        stride = spec.num_kv_heads if bshd else 1
+        stride = self._row_stride["v_meta"]
+        first = head if spec.layout == "bshd" else head * spec.page_size
         return T.bitwise_and(first + own_token * stride, 1) == 1
 
     def find_pages(self, sequence, tile, seq_len) -> None:
-        """Look up the pages of a step: ahead of its copies, whose addresses wait for them."""
+        """Look up the pages of a tile: ahead of its copies, whose addresses wait for them."""
         size = self._shape.spec.page_size
-        first = let(tile * self._shape.config.tile)
-        last = let(T.truncdiv(seq_len - 1, size))
-
-        def page(token):
+        first = T.truncdiv(tile * self._shape.config.tile, size)
+        last = T.truncdiv(seq_len - 1, size)
+        for i in range(self._shape.pages):
             # Pages past the end read the last one; the mask drops them.
-            return self._table[sequence, T.min(T.truncdiv(token, size), last)]
+            store(self.page, self._table[sequence, T.min(first + i, last)], i)
 
-        if any(plane.span <= self._together for plane in self._planes):
-            for i in range(self._shape.step_tokens // self._together):
-                store(self._pages, page(first + i * self._together), i)
-        for plane in self._planes:
-            if plane.span > self._together:
-                for n in range(max(1, self._shape.step_tokens // plane.span)):
-                    store(plane.pages, page(first + plane.token + n * plane.span), n)
+    def _bases(self, name: str, tile):
+        size, tokens = self._shape.spec.page_size, self._shape.config.tile
+        stride = T.cast(self._page_stride[name][0], "int64")
+        base = local(self._shape.pages, "int64")
+        for i in range(self._shape.pages):
+            at = T.cast(self.page[i], "int64") * stride + self._lane[name][0]
+            if size > tokens:
+                inside = T.truncmod(tile, size // tokens) * (tokens * self._row_stride[name])
+                at = at + T.cast(inside, "int64")
+            store(base, at, i)
+        return base
 
-    def copy(self, tile) -> None:
-        """Begin to copy a step; `find_pages` has been there."""
-        for plane in self._planes:
-            if plane.span > self._shape.step_tokens:
-                with when(plane.token < self._shape.step_tokens):
-                    self._copy(plane, tile)
-            else:
-                self._copy(plane, tile)
+    def _from(self, name: str, bases, token: int, column: int = 0):
+        """Pointer to a lane's token of a load or copy whose first one is ``token``."""
+        size, span = self._shape.spec.page_size, self._span[name]
+        page, offset = (token // size, token % size) if self._shape.pages > 1 else (0, token)
+        base = bases[page]
+        for other in range(1, span // size):
+            # Small pages: lanes of one copy are in several.
+            own = self._token[name] // size >= other
+            base = T.Select(own, bases[page + other], base)
+        at = base + T.int64(offset * self._row_stride[name] + column)
+        return self._flat[name].ptr_to([at])
 
-    def _copy(self, plane: _Plane, tile) -> None:
-        shape, size = self._shape, self._shape.spec.page_size
-        passes = max(1, shape.step_tokens // plane.span)
-        stride = T.cast(plane.page_stride[0], "int64")
-        first = tile * shape.config.tile
-        cached = "cg" if plane.bytes == 16 else "ca"
-        bases: dict[int, Any] = {}
-        for n in range(passes):
-            token = n * plane.span
-            apart = plane.span > self._together
-            page, offset = (n, 0) if apart else divmod(token, self._together)
-            if page not in bases:
-                at = T.cast(plane.pages[page], "int64") * stride + T.cast(plane.at, "int64")
-                if apart:
-                    at = (
-                        at
-                        + T.cast(T.truncmod(first + plane.token + token, size), "int64") * plane.row
-                    )
-                elif size > self._together:
-                    inside = T.truncmod(first + page * self._together, size) * plane.row
-                    at = at + T.cast(inside, "int64")
-                if plane.name == "v_meta":
-                    # The word around a meta: heads in pairs, or tokens, come with one another.
-                    at = T.bitwise_and(at, T.int64(-2))
-                bases[page] = let(at)
-            source = plane.flat.ptr_to([bases[page] + T.int64(offset * plane.row)])
-            to = self._ring.filled[0] + plane.to + self._moved(plane, token)
-            pointer = self._ring.words.ptr_to([to])
-            ptx(f"cp.async.{cached}.shared.global", pointer, source, plane.bytes)
+    def load_k(self, into: KeyTile, tile) -> None:
+        """Read K's codes and metas; `find_pages` has been there."""
+        shape = self._shape
+        words = min(shape.key_words, 4)
+        promoted = f".L2::{shape.config.promoted}B" if shape.config.promoted else ""
+        codes, metas = self._bases("k", tile), self._bases("k_meta", tile)
+        for i in range(shape.octets):
+            for j in range(0, shape.key_words, 4):
+                ptx(
+                    f"ld.global.nc.L1::no_allocate{promoted}.v{words}.u32",
+                    *[into.codes[i, j + e] for e in range(words)],
+                    self._from("k", codes, 8 * i, 4 * j),
+                )
+            ptx("ld.global.nc.u32", into.metas[i], self._from("k_meta", metas, 8 * i))
 
-    def _moved(self, plane: _Plane, token: int) -> int:
-        """Words from the thread's token of the first pass to that of the pass from ``token`` on."""
-        shape, tile = self._shape, self._shape.config.tile
-        inside = token % tile
-        cell = token // tile * shape.kv_heads * shape.cell_words
-        if plane.name == "k":
-            return cell + inside * min(4 * shape.key_words, 16)
-        if plane.name == "v":
-            return cell + inside * 4
-        return cell + inside // (8 if plane.name == "k_meta" else shape.own_order[0])
+    def copy_v(self, tile) -> None:
+        """Begin to copy V's codes and metas; `find_pages` has been there."""
+        shape, ring, lane = self._shape, self._ring, self._lane_index
+        chunks, span = shape.value_chunks, self._span["v"]
+        promoted = f".L2::{shape.config.promoted}B" if shape.config.promoted else ""
+        codes, metas = self._bases("v", tile), self._bases("v_meta", tile)
+        to = let(lane % chunks * shape.value_plane + self._token["v"] * 4)
+        for n in range(shape.config.tile // span):
+            source = self._from("v", codes, span * n)
+            place = ring.at(to + 4 * span * n)
+            ptx(f"cp.async.cg.shared.global{promoted}", place, source, 16)
+        apart = 16 if shape.packed else 8
+        to = let(shape.value_meta_at + lane % apart * shape.own_tokens + lane // apart)
+        for n in range(shape.config.tile // 32):
+            source = self._from("v_meta", metas, 32 * n)
+            ptx("cp.async.ca.shared.global", ring.at(to + 32 // apart * n), source, 4)

@@ -16,7 +16,6 @@ from tq_tvm.kernels.device import (
     i32,
     let,
     local,
-    ptx,
     reduce_lanes,
     shared,
     shuffle_xor,
@@ -59,25 +58,25 @@ def rotate_row(shape: Shape, x, lane) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class QueryMemory:
-    """Shared memory of each column of warps: codes, units, sums of bytes, and fragments.
-
-    Fragments are in ``words``, which only ``ptx`` writes.
-    """
+    """Shared memory of each column of warps: codes, units, sums of bytes, and fragments."""
 
     codes: Any
     unit: Any
     sums: Any
-    words: Any
+    fragments: Any
 
     @classmethod
-    def allocate(cls, shape: Shape, words) -> QueryMemory:
+    def allocate(cls, shape: Shape) -> QueryMemory:
         """Shared memory for all columns."""
+        in_shared = shape.config.query_in_shared
         count = shape.abreast
         return cls(
             codes=shared((count, 2, shape.heads, shape.spec.head_dim // 4), "uint32"),
             unit=shared((count, shape.heads), "float32"),
             sums=shared((count, 2, shape.heads), "int32"),
-            words=words,
+            fragments=shared((count, shape.key_words, shape.parts, 32, 4), "uint32")
+            if in_shared
+            else None,
         )
 
 
@@ -209,17 +208,12 @@ class Query:
         both = [byte_perm(low[n], high[n], order) for n in range(2) for order in (0x5140, 0x7362)]
         apart = [low[0], low[1], high[0], high[1]]
         for n, values in enumerate((both, apart)):
-            if self._fragments is None:
-                place = self._memory.words.ptr_to([self._fragment_at(i + n, part)])
-                ptx("st.shared.v4.u32", place, *map(let, values))
-                continue
             for e, value in enumerate(values):
-                store(self._fragments, value, i + n, part, e)
-
-    def _fragment_at(self, i: int, part: int):
-        shape = self._shape
-        fragment = (self._column * shape.key_words + i) * shape.parts + part
-        return shape.fragments_at + fragment * 128 + self._lane * 4
+                if self._fragments is None:
+                    fragments, column = self._memory.fragments, self._column
+                    store(fragments, value, column, i + n, part, self._lane, e)
+                else:
+                    store(self._fragments, value, i + n, part, e)
 
     def _prepare_column(self, j: int, sm_scale, unknown_zero) -> None:
         """Scale of a column's logits, and the constants of its score, as first sums.
@@ -259,7 +253,7 @@ class Query:
                 with I.vectorized(0, 4) as e:
                     store(
                         fragments,
-                        self._memory.words[self._fragment_at(i, part) + e],
+                        self._memory.fragments[self._column, i, part, self._lane, e],
                         i,
                         part,
                         e,

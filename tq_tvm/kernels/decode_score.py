@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.decode_pages import Cell
+from tq_tvm.kernels.decode_pages import KeyTile
 from tq_tvm.kernels.decode_query import MAGIC, Query
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
@@ -67,14 +67,9 @@ class _Sums:
         mma(instruction, result, a, b, start)
 
 
-def score(shape: Shape, query: Query, table, cell: Cell, scores) -> None:
+def score(shape: Shape, query: Query, table, tile: KeyTile, scores) -> None:
     """Scores ``[own token, column]`` of a tile, not yet times `Query.scale`."""
     fragments = query.fetch()
-    codes = local((shape.octets, shape.key_words), "uint32")
-    metas = local(shape.octets, "uint32")
-    cell.key_metas(metas)
-    for octet in range(shape.octets):
-        cell.key_codes(codes, octet, octet)
     for m in range(shape.score_tiles):
         code_sums = _Sums(
             shape.code_sums,
@@ -90,16 +85,18 @@ def score(shape: Shape, query: Query, table, cell: Cell, scores) -> None:
             ],
         )
         for word in range(shape.key_words):
-            _add_codes(shape, table, codes, m, word, fragments, code_sums)
+            _add_codes(shape, table, tile, m, word, fragments, code_sums)
             if word % 2:
-                _add_signs(shape, codes, m, word, fragments, sign_sums)
-        _combine(shape, query, metas, m, code_sums.values, sign_sums.values, scores)
+                _add_signs(shape, tile, m, word, fragments, sign_sums)
+        _combine(shape, query, tile, m, code_sums.values, sign_sums.values, scores)
 
 
-def _add_codes(shape: Shape, table, codes, m: int, word: int, fragments, sums: _Sums) -> None:
+def _add_codes(
+    shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: _Sums
+) -> None:
     selector, found = local(4, "uint32"), local(4, "uint32")
     for r in range(2):
-        store(selector, T.bitwise_and(codes[2 * m + r, word], u32(_CODES)), r)
+        store(selector, T.bitwise_and(tile.codes[2 * m + r, word], u32(_CODES)), r)
         store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
     for byte in range(len(shape.key.tables)):
         for i in range(4):
@@ -114,12 +111,12 @@ def _add_codes(shape: Shape, table, codes, m: int, word: int, fragments, sums: _
                 )
 
 
-def _add_signs(shape: Shape, codes, m: int, word: int, fragments, sums: _Sums) -> None:
+def _add_signs(shape: Shape, tile: KeyTile, m: int, word: int, fragments, sums: _Sums) -> None:
     """Two words, ``word - 1`` and ``word``."""
     bits = local(4, "uint32")
     for nibble, mask in enumerate(_SIGN_MASKS):
         for i in range(4):
-            packed = codes[2 * m + i % 2, word - 1 + i // 2]
+            packed = tile.codes[2 * m + i % 2, word - 1 + i // 2]
             store(bits, T.bitwise_and(packed, u32(mask)), i)
         for part in range(shape.parts):
             sums.add(
@@ -130,12 +127,12 @@ def _add_signs(shape: Shape, codes, m: int, word: int, fragments, sums: _Sums) -
             )
 
 
-def _combine(shape: Shape, query: Query, metas, m: int, codes, signs, scores) -> None:
+def _combine(shape: Shape, query: Query, tile: KeyTile, m: int, codes, signs, scores) -> None:
     """Apply the scales of a token; see the head of this file."""
     dtype = shape.spec.dtype
     row = local((2, 2), "float32")
     for r in range(2):
-        residual = high_half(dtype, metas[2 * m + r])
+        residual = high_half(dtype, tile.metas[2 * m + r])
         weight = let(residual * f32(1 / (64 * shape.centroid)))
         for j in range(2):
             e = 2 * r + j
@@ -150,11 +147,11 @@ def _combine(shape: Shape, query: Query, metas, m: int, codes, signs, scores) ->
             store(row, weight * sign + code, r, j)
     if not shape.packed:
         for r in range(2):
-            norm = let(low_half(dtype, metas[2 * m + r]) * query.row_weight[0])
+            norm = let(low_half(dtype, tile.metas[2 * m + r]) * query.row_weight[0])
             for j in range(2):
                 store(scores, row[r, j] * norm, 2 * m + r, j)
         return
-    mine = let(T.Select(query.low_bytes, metas[2 * m + 1], metas[2 * m]))
+    mine = let(T.Select(query.low_bytes, tile.metas[2 * m + 1], tile.metas[2 * m]))
     norm = let(low_half(dtype, mine) * query.row_weight[0])
     for j in range(2):
         kept = let(T.Select(query.low_bytes, row[1, j], row[0, j]))

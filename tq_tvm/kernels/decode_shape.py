@@ -26,7 +26,7 @@ class DecodeConfig:
     headroom: int
     reach: int
     overlap: int
-    stages: int
+    promoted: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,8 @@ class Shape:
     @property
     def abreast(self) -> int:
         """KV heads, or parts of their query heads, of a CTA: as decided, or what divides."""
-        tiles, most = self.head_tiles, self.config.abreast
-        divisors = (n for n in range(1, most + 1) if self.parts_of_heads % n == 0)
-        return max(n for n in divisors if n % tiles == 0 or tiles % n == 0)
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads of a CTA."""
-        return max(1, self.abreast // self.head_tiles)
+        most = self.config.abreast
+        return max(n for n in range(1, most + 1) if self.parts_of_heads % n == 0)
 
     @property
     def threads(self) -> int:
@@ -125,65 +119,17 @@ class Shape:
     @property
     def value_plane(self) -> int:
         """Words from a chunk of V to the next: padding puts lanes of a copy into other banks."""
-        return 4 * self.config.tile + 4
-
-    @property
-    def value_at(self) -> int:
-        """Where V begins in a cell of shared memory, in words; K is first."""
-        return self.config.tile * self.spec.head_dim // 8
-
-    @property
-    def key_meta_at(self) -> int:
-        """Where K's metas begin."""
-        return self.value_at + self.value_chunks * self.value_plane
+        return 4 * self.config.tile + (32 // self.value_chunks if self.value_chunks > 1 else 0)
 
     @property
     def value_meta_at(self) -> int:
-        """Where V's metas begin."""
-        return self.key_meta_at + self.config.tile
+        """Where V's metas begin in a tile of shared memory, in words."""
+        return self.value_chunks * self.value_plane
 
     @property
-    def own_order(self) -> tuple[int, int]:
-        """Distance of a lane's own tokens, and how many there are in a tile."""
-        return (16 if self.packed else 8), self.own_tokens
-
-    @property
-    def cell_words(self) -> int:
-        """Words of a cell: half of all banks apart from the next, for copies of K."""
-        words = self.value_meta_at + self.config.tile
-        return words + (16 - words) % 32
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step: a tile for every stream."""
-        return self.config.warps * self.config.tile
-
-    @property
-    def step_words(self) -> int:
-        """Words of a step."""
-        return self.config.warps * self.kv_heads * self.cell_words
-
-    @property
-    def ring_words(self) -> int:
-        """Words of the ring, where merged outputs are kept when it is done with."""
-        outputs = self.abreast * self.heads * self.spec.head_dim
-        return max(self.config.stages * self.step_words, outputs)
-
-    @property
-    def sums_at(self) -> int:
-        """Where sums of warps begin in dynamic shared memory, in words, behind the ring."""
-        return self.ring_words
-
-    @property
-    def fragments_at(self) -> int:
-        """Where the queries' fragments begin."""
-        return self.sums_at + self.config.warps * self.abreast * 128 * self.quads
-
-    @property
-    def dynamic_words(self) -> int:
-        """Words of dynamic shared memory."""
-        fragments = 128 * self.key_words * self.parts * self.config.query_in_shared
-        return self.fragments_at + self.abreast * fragments
+    def value_words(self) -> int:
+        """Words of a tile of V in shared memory."""
+        return self.value_meta_at + self.config.tile
 
     @property
     def quads(self) -> int:
@@ -194,6 +140,11 @@ class Shape:
     def row_values(self) -> int:
         """Values of a row that a warp shares."""
         return self.spec.head_dim // 32
+
+    @property
+    def pages(self) -> int:
+        """Pages that a tile touches."""
+        return max(1, self.config.tile // self.spec.page_size)
 
     @property
     def least_tiles(self) -> int:

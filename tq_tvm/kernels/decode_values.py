@@ -25,7 +25,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.decode_pages import Cell, PageReader, value_bytes
+from tq_tvm.kernels.decode_pages import PageReader, ValueRing, value_bytes
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
@@ -48,7 +48,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 
-__all__ = ["LOWEST", "WEIGHT_TOP", "SumMemory", "Values", "sums_at"]
+__all__ = ["LOWEST", "WEIGHT_TOP", "SumMemory", "Values"]
 
 _PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32"
 _TRANSPOSE = "movmatrix.sync.aligned.m8n8.trans.b16"
@@ -73,33 +73,25 @@ TOKENS_OF_SUMS = 40000
 
 @dataclasses.dataclass(frozen=True)
 class SumMemory:
-    """Shared memory of a CTA's warps: sums as they lie in registers, and the softmax state.
+    """Shared memory of a CTA's warps: sums as they lie in registers, and the softmax state."""
 
-    The sums are floats in ``words``, which only ``ptx`` writes.
-    """
-
-    words: Any
+    values: Any
     bound: Any
     total: Any
     weights: Any
     norm: Any
 
     @classmethod
-    def allocate(cls, shape: Shape, words) -> SumMemory:
+    def allocate(cls, shape: Shape) -> SumMemory:
         """Shared memory for every warp."""
         warps = shape.config.warps * shape.abreast
         return cls(
-            words=words,
+            values=shared((warps, shape.quads, 32, 4), "float32"),
             bound=shared((warps, shape.heads), "float32"),
             total=shared((warps, shape.heads), "float32"),
             weights=shared((warps, shape.heads), "float32"),
             norm=shared(warps, "float32"),
         )
-
-
-def sums_at(shape: Shape, warp, quad, lane):
-    """First of a lane's four words of a quad."""
-    return shape.sums_at + (warp * shape.quads + quad) * 128 + lane * 4
 
 
 class Values:
@@ -165,16 +157,16 @@ class Values:
 
     def _address(self, quad: int):
         # By instruction, not by TVM's stores: TVM would want a barrier between lanes' own words.
-        return self._memory.words.ptr_to([sums_at(self._shape, self._warp, quad, self._lane)])
+        return self._memory.values.ptr_to([self._warp, quad, self._lane, 0])
 
-    def add(self, cell: Cell, first_token, seq_len) -> None:
+    def add(self, ring: ValueRing, first_token, seq_len) -> None:
         """Add the tokens of a tile, whose scores are in ``scores``."""
         metas = local(self._shape.own_tokens, "uint32")
-        cell.value_metas(metas, self._own)
+        ring.metas(metas, self._own)
         self._mask(metas, first_token, seq_len)
         self._move_bound()
         # Ahead of the weights, whose making hides how long it takes.
-        rows = [cell.value_rows(step) for step in range(self._shape.score_tiles // 2)]
+        rows = [ring.codes(step) for step in range(self._shape.score_tiles // 2)]
         weights = self._weigh()
         for step, read in enumerate(rows):
             self._multiply(read, self._operands(weights, step))

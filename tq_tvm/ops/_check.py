@@ -327,7 +327,7 @@ def check_caches(
         check_shape(op, name, tensor, f"[P, {inner}, {last}]", shape)
         check_compact(op, name, tensor, first=1)
         # Codes are read 16 bytes at a time, the two scales of a key as one word.
-        aligned = {"k_meta": 2 * tensor.element_size(), "v_meta": tensor.element_size()}
+        aligned = {"k_meta": 2 * tensor.element_size(), "v_meta": max(4, tensor.element_size())}
         check_alignment(op, name, tensor, aligned.get(name, 16), free_axes=1)
         if tensor.shape[0] > 1 and tensor.stride(0) >= _PAGE_STRIDES:
             fail(

@@ -78,7 +78,7 @@ def paged_decode(
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        A wrong dtype, shape, stride, alignment (16 bytes; 4 for ``k_meta``) or device, or too small
+        A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device, or too small
         a workspace.
     UnsupportedSpecError
         No kernel is generated for these shapes.

@@ -66,7 +66,7 @@ def fill_kv_cache(
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        A wrong dtype, shape, stride, alignment (16 bytes; 4 for ``k_meta``) or device, or not
+        A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device, or not
         exactly one addressing. Nothing has been written.
     UnsupportedSpecError
         No kernel is generated for these shapes.

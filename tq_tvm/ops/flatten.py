@@ -71,7 +71,7 @@ def flatten_kv_cache(
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
-        A wrong dtype, shape, stride, alignment (16 bytes; 4 for ``k_meta``) or device.
+        A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device.
     UnsupportedSpecError
         No kernel is generated for these shapes.
     ArtifactNotFoundError, ArtifactCorruptError

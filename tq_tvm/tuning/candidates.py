@@ -1,4 +1,4 @@
-"""Build and run candidates: MetaSchedule's LocalBuilder, and a runner that checks before it times.
+"""Build and run candidates: workers that outlive batches, and a runner that checks before it times.
 
 A candidate is compiled exactly as it ships (``tq_tvm.build.compile``), in worker processes. It is
 run in one worker, which keeps a workload's inputs between candidates and is replaced if a candidate
@@ -45,7 +45,7 @@ def _worker_init() -> None:
     from tq_tvm import _fast_stack as _fast_stack
 
 
-def _build(target_name: str, directory: str, mod: Any, target: Any, params: Any) -> str:
+def _build(target_name: str, directory: str, mod: Any) -> str:
     """Compile one candidate in a worker; returns the library's path."""
     (func,) = schedules.candidate(mod).functions.values()
     # A directory of its own: MetaSchedule removes the one that the library is in.
@@ -58,20 +58,42 @@ def _build(target_name: str, directory: str, mod: Any, target: Any, params: Any)
     return str(path)
 
 
-def _export(path: Any) -> str:
-    """`_build` has written the library already."""
-    return str(path)
-
-
-def make_builder(target: TargetInfo, directory: Path) -> ms.builder.LocalBuilder:
-    """A builder with a worker for each core but one."""
-    return ms.builder.LocalBuilder(
+@functools.cache
+def _builders() -> PopenPoolExecutor:
+    """A worker for each core but one; to start one takes as long as a build."""
+    return PopenPoolExecutor(
         max_workers=max(1, (os.cpu_count() or 2) - 1),
-        timeout_sec=_BUILD_SECONDS,
-        f_build=functools.partial(_build, target.name, str(directory)),
-        f_export=_export,
+        timeout=_BUILD_SECONDS,
         initializer=_worker_init,
     )
+
+
+@derived_object
+class _Builder(ms.builder.PyBuilder):
+    """Builds a batch in `_builders`, which MetaSchedule's own starts anew for every batch."""
+
+    def __init__(self, target: TargetInfo, directory: Path) -> None:
+        super().__init__()
+        self._arguments = (target.name, str(directory))
+
+    def build(self, build_inputs: list[Any]) -> list[Any]:
+        """Paths of libraries, or why there is none."""
+        futures = [_builders().submit(_build, *self._arguments, item.mod) for item in build_inputs]
+        return [_built(future) for future in futures]
+
+
+def _built(future: Any) -> Any:
+    try:
+        return ms.builder.BuilderResult(future.result(), None)
+    except TimeoutError:
+        return ms.builder.BuilderResult(None, f"build: killed after {_BUILD_SECONDS} seconds")
+    except Exception as error:
+        return ms.builder.BuilderResult(None, f"build: {error}")
+
+
+def make_builder(target: TargetInfo, directory: Path) -> Any:
+    """A builder of candidates for a target; libraries go below ``directory``."""
+    return _Builder(target, directory)
 
 
 @functools.lru_cache(maxsize=1)
