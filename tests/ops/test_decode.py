@@ -152,3 +152,16 @@ def test_workspace_and_maximum_length(library, device):
     assert torch.equal(run(spec, q, batch, workspace=workspace), plain)
     error = relative(run(spec, q, batch, max_seq_len=max(batch.seq_lens.tolist())), plain.float())
     assert error <= LIMIT[q.dtype]
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[4]], ids=lambda s: s.label)
+def test_many_tokens(library, device, spec):
+    """Weights of less than a unit of the integers that GPUs add up do not drift."""
+    if device.type == "cpu":
+        pytest.skip("takes minutes on a CPU, whose kernel adds floats")
+    library(spec, device)
+    batch = filled(spec, device, lengths=[60000, 100])
+    q = queries(spec, batch, device)
+    out = run(spec, q, batch)
+    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
+    assert relative(out, want) <= LIMIT[q.dtype]
