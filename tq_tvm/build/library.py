@@ -21,6 +21,7 @@ from tq_tvm.schedules import Instance, instantiate
 from tq_tvm.spec import FUNCTIONS, Spec
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
+from tq_tvm.tuning.workloads import workloads
 
 __all__ = ["build_library"]
 
@@ -35,7 +36,8 @@ def build_library(
 ) -> Path:
     """Compile every function of ``spec`` into ``<root>/<target name>/<spec label>``.
 
-    A function with records gets a variant for each; one without gets the default schedule. The
+    A function with records gets a variant for each, and the default schedule at sizes of
+    `tq_tvm.tuning.workloads` that have none; one without records gets the default schedule. The
     directory appears, or replaces the one that was there, only when it is complete. No GPU is
     needed.
 
@@ -140,12 +142,23 @@ def _variants(
                 launch=instance.launch,
             )
         )
-    if variants:
+    searched = {variant.size for variant in variants}
+    sizes = {w.size for w in workloads(spec, target) if w.function == function} - searched
+    if variants and not sizes:
         return variants
-    symbol = f"tq_{function}_0"
+    symbol = f"tq_{function}_{len(variants)}"
     instance = instantiate(function, spec, target.kind, None, symbol=symbol)
-    functions[symbol] = instance.func
-    return [Variant(symbol, size=1, tuned=False, config=instance.config, launch=instance.launch)]
+    same = next((v for v in variants if v.config == instance.config), None)
+    if same is None:
+        functions[symbol] = instance.func
+    else:
+        symbol = same.symbol
+    # A record says nothing of sizes that were not searched.
+    variants += [
+        Variant(symbol, size=size, tuned=False, config=instance.config, launch=instance.launch)
+        for size in (sizes if variants else [1])
+    ]
+    return sorted(variants, key=lambda variant: variant.size)
 
 
 def _replay(

@@ -326,7 +326,7 @@ def check_caches(
         check_dtype(op, name, tensor, getattr(torch, dtype))
         check_shape(op, name, tensor, f"[P, {inner}, {last}]", shape)
         check_compact(op, name, tensor, first=1)
-        # Codes are read 16 bytes at a time, the two scales of a key as one word.
+        # Codes are read 16 bytes at a time, scales as words.
         aligned = {"k_meta": 2 * tensor.element_size(), "v_meta": max(4, tensor.element_size())}
         check_alignment(op, name, tensor, aligned.get(name, 16), free_axes=1)
         if tensor.shape[0] > 1 and tensor.stride(0) >= _PAGE_STRIDES:
@@ -372,12 +372,11 @@ def suspect_caches(
     """
     try:
         code_steps = k_cache.stride(0) | v_cache.stride(0)
-        pair_step = k_meta.stride(0)
+        pair_step, own_step = k_meta.stride(0), v_meta.stride(0)
         return bool(
             (k_cache.data_ptr() | v_cache.data_ptr() | code_steps) & 15
-            or (k_meta.data_ptr() | 2 * pair_step) & 3
-            or v_meta.data_ptr() & 1
-            or (code_steps | pair_step | v_meta.stride(0)) >= _PAGE_STRIDES
+            or (k_meta.data_ptr() | v_meta.data_ptr() | 2 * (pair_step | own_step)) & 3
+            or (code_steps | pair_step | own_step) >= _PAGE_STRIDES
             or k_meta.is_neg()
             or v_meta.is_neg()
         )

@@ -172,13 +172,21 @@ def _decode(
 
 
 def _as_scratch(workspace: torch.Tensor, floats: int, device: torch.device) -> torch.Tensor:
-    """View the workspace as the kernel's float32 vector."""
+    """View the workspace as the kernel's float32 vector, which may be longer than it needs."""
+    size = workspace.numel() * workspace.element_size()
+    if (
+        workspace.ndim == 1
+        and workspace.device == device
+        and workspace.is_contiguous()
+        and size >= 4 * floats
+        and not (size & 3 or workspace.data_ptr() & 15)
+    ):
+        return workspace if workspace.dtype == torch.float32 else workspace.view(torch.float32)
     if workspace.device != device:
         _check.fail(_OP, "workspace", f"on {device} like q", workspace.device, "move it there")
     _check.check_strided(_OP, "workspace", workspace)
     _check.check_compact(_OP, "workspace", workspace)
     _check.check_alignment(_OP, "workspace", workspace, 16)
-    size = workspace.numel() * workspace.element_size()
     if size < 4 * floats:
         _check.fail(
             _OP,
@@ -187,8 +195,6 @@ def _as_scratch(workspace: torch.Tensor, floats: int, device: torch.device) -> t
             f"{size} bytes",
             "allocate paged_decode_workspace_size(...) bytes",
         )
-    if workspace.dtype == torch.float32 and workspace.ndim == 1:
-        return workspace
     return workspace.view(-1).view(torch.uint8)[: 4 * floats].view(torch.float32)
 
 
