@@ -1,4 +1,7 @@
-"""Put the tables of a ``bench.json`` into README.md, and draw its picture."""
+"""Put the tables of a ``bench.json`` into README.md, and draw its picture.
+
+Where a ``compare.json`` lies beside it, a run with ``--compare``, other programs are taken from it.
+"""
 
 from pathlib import Path
 
@@ -26,9 +29,11 @@ _ROOT = Path(__file__).parents[1]
 def main(bench: Path, readme: Path, roofline: Path | None) -> None:
     """Rewrite what lies between README's marks from BENCH."""
     rows = read_rows(bench)
+    beside = bench.with_name("compare.json")
+    compared = read_rows(beside) if beside.exists() else None
     picture = roofline or bench.with_name("roofline.svg")
-    draw(rows, picture)
-    replace_table(readme, rows, picture)
+    draw(compared or rows, picture)
+    replace_table(readme, rows, compared, picture)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,16 @@ def _ratio(row: Row, name: str) -> str:
     return f"{row.baselines[name]:.1f} ({row.baselines[name] / row.us:.2f}x)"
 
 
-def replace_table(path: Path, rows: list[Row], picture: Path | None = None) -> None:
+def _note(rows: list[Row]) -> str:
+    # Rows differ in the programs that they name alone.
+    conditions = {k: v for row in rows for k, v in row.conditions.items()}
+    facts = ", ".join(f"{k} {v}" for k, v in conditions.items())
+    return f"Copy bandwidth in that run: {rows[0].copy_tb_per_s:.3f} TB/s. Conditions: {facts}."
+
+
+def replace_table(
+    path: Path, rows: list[Row], compared: list[Row] | None = None, picture: Path | None = None
+) -> None:
     """Put the tables of ``rows`` between the marks in a Markdown file.
 
     Parameters
@@ -102,6 +111,8 @@ def replace_table(path: Path, rows: list[Row], picture: Path | None = None) -> N
         The file.
     rows
         At least one.
+    compared
+        Rows of another run, beside other programs; None where ``rows`` are.
     picture
         What to show below the tables; the file links to it by a relative path.
 
@@ -117,11 +128,10 @@ def replace_table(path: Path, rows: list[Row], picture: Path | None = None) -> N
         )
     before, rest = text.split(_BEGIN)
     after = rest.split(_END)[1]
-    # Rows differ in the programs that they name alone.
-    conditions = {k: v for row in rows for k, v in row.conditions.items()}
-    facts = ", ".join(f"{k} {v}" for k, v in conditions.items())
-    note = f"Copy bandwidth in that run: {rows[0].copy_tb_per_s:.3f} TB/s. Conditions: {facts}."
-    parts = [table(rows, "github"), *compare_tables(rows, "github").values(), note]
+    parts = [table(rows, "github")]
+    if compared is not None:
+        parts.append(_note(rows))
+    parts += [*compare_tables(compared or rows, "github").values(), _note(compared or rows)]
     if picture is not None:
         target = Path(os.path.relpath(picture, path.parent)).as_posix()
         parts.append(f"![bandwidth of decode over bytes moved]({target})")

@@ -1,0 +1,32 @@
+"""A small ragged batch through every operation: what ``compute-sanitizer`` runs."""
+
+import torch
+
+from tq_tvm import CacheSpec, PagedKVCache, hadamard_rotate
+
+_LENGTHS = (0, 1, 63, 200)
+
+
+def main() -> None:
+    """Fill, flatten, decode and rotate on the GPU."""
+    spec = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+    batch, total = len(_LENGTHS), sum(_LENGTHS)
+    width = -(-max(_LENGTHS) // spec.page_size)
+    cache = PagedKVCache(spec, batch * width, "cuda")
+    table = torch.randperm(batch * width, device="cuda").int().view(batch, width)
+    lens = torch.tensor(_LENGTHS, dtype=torch.int32, device="cuda")
+    starts = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
+    rows = (total, spec.num_kv_heads, spec.head_dim)
+    k, v = (torch.randn(rows, device="cuda").bfloat16() for _ in range(2))
+    cache.fill(k, v, block_table=table, seq_lens=lens, q_start_loc=starts)
+    for rotate_back in (False, True):
+        cache.flatten(table, lens, out_tokens=total, rotate_back=rotate_back)
+    q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
+    out = cache.decode(q, table, lens)
+    hadamard_rotate(k)
+    torch.cuda.synchronize()
+    print("finite:", bool(out.isfinite().all()))
+
+
+if __name__ == "__main__":
+    main()
