@@ -48,6 +48,17 @@ from tq_tvm.spec import Spec, parse_spec
 
 __all__ = ["DEFAULTS", "Made", "apply", "made", "make", "options"]
 
+_FILL = {
+    "factory": 1,
+    "warps": 4,
+    "tiles": 8,
+    "contracted": 1,
+    "sides": 1,
+    "stages": 2,
+    "registers": 80,
+}
+_FLATTEN = {"factory": 1, "warps": 8, "tiles": 1, "registers": 64}
+
 DEFAULTS = {
     "rotate": {
         "factory": 1,
@@ -57,25 +68,12 @@ DEFAULTS = {
         "contracted": 2,
         "registers": 128,
     },
-    "fill": {
-        "factory": 1,
-        "warps": 4,
-        "tiles": 8,
-        "contracted": 1,
-        "sides": 1,
-        "stages": 2,
-        "registers": 80,
-    },
-    "flatten": {
-        "factory": 1,
-        "warps": 8,
-        "tiles": 1,
-        "registers": 64,
-        "rows": 2,
-        "contracted": 1,
-    },
+    "fill_slots": _FILL,
+    "fill_table": _FILL,
+    "flatten": {**_FLATTEN, "rows": 2},
+    "flatten_unrotated": {**_FLATTEN, "rows": 1, "contracted": 1},
 }
-"""Of each kernel; of ``rotate`` where it has no schedule."""
+"""Of each function; of ``rotate`` where it has no schedule."""
 
 _BLOCK = "row"
 _PREFIX = "tq_"

@@ -55,9 +55,9 @@ def test_rotations_of_a_gib():
 def test_a_table_shows_the_fastest_baseline():
     row = Row(
         "rotate", {"rows": 1, "n": 64, "graph": False}, 2.0, 1, 1.0, 1.0, 1.0, False, None, None,
-        {"slow": 9.0, "fast": 3.0}, {},
+        {"torch, slow": 9.0, "torch, fast": 3.0}, {},
     )  # fmt: skip
-    assert "3.0 (fast)" in table([row])
+    assert "3.0 (torch, fast)" in table([row])
     assert "1.50x" in table([row])
 
 

@@ -66,7 +66,7 @@ def test_rows_hold_every_baseline_and_the_reasons_of_the_absent(measured):
         assert row.peers_absent["FlashInfer"].startswith("ModuleNotFoundError: ")
     moved = 2 * 48 * 2 * 128 * 2 * 4 + 2 * 2 * 8 * 128 * 4
     assert decode.baseline_bytes["torch sdpa, dense"] == moved
-    assert list(rotate.baselines) == ["torch copy"]
+    assert list(rotate.baselines) == ["torch, x @ H", "torch, butterflies"]
     assert list(rotate.peers_absent) == ["fast_hadamard_transform"]
 
 

@@ -44,6 +44,12 @@ def test_ctas_of_an_h200(threads, registers, shared, resident):
     assert launch == {"ctas_per_sm": resident, "split_tokens": 16}
 
 
+def test_dynamic_shared_memory_counts_beside_the_static():
+    used = {"a_kernel": KernelResources(32, 10 * 1024)}
+    launch = {"threads": 64, "shared_bytes": 40 * 1024, "units": 2}
+    assert with_occupancy(launch, "a", "sm_90a", used) == {"ctas_per_sm": 4, "units": 2}
+
+
 def test_numbers_of_a_cpu_kernel_stay():
     assert with_occupancy({"ctas_per_sm": 1}, "a", "x86-64", {}) == {"ctas_per_sm": 1}
 

@@ -19,7 +19,7 @@ from tq_tvm.targets import get_target
 SPEC = CacheSpec(64, 4, 1, 64, "bfloat16", "bshd")
 CONFIG = {
     "warps": 2, "abreast": 1, "tile": 32, "registers": 256, "query_in_shared": 0,
-    "headroom": 0, "reach": 2, "promoted": 256,
+    "headroom": 1, "reach": 2, "promoted": 256,
 }  # fmt: skip
 
 

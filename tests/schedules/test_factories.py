@@ -1,4 +1,4 @@
-"""Designs that a factory makes: sampled on a row kernel's block, built by the factory."""
+"""Row kernels that a factory makes: sampled on the row's block, built by the factory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tq_tvm import schedules
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.kernels.fill_cuda import FillConfig, ring_words
 from tq_tvm.spec import HEAD_DIMS, ROTATE_DIMS, CacheSpec, RotateSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import search_workload
@@ -37,32 +38,42 @@ SHAPES = {
 
 
 def made(function, seed=1, spec=SPEC) -> Schedule:
-    """A sample of the second design."""
+    """A sample of the design, the second of ``rotate`` and the only one of other kernels."""
     mod = schedules.search_module(function, spec, "cuda", SHAPES[function])
-    _, second = schedules.space(function, spec, "cuda")(Schedule(mod, seed=seed))
-    return second
+    return schedules.space(function, spec, "cuda")(Schedule(mod, seed=seed))[-1]
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_candidate_is_what_ships(function, seed):
-    second = made(function, seed)
-    instance = schedules.instantiate(function, SPEC, "cuda", second.trace)
+    """And the same at any shape."""
+    sch = made(function, seed)
+    instance = schedules.instantiate(function, SPEC, "cuda", sch.trace)
     offered = factories.options(function, SPEC)
-    assert set(instance.config) == set(offered)
+    assert list(instance.config) == list(offered)
     assert all(value in offered[name] for name, value in instance.config.items())
-    assert instance.launch == schedules.candidate_launch(second.mod) == {}
-    built = schedules.candidate(second.mod)["main"]
+    assert instance.launch == schedules.candidate_launch(sch.mod) == {}
+    built = schedules.candidate(sch.mod)["main"]
     assert tvm_ffi.structural_equal(built, instance.func)
+    static = schedules.instantiate(function, SPEC, "cuda", sch.trace, SHAPES[function])
+    assert static.config == instance.config
+    assert tvm_ffi.structural_equal(static.func, instance.func)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_a_schedule_is_no_factory_and_a_cpu_has_none(function):
+def test_designs_of_a_space(function):
+    """``rotate`` has a schedule first, other kernels of GPUs have none; a CPU has no factory."""
     first = Schedule(schedules.search_module(function, SPEC, "cuda", SHAPES[function]), seed=1)
-    assert len(schedules.space(function, SPEC, "cuda")(first)) == 2
-    assert factories.made(first) is None
+    designs = schedules.space(function, SPEC, "cuda")(first)
+    assert designs[0] is first
+    found = [factories.made(sch) for sch in designs]
+    if function == "rotate":
+        assert found.pop(0) is None
+    (only,) = found
+    assert (only.function, only.spec) == (function, SPEC)
     cpu = Schedule(schedules.search_module(function, SPEC, "llvm", SHAPES[function]), seed=1)
     assert schedules.space(function, SPEC, "llvm")(cpu) == [cpu]
+    assert factories.made(cpu) is None
     assert schedules.has_factory(function, SPEC, "cuda")
     assert not schedules.has_factory(function, SPEC, "llvm")
 
@@ -70,28 +81,26 @@ def test_a_schedule_is_no_factory_and_a_cpu_has_none(function):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_record_carries_over_to_another_spec(tmp_path, function):
     """By way of the files; heads, pages and layout are the other spec's."""
-    second = made(function)
+    sch = made(function)
     target = tvm_target(get_target("nvidia_h200"))
     mod = search_workload(function, SPEC, "cuda", SHAPES[function])
     files = [str(tmp_path / name) for name in ("workload.json", "record.json")]
     database = ms.database.JSONDatabase(*files)
     workload = database.commit_workload(mod)
-    database.commit_tuning_record(
-        ms.database.TuningRecord(second.trace, workload, [1e-3], target, [])
-    )
+    database.commit_tuning_record(ms.database.TuningRecord(sch.trace, workload, [1e-3], target, []))
     (record,) = ms.database.JSONDatabase(*files).get_all_tuning_records()
     other = CacheSpec(128, 12, 3, 64, "bfloat16", "bhsd")
     instance = schedules.instantiate(function, other, "cuda", record.trace)
-    assert instance.config == schedules.instantiate(function, SPEC, "cuda", second.trace).config
+    assert instance.config == schedules.instantiate(function, SPEC, "cuda", sch.trace).config
     want = factories.make(function, other, instance.config)
     assert tvm_ffi.structural_equal(instance.func.with_attr("global_symbol", "main"), want)
 
 
 def test_decisions_of_another_kernel_are_refused(monkeypatch):
-    second = made("fill_slots")
+    sch = made("fill_slots")
     monkeypatch.setattr(factories, "_digest", lambda function, spec: "another")
     with pytest.raises(UnsupportedSpecError, match="kernel as it is now"):
-        schedules.instantiate("fill_slots", SPEC, "cuda", second.trace)
+        schedules.instantiate("fill_slots", SPEC, "cuda", sch.trace)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -120,8 +129,23 @@ def test_options_are_points():
         for function in FUNCTIONS
     }
     assert counts == {
-        "rotate": 243, "fill_slots": 288, "fill_table": 288, "flatten": 81, "flatten_unrotated": 81,
+        "rotate": 243, "fill_slots": 1440, "fill_table": 1440,
+        "flatten": 81, "flatten_unrotated": 81,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_point_fits_a_gpu(head_dim):
+    """Registers of a CTA, and the shared memory of fill's rows on their way."""
+    spec = CacheSpec(head_dim, 32, 8)
+    for function in FUNCTIONS:
+        offered = factories.options(function, spec)
+        for point in itertools.product(*offered.values()):
+            config = dict(zip(offered, point, strict=True))
+            assert 32 * config["warps"] * config["registers"] <= 65536
+            if function.startswith("fill"):
+                del config["factory"]
+                assert 4 * ring_words(spec, FillConfig(**config)) <= 227 << 10
 
 
 @pytest.mark.parametrize("dim", [d for d in ROTATE_DIMS if d > max(HEAD_DIMS)])

@@ -23,19 +23,20 @@ from tq_tvm.tuning.database import search_workload
 from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
 
 SPEC = CacheSpec(128, 8, 2, 16, "bfloat16", "bshd")
-SHAPES = {"rotate": {"n": 128}, "decode": {"batch": 1, "pages": 2, "table_width": 2}}
+PAGES = {"batch": 1, "pages": 2, "table_width": 2}
+SHAPES = {"rotate": {"n": 128}, "flatten": {"tokens": 32, **PAGES}, "decode": PAGES}
 TARGETS = {"llvm": get_target("x86_64"), "cuda": get_target("nvidia_h200")}
 # Points by the tables of options: on a CPU 4 x 3 x 3 and 3 x 3 x 2 x 2, on a GPU at head_dim 128
-# 2 vectors x 3 x 4 x 2 and 3 x 2 x 2 x 3 x 2 x 2.
+# 2 vectors x 3 x 4 x 2, 3 x 3 x 3 x 3 and 4 x 3 x 2 x 3 x 2 x 2 x 3 x 2 x 3.
 POINTS = {
     ("rotate", "llvm"): 36,
     ("decode", "llvm"): 36,
     ("rotate", "cuda"): 48,
-    ("decode", "cuda"): 144,
+    ("flatten", "cuda"): 81,
+    ("decode", "cuda"): 5184,
 }
-# Of the other design for GPUs: tensor cores for rotate, 3 x 3 x 3 x 3 x 3, and bit planes for
-# decode, 5 x 3 x 2 x 4 x 2 x 3 x 3 x 2.
-MORE = {("rotate", "cuda"): 243, ("decode", "cuda"): 4320}
+# Of rotate's factory for GPUs, 3 x 3 x 3 x 3 x 3.
+MORE = {("rotate", "cuda"): 243}
 FOREVER = math.inf
 
 
