@@ -6,26 +6,37 @@ import pytest
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
+from tvm.s_tir import Schedule
+
+from tq_tvm import schedules
 from tq_tvm.build.library import _variants
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
-from tq_tvm.tuning.database import find_records
+from tq_tvm.tuning.database import TunedRecord, search_workload
 from tq_tvm.tuning.workloads import workloads
 
 SPEC = CacheSpec(128, 32, 8, 64, "bfloat16", "bshd")
 TARGET = get_target("nvidia_h200")
 
 
+def record_of(workload) -> TunedRecord:
+    """Of a random point."""
+    mod = search_workload(workload.function, SPEC, TARGET.kind, workload.shape)
+    sch = Schedule(mod, seed=1)
+    schedules.space(workload.function, SPEC, TARGET.kind)(sch)
+    return TunedRecord(workload.label, workload.size, 1.0, sch.trace)
+
+
 def test_sizes_that_were_not_searched_get_the_default():
-    records = find_records("decode", SPEC, TARGET)[:1]
+    searched, *_ = (w for w in workloads(SPEC, TARGET) if w.function == "decode")
+    records = [record_of(searched)]
     functions = {}
     variants = _variants("decode", SPEC, TARGET, records, functions)
     sizes = {w.size for w in workloads(SPEC, TARGET) if w.function == "decode"}
-    assert [v.size for v in variants] == sorted(sizes | {r.size for r in records})
+    assert [v.size for v in variants] == sorted(sizes)
     for variant in variants:
-        searched = variant.size in {r.size for r in records}
-        assert (variant.workload is not None) == searched
-        assert variant.tuned <= searched
+        assert (variant.workload == searched.label) == (variant.size == searched.size)
+        assert variant.tuned == (variant.workload is not None)
     assert set(functions) == {v.symbol for v in variants}
     assert len(functions) == len({tuple(v.config.items()) for v in variants})
 

@@ -195,7 +195,7 @@ def test_a_record_of_the_default_is_no_tuned_variant(tmp_path):
         name: [v for v in functions[name] if v.workload is not None] for name in functions
     }
     assert {name: [v.tuned for v in found] for name, found in of_records.items()} == {
-        **{name: [] for name in SHAPES},
+        **{name: [] for name in functions},
         "rotate": [False],
         "fill_slots": [True],
     }
