@@ -2,8 +2,8 @@
 
 ``rotate``, ``fill`` and ``flatten`` are schedulable blocks: a trace found on a function of static
 shape is replayed on the dynamic function that ships. ``decode`` samples the parameters of its
-factory on an anchor function, and the factory makes the kernel; on GPUs the others have factories
-as well, as a second design, and long rows of ``rotate`` as the only one (`factories`).
+factory on an anchor function, and the factory makes the kernel. On GPUs the others are made by
+factories as well (`factories`); short rows of ``rotate`` have both designs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Sch
 
     def apply(sch: Schedule) -> list[Schedule]:
         designs = [sch]
-        if _has_second_factory(function, spec, kind):
+        if _has_both(function, spec, kind):
             designs.append(sch.copy())
             factories.apply(designs[1], function, spec, sampled(designs[1]))
         _apply_first(sch, function, spec, kind, sampled(sch))
@@ -108,15 +108,13 @@ def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Sch
     return apply
 
 
+def _has_both(function: str, spec: Spec, kind: str) -> bool:
+    """Rows that `tq_tvm.schedules.rows` can give to the lanes of a warp."""
+    return kind == "cuda" and function == "rotate" and spec.rotation.dim <= max(HEAD_DIMS)
+
+
 def _only_a_factory(function: str, spec: Spec, kind: str) -> bool:
-    """All row kernels of GPUs, but the rotation of rows that `tq_tvm.schedules.rows` can give."""
-    short = function == "rotate" and spec.rotation.dim <= max(HEAD_DIMS)
-    return kind == "cuda" and function != "decode" and not short
-
-
-def _has_second_factory(function: str, spec: Spec, kind: str) -> bool:
-    made = kind == "cuda" and factories.options(function, spec) is not None
-    return made and not _only_a_factory(function, spec, kind)
+    return kind == "cuda" and function != "decode" and not _has_both(function, spec, kind)
 
 
 def _apply_first(sch: Schedule, function: str, spec: Spec, kind: str, decide: Decide) -> None:

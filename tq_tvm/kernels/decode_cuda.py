@@ -25,11 +25,12 @@ bfloat16, as compiled for sm_90a with 194 registers: 1020 instructions, 182 of w
 a bound moves. Of the other 838, 485 are on the integer pipe (0.030 a value): masks 256, look-ups
 and byte moves 100, selections 44, shifts 39; tensor core 64.
 
-On an H200, 64 x 8192 of 32/8 heads, bshd: 144 us; with ``promoted`` 0, 173 us. ncu of the latter's
-first launch, 161 us: issue slots 43 % busy, integer pipe 45 %, DRAM 56 %, stalls on K 21 % of the
-samples. What was tried and is slower: K and V in registers (162 to 172 us: V's loads are on the
-scoreboard that K waits for), both in shared memory by each warp (171 to 178 us), both by all warps
-of a CTA in whole lines (163 to 208 us: they copy and compute in step).
+On an H200, 64 x 8192 of 32/8 heads, bshd: 144 us, 147 by default (``bench.json``). ncu of the first
+launch before reads were promoted and the table prefetched, when the call took 173 us: 161 us, issue
+slots 43 % busy, integer pipe 45 %, DRAM 56 %, stalls on K 21 % of the samples; not read again
+since. What was tried then and was no faster: K and V in registers (162 to 172 us: V's loads are on
+the scoreboard that K waits for), both in shared memory by each warp (171 to 178 us), both by all
+warps of a CTA in whole lines (163 to 208 us: they copy and compute in step).
 """
 
 from __future__ import annotations

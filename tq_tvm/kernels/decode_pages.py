@@ -189,12 +189,11 @@ class PageReader:
         """Read K's codes and metas; `find_pages` has been there."""
         shape = self._shape
         words = min(shape.key_words, 4)
-        promoted = f".L2::{shape.config.promoted}B" if shape.config.promoted else ""
         codes, metas = self._bases("k", tile), self._bases("k_meta", tile)
         for i in range(shape.octets):
             for j in range(0, shape.key_words, 4):
                 ptx(
-                    f"ld.global.nc.L1::no_allocate{promoted}.v{words}.u32",
+                    f"ld.global.nc.L1::no_allocate{shape.promoted}.v{words}.u32",
                     *[into.codes[i, j + e] for e in range(words)],
                     self._from("k", codes, 8 * i, 4 * j),
                 )
@@ -204,13 +203,12 @@ class PageReader:
         """Begin to copy V's codes and metas; `find_pages` has been there."""
         shape, ring, lane = self._shape, self._ring, self._lane_index
         chunks, span = shape.value_chunks, self._span["v"]
-        promoted = f".L2::{shape.config.promoted}B" if shape.config.promoted else ""
         codes, metas = self._bases("v", tile), self._bases("v_meta", tile)
         to = let(lane % chunks * shape.value_plane + self._token["v"] * 4)
         for n in range(shape.config.tile // span):
             source = self._from("v", codes, span * n)
             place = ring.at(to + 4 * span * n)
-            ptx(f"cp.async.cg.shared.global{promoted}", place, source, 16)
+            ptx(f"cp.async.cg.shared.global{shape.promoted}", place, source, 16)
         apart = 16 if shape.packed else 8
         to = let(shape.value_meta_at + lane % apart * shape.own_tokens + lane // apart)
         for n in range(shape.config.tile // 32):

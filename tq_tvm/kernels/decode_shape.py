@@ -132,6 +132,11 @@ class Shape:
         return self.value_meta_at + self.config.tile
 
     @property
+    def promoted(self) -> str:
+        """Qualifier of reads that says what L2 fetches with them."""
+        return f".L2::{self.config.promoted}B" if self.config.promoted else ""
+
+    @property
     def quads(self) -> int:
         """Accumulator tiles of the output: one for a byte of V and two of its fields."""
         return 2 * self.value_bytes

@@ -10,6 +10,7 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
 __all__ = [
+    "PAIR",
     "as_bits",
     "as_float",
     "barrier",
@@ -38,6 +39,9 @@ __all__ = [
 ]
 
 FULL_WARP = 0xFFFFFFFF
+
+PAIR = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
+"""Instructions that round two floats to the halves of a word, the second one lower."""
 
 
 def u32(value: int):

@@ -25,6 +25,7 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
+    PAIR,
     byte_perm,
     f32,
     from_half,
@@ -44,8 +45,6 @@ from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
 
-_PAIR = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
-
 
 @dataclasses.dataclass(frozen=True)
 class FlattenConfig:
@@ -64,7 +63,7 @@ class _Table:
     def __init__(self, dtype: str, values: list) -> None:
         pairs = local(len(values) // 2, "uint32")
         for i in range(len(values) // 2):
-            ptx(_PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
+            ptx(PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
         self.low, self.high = (local(2, "uint32") for _ in range(2))
         for i in range(len(values) // 4):
             store(self.low, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420), i)
@@ -241,7 +240,7 @@ class _RotatedSide(_Side):
         scale = let(norm * f32(-1 / spec.head_dim))
         pairs = local(spec.head_dim // 8, "uint32")
         for i in range(spec.head_dim // 8):
-            ptx(_PAIR[spec.dtype], pairs[i], value[2 * i + 1] * scale, value[2 * i] * scale)
+            ptx(PAIR[spec.dtype], pairs[i], value[2 * i + 1] * scale, value[2 * i] * scale)
         return pairs
 
     def write_rotated(self, pairs, out, row, part) -> None:

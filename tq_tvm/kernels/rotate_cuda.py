@@ -49,6 +49,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.device import (
+    PAIR,
     barrier,
     f32,
     i32,
@@ -72,7 +73,6 @@ from tq_tvm.spec import RotateSpec
 
 __all__ = ["RotateConfig", "Tile", "rotate_cuda"]
 
-_PAIR = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 _PIECE = 3
 """Bits of an element's place inside a piece of 16 bytes."""
 _LANES = 5
@@ -232,7 +232,7 @@ class _Thread:
             low, high = (self.value[2 * i + j] for j in range(2))
             if scale != 1:
                 low, high = low * f32(scale), high * f32(scale)
-            ptx(_PAIR[tile.dtype], pairs[i], high, low)
+            ptx(PAIR[tile.dtype], pairs[i], high, low)
         start = let(self._base + T.cast(row * tile.dim + self._written, "int64"))
         count = 1 << tile.vector - 1
         kind = "u32" if count == 1 else f"v{count}.u32"
