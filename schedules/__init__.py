@@ -26,7 +26,7 @@ from tq_tvm.kernels.decode import decode as decode_kernel
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
 from tq_tvm.kernels.rotate import rotate as rotate_kernel
-from tq_tvm.spec import HEAD_DIMS, CacheSpec, Spec
+from tq_tvm.spec import GPU_HEAD_DIMS, CacheSpec, Spec, check_target
 
 __all__ = [
     "Instance",
@@ -83,7 +83,14 @@ def _identity(function: str, spec: Spec, kind: str, shape: dict[str, int] | None
 def search_module(
     function: str, spec: Spec, kind: str, shape: dict[str, int] | None
 ) -> tvm.IRModule:
-    """What MetaSchedule searches: the function of static sizes, or an anchor in its place."""
+    """What MetaSchedule searches: the function of static sizes, or an anchor in its place.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        The target kind has no kernels of the spec.
+    """
+    check_target(function, spec, kind)
     if function == "decode":
         func = decode.anchor(_identity(function, spec, kind, shape))
     else:
@@ -110,7 +117,7 @@ def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Sch
 
 def _has_both(function: str, spec: Spec, kind: str) -> bool:
     """Rows that `tq_tvm.schedules.rows` can give to the lanes of a warp."""
-    return kind == "cuda" and function == "rotate" and spec.rotation.dim <= max(HEAD_DIMS)
+    return kind == "cuda" and function == "rotate" and spec.rotation.dim <= max(GPU_HEAD_DIMS)
 
 
 def _only_a_factory(function: str, spec: Spec, kind: str) -> bool:

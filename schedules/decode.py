@@ -30,8 +30,8 @@ tile              tokens between two updates of the softmax state: fewer rescale
 vector            SIMD width of decoding and of the products
 unroll            the loop over the group's heads unrolled: code size against reuse
                   of a decoded row in registers
-lookup            codes become values by AVX2's permutation of a register, eight at a
-                  time, in place of selections: for CPUs that have it
+lookup            codes of k4v2 become values by AVX2's permutation of a register, eight
+                  at a time, in place of selections: for CPUs that have it
 ================  ==================================================================
 """
 
@@ -58,6 +58,7 @@ __all__ = [
     "apply",
     "digest",
     "launch",
+    "options",
     "rejected",
 ]
 
@@ -116,6 +117,17 @@ def anchor(identity: str) -> PrimFunc:
     return main
 
 
+def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
+    """What each decision may be for a spec."""
+    fmt = spec.cache_format
+    looked_up = (fmt.key.name, fmt.value.name) == ("qjl4", "mse2") and not spec.window
+    whole = spec.head_dim % 32 == 0 and spec.value_dim % 32 == 0
+    return {
+        name: values if (looked_up and whole) or name != "lookup" else [0]
+        for name, values in OPTIONS[kind].items()
+    }
+
+
 def digest(spec: CacheSpec, kind: str) -> str:
     """Tell the TensorIR of the factory from what it once was, as a body does for other kernels.
 
@@ -123,7 +135,8 @@ def digest(spec: CacheSpec, kind: str) -> str:
     sides of a branch count. Names, formatting and comments do not.
     """
     points = tuple(
-        tuple((name, options[end]) for name, options in OPTIONS[kind].items()) for end in (0, -1)
+        tuple((name, values[end]) for name, values in options(spec, kind).items())
+        for end in (0, -1)
     )
     return _digest(spec, kind, points)
 
@@ -137,8 +150,8 @@ def _digest(spec: CacheSpec, kind: str, points: tuple[tuple[tuple[str, int], ...
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
     """Write every decision onto the anchor's block."""
     block = sch.get_sblock(_BLOCK)
-    for name, options in OPTIONS[kind].items():
-        sch.annotate(block, _PREFIX + name, decide(name, options))
+    for name, values in options(spec, kind).items():
+        sch.annotate(block, _PREFIX + name, decide(name, values))
 
 
 def decisions(sch: Schedule) -> dict[str, int]:

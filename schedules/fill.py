@@ -16,9 +16,14 @@ DEFAULTS = {"llvm": {"chunk": 32, "vector": 8, "unroll": 64}}
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
     """Schedule ``fill_slots`` or ``fill_table`` for CPUs."""
-    sides = ("k", "v")
+    sides = {"k": spec.head_dim, "v": spec.value_dim}
+    rotated = spec.cache_format.rotation != "none"
     names = RowBlocks(
         row_loads=[f"{s}_load" for s in sides],
-        shared=[name for s in sides for name in (f"{s}_widen", *stage_names(s, spec.head_dim))],
+        shared=[
+            name
+            for s, dim in sides.items()
+            for name in (f"{s}_widen", *(stage_names(s, dim) if rotated else ()))
+        ],
     )
     schedule_cpu(sch, names, decide)

@@ -16,13 +16,13 @@ DEFAULTS = {"llvm": {"chunk": 32, "vector": 8, "unroll": 64}}
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
     """Schedule ``flatten`` or ``flatten_unrotated`` for CPUs."""
-    sides = ("k", "v")
-    unrotated = function == "flatten_unrotated"
+    sides = {"k": spec.head_dim, "v": spec.value_dim}
+    unrotated = function == "flatten_unrotated" and spec.cache_format.rotation != "none"
     names = RowBlocks(
         shared=[
             name
-            for s in sides
-            for name in (f"{s}_value", *(stage_names(s, spec.head_dim) if unrotated else ()))
+            for s, dim in sides.items()
+            for name in (f"{s}_value", *(stage_names(s, dim) if unrotated else ()))
         ],
         row_stores=[f"{s}_store" for s in sides],
     )

@@ -23,6 +23,7 @@ unroll (CPU)  code size against loop overhead
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from tq_tvm.schedules.decisions import Decide
@@ -107,8 +108,10 @@ def schedule_cpu(sch: Schedule, names: RowBlocks, decide: Decide) -> None:
     sch.annotate(inner, "pragma_unroll_explicit", 1)
 
     for name in [*names.row_loads, *names.row_stores]:
-        target = sch.get_sblock(name)
-        sch.vectorize(sch.split(sch.get_loops(target)[-1], [None, 8])[-1])
+        loop = sch.get_loops(sch.get_sblock(name))[-1]
+        # A width that divides the row: a predicate would be scalar code.
+        width = math.gcd(8, int(sch.get(loop).extent))
+        sch.vectorize(sch.split(loop, [None, width])[-1])
     for name in names.shared:
         target = sch.get_sblock(name)
         m, part = sch.get_loops(target)[-2:]

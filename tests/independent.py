@@ -1,10 +1,11 @@
-"""The K4V2 format a second time, in float64 numpy and plain loops, from the equations alone.
+"""The formats a second time, in float64 numpy and plain loops, from ``FORMATS.md`` alone.
 
 It shares nothing with ``tq_tvm``: its constants and its byte order are written out again.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -15,11 +16,55 @@ C2 = [-1.5104176, -0.4527808, 0.4527808, 1.5104176]
 B2 = [-0.9815992, 0.0, 0.9815992]
 
 
-def rotate(row):
-    """One row times the Walsh-Hadamard matrix, H[i][j] = (-1)^popcount(i & j), over sqrt(d)."""
-    d = len(row)
-    sign = [[-1.0 if bin(i & j).count("1") % 2 else 1.0 for j in range(d)] for i in range(d)]
-    return np.asarray(row, dtype=np.float64) @ np.asarray(sign) / math.sqrt(d)
+def legendre(a, p):
+    return {0: 0, 1: 1, p - 1: -1}[pow(a % p, (p - 1) // 2, p)]
+
+
+def entry(order, i, j):
+    """H[i][j] of the matrices of order 12, 20 and 28."""
+    if order in (12, 20):
+        if i == 0 or j == 0:
+            return 1
+        return legendre(i + j - 2, order - 1) or -1
+    a, b, x, y = i // 2, j // 2, i % 2, j % 2
+    c = 0 if a == b else 1 if 0 in (a, b) else legendre(a - b, 13)
+    return c * [[1, 1], [1, -1]][x][y] + (a == b) * [[1, -1], [-1, -1]][x][y]
+
+
+ORDERS = {80: [20], 96: [12], 112: [28], 192: [12], 576: [12, 12]}
+
+
+@functools.cache
+def hadamard(d):
+    """The matrix of d values, unscaled: coordinate = (digits of the orders, then of the rest)."""
+    orders = ORDERS.get(d, [])
+    rest = d // math.prod(orders)
+    matrix = np.empty((d, d))
+    for i in range(d):
+        for j in range(d):
+            sign = (-1) ** bin(i % rest & j % rest).count("1")
+            x, y = i // rest, j // rest
+            for order in reversed(orders):
+                sign *= entry(order, x % order, y % order)
+                x, y = x // order, y // order
+            matrix[i, j] = sign
+    return matrix
+
+
+def sign(j):
+    """Sign of coordinate j in a signed rotation."""
+    x = j ^ 0x0CAD1998
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) % 2**32
+    return -1.0 if (x ^ (x >> 16)) & 1 else 1.0
+
+
+def rotate(row, signed=False):
+    """One row, times the signs where it is signed, times the Hadamard matrix over sqrt(d)."""
+    x = np.asarray(row, dtype=np.float64)
+    if signed:
+        x = x * [sign(j) for j in range(len(x))]
+    return x @ hadamard(len(x)) / math.sqrt(len(x))
 
 
 def encode_key(row):

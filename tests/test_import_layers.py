@@ -15,13 +15,14 @@ PACKAGE = Path(tq_tvm.__file__).parent
 SCHEDULES = PACKAGE.parent / "schedules"
 
 # A layer may import the layers of its set, and itself.
-BASE = {"spec", "errors", "env", "targets", "splits", "_version"}
+BASE = {"formats", "spec", "errors", "env", "targets", "splits", "_version"}
 COMPILER = BASE | {"reference", "_fast_stack", "kernels"}
 RUN = BASE | {"artifacts"}
 ALLOWED = {
     "_version": set(),
     "errors": set(),
-    "spec": {"errors"},
+    "formats": {"errors"},
+    "spec": {"errors", "formats"},
     "env": {"errors", "_version"},
     "targets": {"errors", "env"},
     "splits": {"spec"},

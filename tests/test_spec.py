@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.formats import CODECS, ROTATIONS, SCALE_RULES, CacheFormat
 from tq_tvm.spec import (
     DTYPES,
     FORMATS,
@@ -22,6 +23,7 @@ from tq_tvm.spec import (
     CacheSpec,
     QuantPolicy,
     RotateSpec,
+    check_target,
     get_format,
     parse_spec,
 )
@@ -35,11 +37,11 @@ from tq_tvm.splits import (
 )
 
 SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
-CODECS = [K4V2.key, K4V2.value]
+TABLES = [CODECS[name] for name in ("qjl4", "mse2", "mse3", "mse4")]
 
 specs = st.builds(
-    lambda head_dim, group, heads, page_size, dtype, layout: CacheSpec(
-        head_dim, group * heads, heads, page_size, dtype, layout
+    lambda head_dim, group, heads, page_size, dtype, layout, fmt, dv, window: CacheSpec(
+        head_dim, group * heads, heads, page_size, dtype, layout, fmt, dv, window
     ),
     st.sampled_from(HEAD_DIMS),
     st.integers(1, 64),
@@ -47,6 +49,9 @@ specs = st.builds(
     st.sampled_from(PAGE_SIZES),
     st.sampled_from(DTYPES),
     st.sampled_from(LAYOUTS),
+    st.sampled_from([*FORMATS, "mse4-int8-signed-unbiased"]),
+    st.sampled_from([None, *HEAD_DIMS]),
+    st.integers(0, 256),
 )
 
 # A machine under load must not fail a test.
@@ -74,7 +79,7 @@ def test_any_label_round_trip(spec):
 @pytest.mark.parametrize(
     ("label", "part"),
     [
-        ("rotate_d96_bf16", "RotateSpec: dim must be one of 64, 128, 256, 512, .*, got 96"),
+        ("rotate_d72_bf16", "RotateSpec: dim must be one of 64, 80, 96, 112, .*, got 72"),
         ("rotate_n1024_bf16", "label must look like 'k4v2_.*' or 'rotate_d1024_bf16', got"),
         ("rotate_d1024_f8", "label must look like"),
         ("rotate_d1024_bf16_", "label must look like"),
@@ -126,7 +131,7 @@ def test_parse_rejects_other_text(label):
     ("label", "argument"),
     [
         ("k9v9_d128_hq32_hk8_p64_bf16_bshd", "name"),
-        ("k4v2_d96_hq32_hk8_p64_bf16_bshd", "head_dim"),
+        ("k4v2_d72_hq32_hk8_p64_bf16_bshd", "head_dim"),
         ("k4v2_d128_hq32_hk8_p48_bf16_bshd", "page_size"),
         ("k4v2_d128_hq30_hk8_p64_bf16_bshd", "num_q_heads"),
     ],
@@ -138,20 +143,22 @@ def test_parse_rejects_what_the_constructor_rejects(label, argument):
 
 # --- rejected values
 
+DIMS = "64, 80, 96, 112, 128, 192, 256, 576"
+
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("head_dim", 96, "64, 128, 256"),
-        ("head_dim", 0, "64, 128, 256"),
+        ("head_dim", 72, DIMS),
+        ("head_dim", 0, DIMS),
         ("page_size", 8, "16, 32, 64, 128, 256"),
         ("page_size", 512, "16, 32, 64, 128, 256"),
         ("dtype", "float64", "float16, bfloat16, float32"),
         ("dtype", torch.bfloat16, "float16, bfloat16, float32"),
         ("layout", "bhdk", "bshd, bhsd"),
-        ("head_dim", 128.0, "64, 128, 256"),
+        ("head_dim", 128.0, DIMS),
+        ("head_dim_v", 72, DIMS),
         ("page_size", 64.0, "16, 32, 64, 128, 256"),
-        ("format", 42, "k4v2"),
     ],
 )
 def test_values_out_of_a_list(field, value, expected):
@@ -187,18 +194,124 @@ def test_is_immutable_and_hashable():
     assert {SPEC: 1}[CacheSpec.parse(SPEC.label)] == 1
 
 
-@pytest.mark.parametrize("name", ["k4v2", 42, QuantPolicy.TURBO_QUANT])
-def test_format_by_name_and_by_policy(name):
-    assert get_format(name) is K4V2
+@pytest.mark.parametrize("window", [-1, 257, 1.0, None])
+def test_windows_out_of_range(window):
+    with pytest.raises(UnsupportedSpecError, match="window must be an integer from 0 to 256, got"):
+        dataclasses.replace(SPEC, window=window)
 
 
-@pytest.mark.parametrize("name", ["42", "K4V2", 8, ""])
+# --- formats
+
+
+@pytest.mark.parametrize(
+    "name", ["k4v2", 42, QuantPolicy.TURBO_QUANT, "qjl4-mse2-plain-norm", K4V2]
+)
+def test_a_format_by_all_its_names(name):
+    assert get_format(name) is get_format("k4v2") or get_format(name) == K4V2
+    if not isinstance(name, int):
+        assert dataclasses.replace(SPEC, format=name) == SPEC
+
+
+def test_policies_are_the_engines_numbers():
+    names = {int(policy): get_format(policy).name for policy in QuantPolicy}
+    assert names == {0: "none", 4: "int4", 8: "int8", 16: "fp8", 42: "k4v2"}
+    assert [get_format(name).policy for name in names.values()] == list(names)
+    assert get_format("tq42").policy is None
+
+
+KEY_CODECS = tuple(CODECS)
+VALUE_CODECS = tuple(name for name in CODECS if name != "qjl4")
+
+
+@pytest.mark.parametrize("value", VALUE_CODECS)
+@pytest.mark.parametrize("key", KEY_CODECS)
+def test_any_key_codec_with_any_value_codec(key, value):
+    """Every combination has a label of its own that reads back, with every rotation and rule."""
+    tables = "lloyd_max" in (CODECS[key].family, CODECS[value].family)
+    labels = set()
+    for rotation in ROTATIONS[1:] if tables else ROTATIONS:
+        for rule in SCALE_RULES if tables else [None]:
+            fmt = CacheFormat(CODECS[key], CODECS[value], rotation, rule)
+            spec = dataclasses.replace(SPEC, format=fmt)
+            assert get_format(fmt.name) == get_format(fmt.slug) == fmt
+            assert parse_spec(spec.label) == spec
+            assert spec.cache_format == fmt
+            labels.add(spec.label)
+    assert len(labels) == (8 if tables else 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        (("mse2", "qjl4", "hadamard", "norm"), "value must be a codec without residual signs"),
+        (("mse2", "int8", "none", "norm"), "rotation must be one of hadamard, .* with mse2"),
+        (("mse2", "mse2", "fourier", "norm"), "rotation must be one of"),
+        (("mse2", "mse2", "hadamard", None), "scale_rule must be one of norm, .*got None"),
+        (("int8", "int8", "none", "norm"), "scale_rule must be None without a Lloyd-Max codec"),
+    ],
+)
+def test_formats_that_mean_nothing(fields, part):
+    key, value, *options = fields
+    with pytest.raises(UnsupportedSpecError, match=f"CacheFormat: {part}"):
+        CacheFormat(CODECS[key], CODECS[value], *options)
+
+
+UNKNOWN = [
+    "42", "K4V2", 3, "", True, 42.0, "mse4-mse2-matched-signed", "mse4_mse2", "mse4-mse2-signed-x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_formats(name):
-    with pytest.raises(UnsupportedSpecError, match=r"must be one of 'k4v2' \(42\), got"):
+    with pytest.raises(UnsupportedSpecError):
         get_format(name)
-    if isinstance(name, str):
-        with pytest.raises(UnsupportedSpecError, match=r"must be one of 'k4v2' \(42\), got"):
-            dataclasses.replace(SPEC, format=name)
+    with pytest.raises(UnsupportedSpecError):
+        dataclasses.replace(SPEC, format=name)
+
+
+def test_the_error_names_presets_and_policies():
+    with pytest.raises(
+        UnsupportedSpecError, match=r"one of 'k4v2' \(42\), 'tq22', .*slug.*got 'x'"
+    ):
+        get_format("x")
+
+
+def test_presets_cost_what_the_documents_say():
+    """Bytes of a token and head at head_dim 128."""
+    sizes = {name: dataclasses.replace(SPEC, format=name).bytes_per_token_head for name in FORMATS}
+    assert sizes == {
+        "k4v2": 102, "tq22": 68, "tq32": 84, "tq33": 100, "tq42": 100, "tq43": 116, "tq44": 132,
+        "tq84": 198, "int4": 136, "int8": 264, "fp8": 256, "none": 512,
+    }  # fmt: skip
+
+
+def test_what_readers_need_not_know():
+    """A scale rule is decided when filling: other functions are the same for all of them."""
+    for rule in ("unbiased", "matched", "leastsquares"):
+        spec = dataclasses.replace(SPEC, format=f"qjl4-mse2-plain-{rule}")
+        for function in ("decode", "flatten", "flatten_unrotated", "rotate"):
+            assert spec.relevant_to(function) == SPEC.relevant_to(function)
+        assert spec.relevant_to("fill_slots") != SPEC.relevant_to("fill_slots")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        dataclasses.replace(SPEC, format="tq42"),
+        dataclasses.replace(SPEC, head_dim=96),
+        dataclasses.replace(SPEC, head_dim_v=64),
+        dataclasses.replace(SPEC, window=16),
+        dataclasses.replace(SPEC, dtype="float32"),
+        RotateSpec(96),
+    ],
+    ids=lambda s: s.label,
+)
+def test_gpus_refuse_what_they_have_no_kernel_of(spec):
+    with pytest.raises(UnsupportedSpecError, match=f"op: spec must be one that .*{spec.label}"):
+        check_target("op", spec, "cuda")
+    check_target("op", spec, "llvm")
+    for served in (SPEC, dataclasses.replace(SPEC, head_dim=256), RotateSpec(4096)):
+        check_target("op", served, "cuda")
 
 
 # --- functions
@@ -290,7 +403,7 @@ def integral(function, low: float, high: float, steps: int = 4000) -> float:
     return (function(low) + inner + function(high)) * h / 3
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+@pytest.mark.parametrize("codec", TABLES, ids=by_name)
 def test_codebook_is_sorted_and_symmetric(codec):
     for table in (codec.centroids, codec.boundaries):
         assert list(table) == sorted(set(table))
@@ -298,7 +411,7 @@ def test_codebook_is_sorted_and_symmetric(codec):
     assert len(codec.centroids) == len(codec.boundaries) + 1
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+@pytest.mark.parametrize("codec", TABLES, ids=by_name)
 def test_boundaries_are_midpoints(codec):
     """Nearest-neighbour condition of Lloyd-Max, to the digits that the tables have."""
     for low, high, boundary in zip(
@@ -307,7 +420,7 @@ def test_boundaries_are_midpoints(codec):
         assert boundary == pytest.approx((low + high) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+@pytest.mark.parametrize("codec", TABLES, ids=by_name)
 def test_centroids_are_means_of_their_cells(codec):
     """Centroid condition of Lloyd-Max: with the one above it makes the quantiser of N(0, 1)."""
     edges = [-12.0, *codec.boundaries, 12.0]
@@ -316,11 +429,13 @@ def test_centroids_are_means_of_their_cells(codec):
         assert centroid == pytest.approx(mean, abs=1e-4)
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=by_name)
+@pytest.mark.parametrize("codec", TABLES, ids=by_name)
 def test_bits_hold_the_codes(codec):
     assert 2**codec.bits == len(codec.centroids) * (2 if codec.residual_sign else 1)
     for head_dim in HEAD_DIMS:
-        assert codec.packed_bytes(head_dim) * codec.codes_per_byte == head_dim
+        assert codec.packed_bytes(head_dim) * 8 == head_dim * codec.bits
+        assert codec.head_dim_of(codec.packed_bytes(head_dim)) == head_dim
+    assert sum(codec.plane_bits) == codec.bits
 
 
 def test_formats_are_found_by_their_own_name():
@@ -413,6 +528,6 @@ def test_workspace_holds_outputs_maxima_and_sums(spec, batch, parts):
         ({"split_tokens": 16}, batch * parts),
         ({"group_tokens": 64}, 2 * parts),
     ):
-        outputs = pieces * spec.num_q_heads * spec.head_dim
+        outputs = pieces * spec.num_q_heads * spec.value_dim
         maxima = sums = pieces * spec.num_q_heads
         assert workspace_floats(spec, batch, parts, launch) == outputs + maxima + sums

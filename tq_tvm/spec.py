@@ -1,43 +1,45 @@
-r"""Formats, cache shapes and bytes: the one definition that every other module reads.
+r"""Cache shapes and bytes: what a kernel is specialised for, the one definition of it.
 
-A *format* names how one token's key and value of one KV head are stored. A *spec* adds what a
-compiled kernel is specialised for: head counts, page size, the model's dtype and the axis order.
+A *format* (`tq_tvm.formats`) names how one token's key and value of one KV head are stored. A
+*spec* adds what a compiled kernel is specialised for: head counts, page size, the model's dtype and
+the axis order.
 
 Symbols used in shapes throughout the package::
 
     B    sequences in the batch          P    pages (blocks) in the cache
     T    new tokens in a ragged batch    PS   page size, in tokens
     HQ   query heads                     HK   key/value heads
-    G    HQ / HK, the GQA group          D    head_dim
-
-Format ``k4v2`` (policy 42, byte order version 1), with H the Sylvester Walsh-Hadamard matrix::
-
-    y = x H / sqrt(D)
-    K: n = sqrt(sum y^2 + 1e-8)   u = y / n   idx = #{u > b3/sqrt(D)}   c = c3[idx]/sqrt(D)
-       r = u - c   sign = (r >= 0)   g = sqrt(sum r^2 + 1e-8) / sqrt(D)
-       nibble = idx | sign << 3         byte[j] = nibble[j] | nibble[j + D/2] << 4       j < D/2
-       meta = (n, g)                    k = n (c3[idx]/sqrt(D) + g (sign ? 1 : -1))
-    V: n = sqrt(sum y^2 + 1e-8)   u = y / n   idx = #{u > b2/sqrt(D)}
-       byte[j] = idx[j] | idx[j + D/4] << 2 | idx[j + D/2] << 4 | idx[j + 3D/4] << 6     j < D/4
-       meta = (n)                       v = n c2[idx]/sqrt(D)
+    G    HQ / HK, the GQA group          D    head_dim, of values DV where it differs
+    BK   elements of a key's row in its cache: bytes of codes; BV of a value's
+    MK   scales of a key's row; MV of a value's
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import re
 from collections.abc import Iterable
 
 from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.formats import (
+    FORMATS,
+    K4V2,
+    NORM_EPS,
+    CacheFormat,
+    Codec,
+    QuantPolicy,
+    get_format,
+)
 
 __all__ = [
     "DTYPES",
     "FORMATS",
     "FUNCTIONS",
+    "GPU_HEAD_DIMS",
     "HEAD_DIMS",
     "K4V2",
     "LAYOUTS",
+    "MAX_WINDOW",
     "NORM_EPS",
     "PAGE_SIZES",
     "ROTATE_DIMS",
@@ -47,16 +49,16 @@ __all__ = [
     "QuantPolicy",
     "RotateSpec",
     "Spec",
+    "check_target",
     "get_format",
     "parse_spec",
 ]
 
-NORM_EPS = 1e-8
-"""Added to every sum of squares before its square root; part of the format."""
-
-HEAD_DIMS = (64, 128, 256)
-ROTATE_DIMS = (64, 128, 256, 512, 1024, 2048, 4096)
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 576)
+ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
+GPU_HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
+MAX_WINDOW = 256
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("bshd", "bhsd")
 
@@ -73,97 +75,6 @@ FUNCTIONS = {
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _DTYPE_SLUG = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 _SLUG_DTYPE = {slug: dtype for dtype, slug in _DTYPE_SLUG.items()}
-
-
-class QuantPolicy(enum.IntEnum):
-    """Numbers by which serving engines name a cache format."""
-
-    TURBO_QUANT = 42
-
-
-@dataclasses.dataclass(frozen=True)
-class Codec:
-    """How one rotated row of D values becomes packed codes and a few scales.
-
-    ``centroids`` and ``boundaries`` are the Lloyd-Max quantiser of N(0, 1); a row normalised to
-    unit length has coordinates of standard deviation 1/sqrt(D), so both are divided by sqrt(D).
-    """
-
-    name: str
-    bits: int
-    centroids: tuple[float, ...]
-    boundaries: tuple[float, ...]
-    residual_sign: bool
-    meta: tuple[str, ...]
-
-    @property
-    def codes_per_byte(self) -> int:
-        """Codes in one byte: value ``j + i * D / codes_per_byte`` sits at bit ``i * bits``."""
-        return 8 // self.bits
-
-    def packed_bytes(self, head_dim: int) -> int:
-        """Bytes of the codes of one row."""
-        return head_dim // self.codes_per_byte
-
-
-def _symmetric(positive: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(-x for x in reversed(positive)) + positive
-
-
-QJL4 = Codec(
-    name="qjl4",
-    bits=4,
-    centroids=_symmetric((0.2450942, 0.7560052, 1.3439093, 2.1519456)),
-    boundaries=(-1.7479274, -1.0499573, -0.5005497, 0.0, 0.5005497, 1.0499573, 1.7479274),
-    residual_sign=True,
-    meta=("norm", "residual"),
-)
-MSE2 = Codec(
-    name="mse2",
-    bits=2,
-    centroids=_symmetric((0.4527808, 1.5104176)),
-    boundaries=(-0.9815992, 0.0, 0.9815992),
-    residual_sign=False,
-    meta=("norm",),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheFormat:
-    """A key codec, a value codec and the rotation in front of both."""
-
-    name: str
-    policy: QuantPolicy
-    version: int
-    key: Codec
-    value: Codec
-    rotation: str
-
-
-K4V2 = CacheFormat(
-    name="k4v2",
-    policy=QuantPolicy.TURBO_QUANT,
-    version=1,
-    key=QJL4,
-    value=MSE2,
-    rotation="hadamard",
-)
-FORMATS = {K4V2.name: K4V2}
-
-
-def get_format(name: str | int) -> CacheFormat:
-    """Return the format of a name (``"k4v2"``) or of a policy number (``42``).
-
-    Raises
-    ------
-    UnsupportedSpecError
-        No such format.
-    """
-    for fmt in FORMATS.values():
-        if name in (fmt.name, int(fmt.policy)):
-            return fmt
-    known = ", ".join(f"{f.name!r} ({int(f.policy)})" for f in FORMATS.values())
-    raise UnsupportedSpecError(f"get_format: name must be one of {known}, got {name!r}")
 
 
 def _check_fields(name: str, fields: Iterable[tuple[str, object, tuple]]) -> None:
@@ -226,8 +137,8 @@ class RotateSpec:
 
 _ROTATE_LABEL = re.compile(r"rotate_d(?P<d>\d+)_(?P<dtype>f16|bf16|f32)")
 _LABEL = re.compile(
-    r"(?P<format>[a-z0-9]+)_d(?P<d>\d+)_hq(?P<hq>\d+)_hk(?P<hk>\d+)_p(?P<ps>\d+)"
-    r"_(?P<dtype>f16|bf16|f32)_(?P<layout>bshd|bhsd)"
+    r"(?P<format>[a-z0-9]+(?:-[a-z0-9]+)*)_d(?P<d>\d+)(?:v(?P<dv>\d+))?_hq(?P<hq>\d+)_hk(?P<hk>\d+)"
+    r"_p(?P<ps>\d+)_(?P<dtype>f16|bf16|f32)_(?P<layout>bshd|bhsd)(?:_w(?P<window>\d+))?"
 )
 
 
@@ -246,7 +157,12 @@ class CacheSpec:
     layout
         ``"bshd"``: pages are [PS, HK, ...]; ``"bhsd"``: pages are [HK, PS, ...].
     format
-        Name of the cache format.
+        The cache format: a preset, a slug or a `CacheFormat`, kept by its name.
+    head_dim_v
+        DV of values where it is not D; one of `HEAD_DIMS` too.
+    window
+        Newest tokens of a sequence that are attended unquantised, beside the packed ones, 0 to
+        `MAX_WINDOW`. Their rows are in buffers that `tq_tvm.PagedKVCache` describes.
 
     Raises
     ------
@@ -269,9 +185,24 @@ class CacheSpec:
     dtype: str = "bfloat16"
     layout: str = "bshd"
     format: str = "k4v2"
+    head_dim_v: int | None = None
+    window: int = 0
 
     def __post_init__(self) -> None:
-        get_format(self.format)
+        if not isinstance(self.format, str | CacheFormat):
+            raise UnsupportedSpecError(
+                f"CacheSpec: format must be a name or a CacheFormat, got {self.format!r}"
+            )
+        # One spelling of every spec: labels and equality depend on it.
+        object.__setattr__(self, "format", get_format(self.format).name)
+        if self.head_dim_v is not None:
+            _check_fields("CacheSpec", (("head_dim_v", self.head_dim_v, HEAD_DIMS),))
+            if self.head_dim_v == self.head_dim:
+                object.__setattr__(self, "head_dim_v", None)
+        if type(self.window) is not int or not 0 <= self.window <= MAX_WINDOW:
+            raise UnsupportedSpecError(
+                f"CacheSpec: window must be an integer from 0 to {MAX_WINDOW}, got {self.window!r}"
+            )
         _check_fields(
             "CacheSpec",
             (
@@ -279,7 +210,6 @@ class CacheSpec:
                 ("page_size", self.page_size, PAGE_SIZES),
                 ("dtype", self.dtype, DTYPES),
                 ("layout", self.layout, LAYOUTS),
-                ("format", self.format, tuple(FORMATS)),
             ),
         )
         for name, heads in (
@@ -299,7 +229,12 @@ class CacheSpec:
     @property
     def cache_format(self) -> CacheFormat:
         """The `CacheFormat` that ``format`` names."""
-        return FORMATS[self.format]
+        return get_format(self.format)
+
+    @property
+    def value_dim(self) -> int:
+        """Values of a row of V (DV)."""
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def group_size(self) -> int:
@@ -326,18 +261,28 @@ class CacheSpec:
         function
             A key of `FUNCTIONS`.
         """
-        if function == "decode":
-            return self
         if function == "rotate":
             return self.rotation
-        return dataclasses.replace(self, num_q_heads=self.num_kv_heads)
+        if function == "decode":
+            return self._as_read()
+        spec = dataclasses.replace(self, num_q_heads=self.num_kv_heads)
+        if function == "fill_table":
+            return spec
+        spec = dataclasses.replace(spec, window=0)
+        return spec if function == "fill_slots" else spec._as_read()
+
+    def _as_read(self) -> CacheSpec:
+        """The spec with the scale rule put aside, which only ``fill`` knows."""
+        return dataclasses.replace(self, format=self.cache_format.as_read.name)
 
     @property
     def label(self) -> str:
         """A slug of every field; `parse` and `parse_spec` read it back."""
+        values = "" if self.head_dim_v is None else f"v{self.head_dim_v}"
+        window = f"_w{self.window}" if self.window else ""
         return (
-            f"{self.format}_d{self.head_dim}_hq{self.num_q_heads}_hk{self.num_kv_heads}"
-            f"_p{self.page_size}_{_DTYPE_SLUG[self.dtype]}_{self.layout}"
+            f"{self.format}_d{self.head_dim}{values}_hq{self.num_q_heads}_hk{self.num_kv_heads}"
+            f"_p{self.page_size}_{_DTYPE_SLUG[self.dtype]}_{self.layout}{window}"
         )
 
     @classmethod
@@ -357,6 +302,8 @@ class CacheSpec:
             dtype=_SLUG_DTYPE[match["dtype"]],
             layout=match["layout"],
             format=match["format"],
+            head_dim_v=int(match["dv"]) if match["dv"] else None,
+            window=int(match["window"] or 0),
         )
 
     def _page(self, last: int) -> tuple[int, int, int]:
@@ -364,21 +311,30 @@ class CacheSpec:
         return (*(axes if self.layout == "bshd" else axes[::-1]), last)
 
     def tensor_shapes(self, num_pages: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype of each cache tensor, by name, in argument order."""
+        """Shape and dtype of each cache tensor, by name, in argument order.
+
+        The scales of a codec that has none are an empty tensor ``[..., 0]``.
+        """
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name, codec, dim in self._sides():
+            dtype = "uint8" if codec.packed else self.dtype
+            shapes[f"{name}_cache"] = ((num_pages, *self._page(codec.packed_bytes(dim))), dtype)
+        for name, codec, _ in self._sides():
+            shapes[f"{name}_meta"] = ((num_pages, *self._page(len(codec.meta))), self.dtype)
+        return shapes
+
+    def _sides(self) -> tuple[tuple[str, Codec, int], ...]:
         fmt = self.cache_format
-        return {
-            "k_cache": ((num_pages, *self._page(fmt.key.packed_bytes(self.head_dim))), "uint8"),
-            "v_cache": ((num_pages, *self._page(fmt.value.packed_bytes(self.head_dim))), "uint8"),
-            "k_meta": ((num_pages, *self._page(len(fmt.key.meta))), self.dtype),
-            "v_meta": ((num_pages, *self._page(len(fmt.value.meta))), self.dtype),
-        }
+        return ("k", fmt.key, self.head_dim), ("v", fmt.value, self.value_dim)
 
     @property
     def bytes_per_token_head(self) -> int:
         """Bytes that one token of one KV head takes, codes and metas of K and V."""
-        fmt = self.cache_format
-        codes = fmt.key.packed_bytes(self.head_dim) + fmt.value.packed_bytes(self.head_dim)
-        return codes + (len(fmt.key.meta) + len(fmt.value.meta)) * _DTYPE_BYTES[self.dtype]
+        size = _DTYPE_BYTES[self.dtype]
+        return sum(
+            codec.packed_bytes(dim) * (1 if codec.packed else size) + len(codec.meta) * size
+            for _, codec, dim in self._sides()
+        )
 
     @property
     def bytes_per_token(self) -> int:
@@ -393,12 +349,42 @@ class CacheSpec:
     @property
     def compression(self) -> float:
         """How many times smaller than a 16-bit cache (for a float32 model: than its cache)."""
-        dense = 2 * self.head_dim * _DTYPE_BYTES[self.dtype]
+        dense = (self.head_dim + self.value_dim) * _DTYPE_BYTES[self.dtype]
         return dense / self.bytes_per_token_head
 
 
 Spec = CacheSpec | RotateSpec
 """What a library is specialised for."""
+
+
+def check_target(op: str, spec: Spec, kind: str) -> None:
+    """Refuse what no kernel is generated for on a target kind, ``"cuda"`` or ``"llvm"``.
+
+    Parameters
+    ----------
+    op
+        What asks, for the message.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        The message says what there is.
+    """
+    if kind != "cuda":
+        return
+    power = spec.rotation.dim & (spec.rotation.dim - 1) == 0
+    served = power if isinstance(spec, RotateSpec) else _on_gpus(spec)
+    if not served or spec.dtype == "float32":
+        raise UnsupportedSpecError(
+            f"{op}: spec must be one that GPUs have kernels of (format k4v2 with head_dim "
+            f"{', '.join(map(str, GPU_HEAD_DIMS))} for K and V and no window, or a rotation of a "
+            f"power of two; float16 or bfloat16), got {spec.label}; use the CPU or another spec"
+        )
+
+
+def _on_gpus(spec: CacheSpec) -> bool:
+    plain = spec.head_dim_v is None and spec.window == 0
+    return plain and spec.cache_format == K4V2 and spec.head_dim in GPU_HEAD_DIMS
 
 
 def parse_spec(label: str) -> Spec:

@@ -88,4 +88,4 @@ def workspace_floats(spec: CacheSpec, batch: int, parts: int, launch: Mapping[st
     parts of a sequence.
     """
     pieces = 2 * parts if "group_tokens" in launch else batch * parts
-    return pieces * spec.num_q_heads * (spec.head_dim + 2)
+    return pieces * spec.num_q_heads * (spec.value_dim + 2)

@@ -116,8 +116,8 @@ def check_filled(program, batch, k, v, slots):
     ):
         rotated = reference.hadamard_rotate(new)
         packed, scales = reference.encode_rows(rotated, codec)
-        got = reference.unpack_codes(by_slot(spec, cache)[slots], codec.bits)
-        differ = got != reference.unpack_codes(packed, codec.bits)
+        got = reference.unpack_codes(by_slot(spec, cache)[slots], *codec.plane_bits)
+        differ = got != reference.unpack_codes(packed, *codec.plane_bits)
         ties = reference.boundary_distance(rotated, codec) < TIE
         assert not bool((differ & ~ties).any()), "a code differs that is no tie"
         assert int(differ.sum()) <= max(2, 1e-4 * differ.numel())

@@ -165,16 +165,18 @@ class Foreign:
 
 def registered_arguments(name, case):
     """Arguments of the op that a call goes to."""
-    tensors, options = dict(case.tensors), (SPEC.layout, 42)
+    tensors, options = dict(case.tensors), (SPEC.layout, "k4v2", None, None)
     if name == "rotate":
         return [*tensors.values(), *case.out]
+    window = [None] * 3
     if name == "decode":
-        return [*tensors.values(), *case.out, None, SPEC.head_dim**-0.5, None, *options]
+        scale = SPEC.head_dim**-0.5
+        return [*tensors.values(), *case.out, None, scale, None, *options, *window]
     if name == "flatten":
         lens = tensors["seq_lens"]
         start_loc = (lens.cumsum(0) - lens).int()
         return [*tensors.values(), start_loc, *case.out, False, *options]
-    return [*tensors.values(), *options]
+    return [*tensors.values(), *options, *(window if name == "fill_table" else ())]
 
 
 OPS = ("rotate", "fill_slots", "fill_table", "flatten", "decode")

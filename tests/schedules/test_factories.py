@@ -21,7 +21,7 @@ from tq_tvm.build.compile import tvm_target
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.fill_cuda import FillConfig, ring_words
-from tq_tvm.spec import HEAD_DIMS, ROTATE_DIMS, CacheSpec, RotateSpec
+from tq_tvm.spec import GPU_HEAD_DIMS, ROTATE_DIMS, CacheSpec, RotateSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import search_workload
 
@@ -103,7 +103,7 @@ def test_decisions_of_another_kernel_are_refused(monkeypatch):
         schedules.instantiate("fill_slots", SPEC, "cuda", sch.trace)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
 @pytest.mark.parametrize("function", ["rotate", "fill_slots", "flatten", "flatten_unrotated"])
 def test_cuda_source_at_the_ends_of_the_options(function, head_dim):
     spec = CacheSpec(head_dim, 2, 1, 64, "float16", "bhsd")
@@ -134,7 +134,7 @@ def test_options_are_points():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
 def test_every_point_fits_a_gpu(head_dim):
     """Registers of a CTA, and the shared memory of fill's rows on their way."""
     spec = CacheSpec(head_dim, 32, 8)
@@ -148,7 +148,7 @@ def test_every_point_fits_a_gpu(head_dim):
                 assert 4 * ring_words(spec, FillConfig(**config)) <= 227 << 10
 
 
-@pytest.mark.parametrize("dim", [d for d in ROTATE_DIMS if d > max(HEAD_DIMS)])
+@pytest.mark.parametrize("dim", [d for d in ROTATE_DIMS if d > max(GPU_HEAD_DIMS)])
 def test_long_rows_have_a_factory_alone(dim):
     """The default is a point of it, and every point has the warps of a row."""
     spec = RotateSpec(dim)

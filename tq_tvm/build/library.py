@@ -16,9 +16,9 @@ from tq_tvm.artifacts.manifest import LIBRARY_NAME, FileRecord, Manifest, Varian
 from tq_tvm.build.compile import compile_library
 from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.build.sources import sources_digest
-from tq_tvm.errors import TuningLogError, UnsupportedSpecError
+from tq_tvm.errors import TuningLogError
 from tq_tvm.schedules import Instance, instantiate
-from tq_tvm.spec import FUNCTIONS, Spec
+from tq_tvm.spec import FUNCTIONS, Spec, check_target
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
 from tq_tvm.tuning.workloads import workloads
@@ -59,17 +59,13 @@ def build_library(
     Raises
     ------
     UnsupportedSpecError
-        The target has no kernels of the dtype.
+        The target has no kernels of the spec.
     BuildError
         A compiler is missing or failed.
     TuningLogError
         The log is malformed, for another target, or a record no longer fits the kernel.
     """
-    if target.kind == "cuda" and spec.dtype == "float32":
-        raise UnsupportedSpecError(
-            f"build_library: dtype of a spec for {target.name} must be float16 or bfloat16, "
-            f"got {spec.label}; build it for a CPU or choose another dtype"
-        )
+    check_target("build_library", spec, target.kind)
     functions: dict[str, PrimFunc] = {}
     variants = {
         function: _variants(

@@ -1,5 +1,7 @@
 """Blocks of TensorIR that several kernels share: what happens to one row of D values.
 
+`tq_tvm.kernels.codecs` has those that depend on the codec.
+
 A row lives in buffers of shape ``[M, PARTS]``, M = D / PARTS: element ``(m, p)`` is coordinate
 ``p * M + m``. PARTS = 4 because one byte of 2-bit codes takes one value of each quarter of the row
 (and one byte of 4-bit codes one of each half), so whoever owns ``m`` packs and unpacks without
@@ -17,24 +19,25 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
-from tq_tvm.spec import NORM_EPS, Codec
+from tq_tvm.formats import NORM_EPS, hadamard_factors, hadamard_row_masks, rotation_signs
 
 __all__ = [
     "PARTS",
-    "code_and_residual",
-    "decode_row",
     "find_sequence",
     "hadamard",
-    "load_bytes",
+    "load_raw",
     "load_row",
     "norm",
-    "pack",
     "padded",
+    "paley_rows",
+    "rotate",
+    "rotation_scale",
     "select",
+    "sign_of",
     "stage_names",
-    "store_bytes",
     "store_meta",
     "store_row",
+    "total",
 ]
 
 PARTS = 4
@@ -52,39 +55,73 @@ def padded(rows, multiple: int):
     return (rows + (multiple - 1)) // multiple * multiple
 
 
-def select(index, values: tuple[float, ...]):
+def select(index, values: tuple, make=T.float32):
     """``values[index]`` as a tree of selects: no table in memory, and it vectorises."""
     if len(values) == 1:
-        return T.float32(values[0])
+        return make(values[0])
     half = len(values) // 2
-    return T.Select(index < half, select(index, values[:half]), select(index - half, values[half:]))
+    return T.Select(
+        index < half, select(index, values[:half], make), select(index - half, values[half:], make)
+    )
+
+
+def sign_of(coordinate, head_dim: int):
+    """The sign, 1.0 or -1.0, that ``signed_hadamard`` gives a coordinate."""
+    signs = rotation_signs(head_dim)
+    words = tuple(
+        sum((sign < 0) << bit for bit, sign in enumerate(signs[at : at + 32]))
+        for at in range(0, head_dim, 32)
+    )
+    word = select(coordinate // 32, words, T.uint32)
+    negative = T.bitwise_and(T.shift_right(word, T.cast(coordinate % 32, "uint32")), T.uint32(1))
+    return T.float32(1) - T.float32(2) * T.cast(negative, "float32")
+
+
+def rotation_scale(rotation: str, head_dim: int) -> float:
+    """What a row that `rotate` left unscaled has to be multiplied by."""
+    return 1.0 if rotation == "none" else head_dim**-0.5
 
 
 def stage_names(prefix: str, head_dim: int) -> list[str]:
     """Names of the butterfly blocks of `hadamard`."""
-    return [f"{prefix}_stage{s}" for s in range(head_dim.bit_length() - 1)]
+    return [f"{prefix}_stage{s}" for s in range(hadamard_factors(head_dim)[-1].bit_length() - 1)]
 
 
-def load_row(prefix: str, src, index: Index, head_dim: int, dtype: str):
-    """Read a row of a global buffer and widen it to float32: blocks ``load`` and ``widen``.
-
-    The row passes through a buffer of its own dtype, laid out as in memory, so that the global
-    access can be a vector.
-    """
+def load_raw(prefix: str, src, index: Index, head_dim: int, dtype: str):
+    """Read a row of a global buffer into ``[PARTS, M]`` of its own dtype: block ``load``."""
     m_extent = head_dim // PARTS
     raw = I.sblock_alloc_buffer((PARTS, m_extent), dtype)
     with I.grid(PARTS, m_extent) as (p, m), I.sblock(f"{prefix}_load"):
         vp, vm = I.axis.remap("SS", [p, m])
         I.buffer_store(raw, src[tuple(index(vp * m_extent + vm))], [vp, vm])
+    return raw
+
+
+def load_row(prefix: str, src, index: Index, head_dim: int, dtype: str, signed: bool = False):
+    """Read a row of a global buffer and widen it to float32: blocks ``load`` and ``widen``.
+
+    The row passes through a buffer of its own dtype, laid out as in memory, so that the global
+    access can be a vector. ``signed`` multiplies by the signs of ``signed_hadamard``.
+    """
+    m_extent = head_dim // PARTS
+    raw = load_raw(prefix, src, index, head_dim, dtype)
     row = I.sblock_alloc_buffer((m_extent, PARTS), "float32")
     with I.grid(m_extent, PARTS) as (m, p), I.sblock(f"{prefix}_widen"):
         vm, vp = I.axis.remap("SS", [m, p])
-        I.buffer_store(row, T.cast(raw[vp, vm], "float32"), [vm, vp])
+        value = T.cast(raw[vp, vm], "float32")
+        if signed:
+            value = value * sign_of(vp * m_extent + vm, head_dim)
+        I.buffer_store(row, value, [vm, vp])
     return row
 
 
+def rotate(prefix: str, row, rotation: str, head_dim: int):
+    """Rotate a row as a format does, unscaled; the signs are the caller's."""
+    return row if rotation == "none" else hadamard(prefix, row, head_dim)
+
+
 def hadamard(prefix: str, row, head_dim: int):
-    """Multiply a row by the Sylvester Hadamard matrix (unscaled): log2(D) butterfly blocks."""
+    """Multiply a row by the Hadamard matrix (unscaled): butterfly blocks, then Paley's if any."""
     m_extent = head_dim // PARTS
     for stage, name in enumerate(stage_names(prefix, head_dim)):
         out = I.sblock_alloc_buffer((m_extent, PARTS), "float32")
@@ -101,7 +138,49 @@ def hadamard(prefix: str, row, head_dim: int):
             # A multiplication, not a select: TVM turns selects of shuffles into branches.
             I.buffer_store(out, partner + row[vm, vp] * T.cast(1 - 2 * odd, "float32"), [vm, vp])
         row = out
+    *orders, inner = hadamard_factors(head_dim)
+    for number, order in enumerate(reversed(orders)):
+        row = _paley(f"{prefix}_paley{number}", row, order, inner, head_dim)
+        inner *= order
     return row
+
+
+def paley_rows(order: int, values: list) -> list:
+    """``H values`` of the Hadamard matrix of order 12, 20 or 28: additions and subtractions."""
+    sums = []
+    for mask in hadamard_row_masks(order):
+        total = -values[0] if mask & 1 else values[0]
+        for j in range(1, order):
+            total = total - values[j] if mask >> j & 1 else total + values[j]
+        sums.append(total)
+    return sums
+
+
+def _paley(name: str, row, order: int, inner: int, head_dim: int):
+    """One factor of the matrix, on coordinates ``inner`` apart: a block of all its outputs."""
+    m_extent = head_dim // PARTS
+    out = I.sblock_alloc_buffer((m_extent, PARTS), "float32")
+    with I.grid(head_dim // (order * inner), inner) as (outer, low), I.sblock(name):
+        vo, vl = I.axis.remap("SS", [outer, low])
+        I.reads(row[0:m_extent, 0:PARTS])
+        I.writes(out[0:m_extent, 0:PARTS])
+        places = [vo * (order * inner) + j * inner + vl for j in range(order)]
+        values = [I.bind(row[c % m_extent, c // m_extent]) for c in places]
+        for c, value in zip(places, paley_rows(order, values), strict=True):
+            I.buffer_store(out, value, [c % m_extent, c // m_extent])
+    return out
+
+
+def total(name: str, head_dim: int, term):
+    """Block ``name``: the sum of ``term(m, p)`` over the coordinates of a row, float32 ``[1]``."""
+    m_extent = head_dim // PARTS
+    out = I.sblock_alloc_buffer((1,), "float32")
+    with I.grid(m_extent, PARTS) as (m, p), I.sblock(name):
+        vm, vp = I.axis.remap("RR", [m, p])
+        with I.init():
+            I.buffer_store(out, T.float32(0), [0])
+        I.buffer_store(out, out[0] + term(vm, vp), [0])
+    return out
 
 
 def norm(prefix: str, row, head_dim: int, scale: float):
@@ -109,84 +188,12 @@ def norm(prefix: str, row, head_dim: int, scale: float):
 
     ``scale`` is 1/sqrt(D) for a row that `hadamard` left unscaled.
     """
-    m_extent = head_dim // PARTS
-    total = I.sblock_alloc_buffer((1,), "float32")
-    with I.grid(m_extent, PARTS) as (m, p), I.sblock(f"{prefix}_square"):
-        vm, vp = I.axis.remap("RR", [m, p])
-        with I.init():
-            I.buffer_store(total, T.float32(0), [0])
-        I.buffer_store(total, total[0] + row[vm, vp] * row[vm, vp], [0])
+    power = total(f"{prefix}_square", head_dim, lambda m, p: row[m, p] * row[m, p])
     out = I.sblock_alloc_buffer((1,), "float32")
     with I.sblock(f"{prefix}_norm"):
-        root = T.sqrt(total[0] * T.float32(scale * scale) + T.float32(NORM_EPS))
+        root = T.sqrt(power[0] * T.float32(scale * scale) + T.float32(NORM_EPS))
         I.buffer_store(out, root, [0])
     return out
-
-
-def code_and_residual(prefix: str, row, length, codec: Codec, head_dim: int, scale: float):
-    """Quantise a row: blocks ``code`` and, where the codec stores signs, ``residual``.
-
-    Returns the codes (uint8 ``[M, PARTS]``) and the residual's RMS (float32 ``[1]``), or None.
-    The codebooks are symmetric: one comparison a positive boundary, on the magnitude.
-    """
-    m_extent = head_dim // PARTS
-    sigma = head_dim**-0.5
-    half = len(codec.centroids) // 2
-    boundaries = [b * sigma for b in codec.boundaries if b > 0]
-    magnitudes = tuple(c * sigma for c in codec.centroids[half:])
-
-    # Every lane of the row needs the reciprocal once, not once a value.
-    inverse = I.sblock_alloc_buffer((1,), "float32")
-    with I.sblock(f"{prefix}_inverse"):
-        I.buffer_store(inverse, T.float32(scale) / length[0], [0])
-
-    code = I.sblock_alloc_buffer((m_extent, PARTS), "uint8")
-    rest = I.sblock_alloc_buffer((m_extent, PARTS), "float32") if codec.residual_sign else None
-    with I.grid(m_extent, PARTS) as (m, p), I.sblock(f"{prefix}_code"):
-        vm, vp = I.axis.remap("SS", [m, p])
-        I.reads(row[vm, vp], inverse[0])
-        I.writes(code[vm, vp], *([rest[vm, vp]] if rest is not None else []))
-        u = I.bind(row[vm, vp] * inverse[0])
-        level = I.bind(sum(T.cast(T.fabs(u) > T.float32(b), "int32") for b in boundaries))
-        index = T.Select(u > T.float32(0), half + level, half - 1 - level)
-        if rest is None:
-            I.buffer_store(code, T.cast(index, "uint8"), [vm, vp])
-        else:
-            magnitude = select(level, magnitudes)
-            r = I.bind(u - T.Select(u > T.float32(0), magnitude, -magnitude))
-            sign = T.Select(r >= T.float32(0), T.int32(len(codec.centroids)), T.int32(0))
-            I.buffer_store(code, T.cast(index + sign, "uint8"), [vm, vp])
-            I.buffer_store(rest, r, [vm, vp])
-    if rest is None:
-        return code, None
-    return code, norm(f"{prefix}_residual", rest, head_dim, 1.0)
-
-
-def pack(prefix: str, code, codec: Codec, head_dim: int):
-    """Pack codes into bytes ``[PARTS / codes_per_byte, M]``: block ``pack``."""
-    m_extent = head_dim // PARTS
-    per_byte = codec.codes_per_byte
-    groups = PARTS // per_byte
-    out = I.sblock_alloc_buffer((groups, m_extent), "uint8")
-    with I.grid(groups, m_extent) as (g, m), I.sblock(f"{prefix}_pack"):
-        vg, vm = I.axis.remap("SS", [g, m])
-        byte = code[vm, vg]
-        for i in range(1, per_byte):
-            byte = T.bitwise_or(
-                byte, T.shift_left(code[vm, vg + i * groups], T.uint8(i * codec.bits))
-            )
-        I.buffer_store(out, byte, [vg, vm])
-    return out
-
-
-def store_bytes(prefix: str, packed, dst, index: Index, codec: Codec, head_dim: int, where):
-    """Write packed bytes to a cache, if ``where`` holds: block ``store``."""
-    m_extent = head_dim // PARTS
-    groups = PARTS // codec.codes_per_byte
-    with I.grid(groups, m_extent) as (g, m), I.sblock(f"{prefix}_store"):
-        vg, vm = I.axis.remap("SS", [g, m])
-        with I.If(where()), I.Then():
-            I.buffer_store(dst, packed[vg, vm], index(vg * m_extent + vm))
 
 
 def store_meta(prefix: str, values: list, dst, index: Index, dtype: str, where):
@@ -202,43 +209,29 @@ def store_meta(prefix: str, values: list, dst, index: Index, dtype: str, where):
             I.buffer_store(dst, meta[ve], index(ve))
 
 
-def load_bytes(prefix: str, src, index: Index, codec: Codec, head_dim: int):
-    """Read the packed bytes of a row: block ``load``."""
-    m_extent = head_dim // PARTS
-    groups = PARTS // codec.codes_per_byte
-    packed = I.sblock_alloc_buffer((groups, m_extent), "uint8")
-    with I.grid(groups, m_extent) as (g, m), I.sblock(f"{prefix}_load"):
-        vg, vm = I.axis.remap("SS", [g, m])
-        I.buffer_store(packed, src[tuple(index(vg * m_extent + vm))], [vg, vm])
-    return packed
+def store_row(
+    prefix: str,
+    row,
+    dst,
+    index: Index,
+    head_dim: int,
+    dtype: str,
+    scale: float,
+    where,
+    signed: bool = False,
+):
+    """Scale, narrow and write a row, if ``where`` holds: blocks ``narrow`` and ``store``.
 
-
-def decode_row(prefix: str, packed, scales, codec: Codec, head_dim: int):
-    """Turn packed bytes and scales into a rotated row, float32 ``[M, PARTS]``: block ``value``."""
-    m_extent = head_dim // PARTS
-    groups = PARTS // codec.codes_per_byte
-    sigma = head_dim**-0.5
-    levels = len(codec.centroids)
-    out = I.sblock_alloc_buffer((m_extent, PARTS), "float32")
-    with I.grid(m_extent, PARTS) as (m, p), I.sblock(f"{prefix}_value"):
-        vm, vp = I.axis.remap("SS", [m, p])
-        byte = T.cast(packed[vp % groups, vm], "int32")
-        code = I.bind(T.bitwise_and(byte >> (vp // groups * codec.bits), (1 << codec.bits) - 1))
-        value = select(T.bitwise_and(code, levels - 1), tuple(c * sigma for c in codec.centroids))
-        if codec.residual_sign:
-            sign = T.Select(code >= levels, T.float32(1), T.float32(-1))
-            value = value + scales[1] * sign
-        I.buffer_store(out, scales[0] * value, [vm, vp])
-    return out
-
-
-def store_row(prefix: str, row, dst, index: Index, head_dim: int, dtype: str, scale: float, where):
-    """Scale, narrow and write a row, if ``where`` holds: blocks ``narrow`` and ``store``."""
+    ``signed`` multiplies by the signs of ``signed_hadamard``.
+    """
     m_extent = head_dim // PARTS
     raw = I.sblock_alloc_buffer((PARTS, m_extent), dtype)
     with I.grid(m_extent, PARTS) as (m, p), I.sblock(f"{prefix}_narrow"):
         vm, vp = I.axis.remap("SS", [m, p])
-        I.buffer_store(raw, T.cast(row[vm, vp] * T.float32(scale), dtype), [vp, vm])
+        value = row[vm, vp] * T.float32(scale)
+        if signed:
+            value = value * sign_of(vp * m_extent + vm, head_dim)
+        I.buffer_store(raw, T.cast(value, dtype), [vp, vm])
     with I.grid(PARTS, m_extent) as (p, m), I.sblock(f"{prefix}_store"):
         vp, vm = I.axis.remap("SS", [p, m])
         with I.If(where()), I.Then():

@@ -17,6 +17,9 @@ Buffers
     block_table   [B, MB]                           int32   in, ``fill_table``
     seq_lens      [B], after the append             int32   in, ``fill_table``
     q_start_loc   [B + 1], cumulative               int32   in, ``fill_table``
+    k_window      [S, N, HK, D], N = window         dtype   out, ``fill_table`` with a window
+    v_window      [S, N, HK, DV]                    dtype   out
+    window_slots  [B], ring of each sequence        int32   in
     ============  ================================  ======  ==========================
 
     Layout ``bhsd`` swaps PS and HK. ``fill_slots``: slot = page * PS + offset, negative = skip.
@@ -46,45 +49,64 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
-from tq_tvm.kernels import blocks, pages
+from tq_tvm.kernels import blocks, codecs, pages
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["fill_slots", "fill_table"]
 
 
 def _emit_side(
-    prefix: str, spec: CacheSpec, codec: Codec, src, token, head, slot, cache, meta
-) -> None:
-    """Encode the row of one side and write it where ``slot`` says."""
-    d = spec.head_dim
-    scale = d**-0.5
+    prefix: str, spec: CacheSpec, codec: Codec, dim: int, src, token, head, slot, cache, meta
+) -> tuple:
+    """Encode the row of one side and write it where ``slot`` says; return it, and its scale."""
+    fmt = spec.cache_format
+    scale = blocks.rotation_scale(fmt.rotation, dim)
     index = pages.slot_row(spec, slot[0], head)
 
     def valid():
         return slot[0] >= T.int64(0)
 
-    row = blocks.load_row(prefix, src, lambda j: [token, head, j], d, spec.dtype)
-    row = blocks.hadamard(prefix, row, d)
-    length = blocks.norm(prefix, row, d, scale)
-    code, residual = blocks.code_and_residual(prefix, row, length, codec, d, scale)
-    packed = blocks.pack(prefix, code, codec, d)
-    blocks.store_bytes(prefix, packed, cache, index, codec, d, valid)
-    values = [length[0]] if residual is None else [length[0], residual[0] * T.float32(scale)]
-    blocks.store_meta(prefix, values, meta, index, spec.dtype, valid)
+    signed = fmt.rotation == "signed_hadamard"
+    row = blocks.load_row(prefix, src, lambda j: [token, head, j], dim, spec.dtype, signed)
+    row = blocks.rotate(prefix, row, fmt.rotation, dim)
+    scales = codecs.encode(
+        prefix, row, codec, fmt.scale_rule, dim, scale, cache, meta, index, spec.dtype, valid
+    )
+    if scales:
+        blocks.store_meta(prefix, scales, meta, index, spec.dtype, valid)
+    return row, scale
 
 
-def _emit_row(spec: CacheSpec, k, v, caches: pages.Caches, token, head, slot) -> None:
+def _emit_row(spec: CacheSpec, k, v, caches: pages.Caches, token, head, slot) -> list:
     """Both sides of one (token, head)."""
     fmt = spec.cache_format
-    _emit_side("k", spec, fmt.key, k, token, head, slot, caches.k_cache, caches.k_meta)
-    _emit_side("v", spec, fmt.value, v, token, head, slot, caches.v_cache, caches.v_meta)
+    return [
+        _emit_side(
+            "k", spec, fmt.key, spec.head_dim, k, token, head, slot, caches.k_cache, caches.k_meta
+        ),
+        _emit_side(
+            "v", spec, fmt.value, spec.value_dim, v, token, head, slot, caches.v_cache,
+            caches.v_meta,
+        ),
+    ]  # fmt: skip
+
+
+def _emit_window(spec: CacheSpec, rows, rings, head, sequence, position, newest) -> None:
+    """Leave the rotated rows in the sequence's ring too, if ``newest`` holds."""
+    ring, at = rings[2][sequence], position % spec.window
+    sides = zip("kv", rows, rings[:2], (spec.head_dim, spec.value_dim), strict=True)
+    for prefix, (row, scale), buffer, dim in sides:
+        blocks.store_row(
+            f"{prefix}_window", row, buffer, lambda j: [ring, at, head, j], dim, spec.dtype, scale,
+            lambda: newest,
+        )  # fmt: skip
 
 
 def fill_slots(
     spec: CacheSpec, *, row_multiple: int, tokens: int | None = None, num_pages: int | None = None
 ) -> PrimFunc:
     """The TensorIR of ``fill`` by slot mapping; the sizes fix a search's shapes."""
-    d, dtype, hk = spec.head_dim, spec.dtype, spec.num_kv_heads
+    dtype, hk = spec.dtype, spec.num_kv_heads
 
     def emit(k, v, caches, slot_mapping, vr, total):
         token = T.min(vr // hk, total - 1)
@@ -110,8 +132,8 @@ def fill_slots(
         else:
             n = T.meta_var(T.int64(tokens))
             p = T.meta_var(T.int64(num_pages))
-        k_rows = T.meta_var(pages.match_rows(k, n, hk, d, dtype))
-        v_rows = T.meta_var(pages.match_rows(v, n, hk, d, dtype))
+        k_rows = T.meta_var(pages.match_rows(k, n, hk, spec.head_dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, hk, spec.value_dim, dtype))
         cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
         SM = T.match_buffer(slot_mapping, (n,), "int64", align=8)
         K = T.meta_var(k_rows.view())
@@ -120,8 +142,10 @@ def fill_slots(
         for i in T.serial(blocks.padded(n * hk, row_multiple)):
             with T.sblock("row"):
                 vr = T.axis.spatial(blocks.padded(n * hk, row_multiple), i)
-                T.reads(pages.whole(K), pages.whole(V), pages.whole(SM))
-                T.writes(caches.regions())
+                T.reads(
+                    pages.whole(K), pages.whole(V), pages.whole(SM), *caches.tensor_scales(spec)
+                )
+                T.writes(caches.written(spec))
                 emit(K, V, caches, SM, vr, n)
 
     return main
@@ -137,9 +161,9 @@ def fill_table(
     table_width: int | None = None,
 ) -> PrimFunc:
     """The TensorIR of ``fill`` by block table; the sizes fix a search's shapes."""
-    d, dtype, hk = spec.head_dim, spec.dtype, spec.num_kv_heads
+    dtype, hk = spec.dtype, spec.num_kv_heads
 
-    def emit(k, v, caches, table, lens, starts, vr, total, sequences):
+    def emit(k, v, caches, table, lens, starts, vr, total, sequences, rings=None):
         token = T.min(vr // hk, total - 1)
         found = blocks.find_sequence(starts, sequences, token)
         slot = I.sblock_alloc_buffer((1,), "int64")
@@ -151,7 +175,68 @@ def fill_table(
         )
         value = T.if_then_else(in_range, pages.page_slot(spec, table, b, position), T.int64(-1))
         pages.store_slot(slot, value, [pages.whole(t) for t in (table, lens, starts)] + [found[0]])
-        _emit_row(spec, k, v, caches, token, vr % hk, slot)
+        rows = _emit_row(spec, k, v, caches, token, vr % hk, slot)
+        if rings is not None:
+            newest = T.And(slot[0] >= T.int64(0), position >= lens[b] - spec.window)
+            _emit_window(spec, rows, rings, vr % hk, b, position, newest)
+
+    if spec.window:
+
+        @T.prim_func(s_tir=True)
+        def windowed(
+            k: T.handle,
+            v: T.handle,
+            k_cache: T.handle,
+            v_cache: T.handle,
+            k_meta: T.handle,
+            v_meta: T.handle,
+            block_table: T.handle,
+            seq_lens: T.handle,
+            q_start_loc: T.handle,
+            k_window: T.handle,
+            v_window: T.handle,
+            window_slots: T.handle,
+        ):
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            if tokens is None:
+                n = T.int64()
+                p = T.int64()
+                b = T.int64()
+                w = T.int64()
+            else:
+                n = T.meta_var(T.int64(tokens))
+                p = T.meta_var(T.int64(num_pages))
+                b = T.meta_var(T.int64(batch))
+                w = T.meta_var(T.int64(table_width))
+            k_rows = T.meta_var(pages.match_rows(k, n, hk, spec.head_dim, dtype))
+            v_rows = T.meta_var(pages.match_rows(v, n, hk, spec.value_dim, dtype))
+            cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+            QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
+            s = T.int64()
+            KW = T.match_buffer(k_window, (s, spec.window, hk, spec.head_dim), dtype, align=16)
+            VW = T.match_buffer(v_window, (s, spec.window, hk, spec.value_dim), dtype, align=16)
+            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
+            K = T.meta_var(k_rows.view())
+            V = T.meta_var(v_rows.view())
+            caches = T.meta_var(pages.view_caches(cache_args))
+            for i in T.serial(blocks.padded(n * hk, row_multiple)):
+                with T.sblock("row"):
+                    vr = T.axis.spatial(blocks.padded(n * hk, row_multiple), i)
+                    T.reads(
+                        pages.whole(K),
+                        pages.whole(V),
+                        pages.whole(BT),
+                        pages.whole(SL),
+                        pages.whole(QS),
+                        pages.whole(RS),
+                        *caches.tensor_scales(spec),
+                    )
+                    T.writes(*caches.written(spec), pages.whole(KW), pages.whole(VW))
+                    emit(K, V, caches, BT, SL, QS, vr, n, b, (KW, VW, RS))
+
+        return windowed
 
     @T.prim_func(s_tir=True)
     def main(
@@ -176,8 +261,8 @@ def fill_table(
             p = T.meta_var(T.int64(num_pages))
             b = T.meta_var(T.int64(batch))
             w = T.meta_var(T.int64(table_width))
-        k_rows = T.meta_var(pages.match_rows(k, n, hk, d, dtype))
-        v_rows = T.meta_var(pages.match_rows(v, n, hk, d, dtype))
+        k_rows = T.meta_var(pages.match_rows(k, n, hk, spec.head_dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, hk, spec.value_dim, dtype))
         cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
@@ -194,8 +279,9 @@ def fill_table(
                     pages.whole(BT),
                     pages.whole(SL),
                     pages.whole(QS),
+                    *caches.tensor_scales(spec),
                 )
-                T.writes(caches.regions())
+                T.writes(caches.written(spec))
                 emit(K, V, caches, BT, SL, QS, vr, n, b)
 
     return main

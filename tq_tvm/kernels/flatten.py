@@ -40,35 +40,40 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
-from tq_tvm.kernels import blocks, pages
+from tq_tvm.kernels import blocks, codecs, pages
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["flatten"]
 
 
 def _emit_side(
-    prefix: str, spec: CacheSpec, codec: Codec, unrotated: bool, cache, meta, out, slot, row_of_out
+    prefix: str,
+    spec: CacheSpec,
+    codec: Codec,
+    dim: int,
+    unrotated: bool,
+    cache,
+    meta,
+    out,
+    slot,
+    row_of_out,
 ) -> None:
     """Decode the row of one side and write it to its output row."""
-    d = spec.head_dim
+    rotation = spec.cache_format.rotation if unrotated else "none"
     row, head, total = row_of_out
     # A row of no sequence reads slot 0 with scales of zero.
     index = pages.slot_row(spec, T.max(slot[0], T.int64(0)), head)
-    packed = blocks.load_bytes(prefix, cache, index, codec, d)
-    count = len(codec.meta)
-    scales = I.sblock_alloc_buffer((count,), "float32")
-    with I.serial(0, count) as e, I.sblock(f"{prefix}_scales"):
-        ve = I.axis.spatial(count, e)
-        scale = T.cast(meta[tuple(index(ve))], "float32")
-        I.buffer_store(scales, T.if_then_else(slot[0] >= T.int64(0), scale, T.float32(0)), [ve])
-    values = blocks.decode_row(prefix, packed, scales, codec, d)
-    scale = 1.0
-    if unrotated:
-        values = blocks.hadamard(prefix, values, d)
-        scale = d**-0.5
+
+    def present():
+        return slot[0] >= T.int64(0)
+
+    values = codecs.decode(prefix, cache, meta, index, codec, dim, spec.dtype, present)
+    values = blocks.rotate(prefix, values, rotation, dim)
     blocks.store_row(
-        prefix, values, out, lambda j: [row, head, j], d, spec.dtype, scale, lambda: row < total
-    )
+        prefix, values, out, lambda j: [row, head, j], dim, spec.dtype,
+        blocks.rotation_scale(rotation, dim), lambda: row < total,
+        signed=rotation == "signed_hadamard",
+    )  # fmt: skip
 
 
 def flatten(
@@ -82,7 +87,7 @@ def flatten(
     table_width: int | None = None,
 ) -> PrimFunc:
     """The TensorIR of ``flatten``; the sizes fix a search's shapes."""
-    d, dtype, hk = spec.head_dim, spec.dtype, spec.num_kv_heads
+    dtype, hk = spec.dtype, spec.num_kv_heads
     fmt = spec.cache_format
 
     def emit(caches, table, lens, starts, k_out, v_out, vr, total, sequences):
@@ -98,10 +103,11 @@ def flatten(
         )
         pages.store_slot(slot, value, [pages.whole(t) for t in (table, lens, starts)] + [found[0]])
         place = (row, vr % hk, total)
-        _emit_side("k", spec, fmt.key, unrotated, caches.k_cache, caches.k_meta, k_out, slot, place)
-        _emit_side(
-            "v", spec, fmt.value, unrotated, caches.v_cache, caches.v_meta, v_out, slot, place
-        )
+        for prefix, codec, dim, cache, meta, out in (
+            ("k", fmt.key, spec.head_dim, caches.k_cache, caches.k_meta, k_out),
+            ("v", fmt.value, spec.value_dim, caches.v_cache, caches.v_meta, v_out),
+        ):
+            _emit_side(prefix, spec, codec, dim, unrotated, cache, meta, out, slot, place)
 
     @T.prim_func(s_tir=True)
     def main(
@@ -130,8 +136,8 @@ def flatten(
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
         ST = T.match_buffer(start_loc, (b,), "int32", align=4)
-        k_rows = T.meta_var(pages.match_rows(k_out, n, hk, d, dtype))
-        v_rows = T.meta_var(pages.match_rows(v_out, n, hk, d, dtype))
+        k_rows = T.meta_var(pages.match_rows(k_out, n, hk, spec.head_dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v_out, n, hk, spec.value_dim, dtype))
         KO = T.meta_var(k_rows.view())
         VO = T.meta_var(v_rows.view())
         caches = T.meta_var(pages.view_caches(cache_args))

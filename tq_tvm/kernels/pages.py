@@ -18,6 +18,7 @@ __all__ = [
     "flat",
     "match_caches",
     "match_rows",
+    "matched_buffer",
     "page_slot",
     "row_index",
     "slot_row",
@@ -29,7 +30,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Caches:
-    """The matched buffers of ``k_cache``, ``v_cache``, ``k_meta`` and ``v_meta``."""
+    """The matched buffers of ``k_cache``, ``v_cache``, ``k_meta`` and ``v_meta``.
+
+    In the place of metas that a codec has not: the tensor's scale, or None.
+    """
 
     k_cache: Any
     v_cache: Any
@@ -38,7 +42,21 @@ class Caches:
 
     def regions(self) -> list:
         """All four as whole regions, for a block whose page indices are data."""
-        return [whole(b) for b in (self.k_cache, self.v_cache, self.k_meta, self.v_meta)]
+        buffers = (self.k_cache, self.v_cache, self.k_meta, self.v_meta)
+        return [whole(b) for b in buffers if b is not None]
+
+    def written(self, spec: CacheSpec) -> list:
+        """Those that ``fill`` writes, as whole regions."""
+        fmt = spec.cache_format
+        metas = ((fmt.key, self.k_meta), (fmt.value, self.v_meta))
+        caches = [self.k_cache, self.v_cache]
+        return [whole(b) for b in caches + [m for codec, m in metas if codec.meta]]
+
+    def tensor_scales(self, spec: CacheSpec) -> list:
+        """Scales of whole tensors, as regions."""
+        fmt = spec.cache_format
+        metas = ((fmt.key, self.k_meta), (fmt.value, self.v_meta))
+        return [whole(b) for codec, b in metas if codec.tensor_scale]
 
 
 def whole(buffer):
@@ -77,26 +95,42 @@ def _strided(handle, shape: tuple, dtype: str, strides: list, align: int, unit: 
     return Strided(buffer, known)
 
 
-def match_caches(spec: CacheSpec, handles: tuple, pages) -> list[Strided]:
+def match_caches(spec: CacheSpec, handles: tuple, pages) -> list[Strided | None]:
     """Match the cache handles: any page stride, compact inside a page.
 
     Compact pages turn every address inside a page into one base and constants; a free page stride
-    admits views of one page buffer.
+    admits views of one page buffer. In the place of scales of rows a codec with one scale for its
+    tensor has that, float32 ``[1]``; the handle of a codec without any stays unmatched.
     """
-    matched = []
-    for handle, (name, (shape, dtype)) in zip(handles, spec.tensor_shapes(1).items(), strict=True):
+    fmt = spec.cache_format
+    codecs = (fmt.key, fmt.value)
+    matched: list[Strided | None] = []
+    for number, (handle, (shape, dtype)) in enumerate(
+        zip(handles, spec.tensor_shapes(1).values(), strict=True)
+    ):
         _, outer, inner, last = shape
-        # Rows of codes are read 16 bytes at a time; a pair of K scales as one word.
-        unit = 16 if dtype == "uint8" else (2 if name == "k_meta" else 1)
-        align = 16 if dtype == "uint8" else unit * (4 if dtype == "float32" else 2)
+        if last == 0:
+            scaled = codecs[number % 2].tensor_scale
+            matched.append(_strided(handle, (1,), "float32", [1], 4, 1) if scaled else None)
+            continue
+        # Rows of codes are read 16 bytes at a time; scales of a row as one word.
+        size = {"uint8": 1, "float32": 4}.get(dtype, 2)
+        unit = 16 // size if number < 2 else last
         strides = [T.int64(), inner * last, last, 1]
-        matched.append(_strided(handle, (pages, outer, inner, last), dtype, strides, align, unit))
+        matched.append(
+            _strided(handle, (pages, outer, inner, last), dtype, strides, unit * size, unit)
+        )
     return matched
 
 
-def view_caches(matched: list[Strided]) -> Caches:
+def matched_buffer(matched: Strided | None):
+    """The buffer of one of `match_caches`, or None."""
+    return None if matched is None else matched.buffer
+
+
+def view_caches(matched: list[Strided | None]) -> Caches:
     """Declare the views of `match_caches`."""
-    return Caches(*[m.view() for m in matched])
+    return Caches(*[None if m is None else m.view() for m in matched])
 
 
 def match_rows(handle, tokens, heads: int, head_dim: int, dtype: str) -> Strided:

@@ -5,6 +5,7 @@ Messages follow ``<operation>: <argument> must be <expected>, got <actual>; <wha
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -12,15 +13,31 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from tq_tvm.errors import ArgumentTypeError, ArgumentValueError, UnsupportedSpecError
-from tq_tvm.spec import LAYOUTS, CacheFormat, CacheSpec, RotateSpec, get_format
+from tq_tvm.formats import POLICIES
+from tq_tvm.spec import (
+    FORMATS,
+    HEAD_DIMS,
+    LAYOUTS,
+    CacheFormat,
+    CacheSpec,
+    Codec,
+    QuantPolicy,
+    RotateSpec,
+    check_target,
+    get_format,
+)
 
 __all__ = [
     "CACHE_NAMES",
+    "SCALE_NAMES",
+    "WINDOW_NAMES",
     "as_integer",
     "as_number",
     "as_policy",
+    "as_scale",
     "as_tensor",
     "as_tensors",
+    "as_window",
     "cache_spec",
     "canonical",
     "check_alignment",
@@ -33,12 +50,17 @@ __all__ = [
     "check_last_axis",
     "check_layout",
     "check_model_dtype",
+    "check_scales",
     "check_shape",
     "check_spec",
     "check_strided",
     "check_table_arguments",
+    "check_window",
     "dtype_name",
     "fail",
+    "format_of",
+    "given",
+    "kernel_caches",
     "make_spec",
     "suspect_caches",
     "suspect_rows",
@@ -47,6 +69,8 @@ __all__ = [
 _Spec = TypeVar("_Spec", CacheSpec, RotateSpec)
 
 CACHE_NAMES = ("k_cache", "v_cache", "k_meta", "v_meta")
+SCALE_NAMES = ("k_scale", "v_scale")
+WINDOW_NAMES = ("k_window", "v_window", "window_slots")
 
 _PAGE_STRIDES = 1 << 31
 """Strides of pages, in elements, are below this: kernels may keep them in 31 bits."""
@@ -77,6 +101,11 @@ def as_tensors(op: str, names: Sequence[str], values: Sequence[Any]) -> Sequence
     return values
 
 
+def given(names: Sequence[str], tensors: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Optional tensors that are not None, by name."""
+    return {n: t for n, t in zip(names, tensors, strict=True) if t is not None}
+
+
 def as_integer(op: str, name: str, value: Any, least: int = 0) -> int:
     """Return an integer of any type, at least ``least``."""
     try:
@@ -100,19 +129,55 @@ def as_number(op: str, name: str, value: Any) -> float:
     raise ArgumentTypeError(f"{op}: {name} must be a number, got {value!r}; convert it")
 
 
-def as_policy(op: str, policy: Any) -> int:
-    """Return the number of a cache format; `cache_spec` looks up whether there is one."""
-    return int(policy) if isinstance(policy, int) else int(_format_of(op, policy).policy)
+def as_policy(op: str, policy: Any) -> str:
+    """Return the name of a cache format that is given by number, name or itself."""
+    if type(policy) in (int, QuantPolicy) and policy in POLICIES:
+        return POLICIES[QuantPolicy(policy)]
+    return policy if isinstance(policy, str) and policy in FORMATS else format_of(op, policy).name
 
 
-def _format_of(op: str, policy: Any) -> CacheFormat:
+def format_of(op: str, policy: Any) -> CacheFormat:
+    """Return a cache format by its name."""
     try:
         return get_format(policy)
     except UnsupportedSpecError as error:
         message = str(error).removeprefix("get_format: name ")
-        raise UnsupportedSpecError(
-            f"{op}: policy {message}; pass QuantPolicy.TURBO_QUANT"
-        ) from None
+        raise UnsupportedSpecError(f"{op}: policy {message}; name a format") from None
+
+
+def as_scale(
+    op: str, name: str, value: Any, scaled: bool, device: torch.device
+) -> torch.Tensor | None:
+    """Return the scale of a whole cache tensor as float32 ``[1]``; None for codecs without one.
+
+    A number is put on the device, which costs a launch there; without a value the scale is 1.
+    """
+    if not scaled:
+        if value is not None:
+            fail(op, name, "None for a format whose rows have scales", value, "leave it out")
+        return None
+    if value is None:
+        return _one(device)
+    if hasattr(value, "__dlpack__"):
+        return as_tensor(op, name, value)
+    return torch.full((1,), as_number(op, name, value), dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones(1, dtype=torch.float32, device=device)
+
+
+def as_window(op: str, window: Any) -> tuple[torch.Tensor | None, ...]:
+    """Return the three tensors of a window, or None for each."""
+    if window is None:
+        return None, None, None
+    try:
+        k_window, v_window, window_slots = window
+    except (TypeError, ValueError):
+        actual = f"{len(window)} of them" if hasattr(window, "__len__") else type(window).__name__
+        fail(op, "window", "three tensors", actual, "pass k_window, v_window and window_slots")
+    return tuple(as_tensors(op, WINDOW_NAMES, (k_window, v_window, window_slots)))
 
 
 def check_layout(op: str, layout: Any) -> None:
@@ -285,23 +350,36 @@ def make_spec(op: str, kind: type[_Spec], **fields: Any) -> _Spec:
 def cache_spec(
     op: str,
     k_cache: torch.Tensor,
-    head_dim: int,
+    dims: tuple[int, int],
     num_q_heads: int | None,
     dtype: torch.dtype,
     layout: str,
-    policy: int,
+    policy: str,
+    k_window: torch.Tensor | None = None,
 ) -> CacheSpec:
-    """Derive the spec from the key cache and the model's rows.
+    """Derive the spec from the key cache and the model's rows, and refuse one without kernels.
 
-    ``num_q_heads`` None stands for the number of KV heads, where queries do not matter.
+    Parameters
+    ----------
+    dims
+        D and DV; a DV that no row can have stands for D.
+    num_q_heads
+        None stands for the number of KV heads, where queries do not matter.
+    k_window
+        Its second axis is the window.
     """
     check_layout(op, layout)
-    fmt = _format_of(op, policy)
+    fmt = format_of(op, policy)
     if k_cache.ndim != 4:
-        symbols = "[P, PS, HK, D/2]" if layout == "bshd" else "[P, HK, PS, D/2]"
+        axes = "P, PS, HK" if layout == "bshd" else "P, HK, PS"
+        symbols = f"[{axes}, {_columns(fmt.key)}]"
         check_shape(op, "k_cache", k_cache, symbols, (None,) * 4)
+    if k_window is not None and (k_window.ndim != 4 or k_window.shape[1] == 0):
+        check_shape(op, "k_window", k_window, "[S, N, HK, D], N from 1", (None,) * 4)
+        fail(op, "k_window", "of shape [S, N, HK, D], N from 1", list(k_window.shape), "enlarge it")
     page_size, heads = k_cache.shape[1:3] if layout == "bshd" else k_cache.shape[1:3][::-1]
-    return make_spec(
+    head_dim, head_dim_v = dims
+    spec = make_spec(
         op,
         CacheSpec,
         head_dim=head_dim,
@@ -311,7 +389,18 @@ def cache_spec(
         dtype=dtype_name(dtype),
         layout=layout,
         format=fmt.name,
+        head_dim_v=head_dim_v if head_dim_v in HEAD_DIMS else None,
+        window=0 if k_window is None else k_window.shape[1],
     )
+    if k_cache.is_cuda:
+        check_target(op, spec, "cuda")
+    return spec
+
+
+def _columns(codec: Codec, dim: str = "D") -> str:
+    """The last axis of a cache tensor in symbols."""
+    names = {2: f"{dim}/4", 3: f"3{dim}/8", 4: f"{dim}/2"}
+    return names.get(codec.bits, dim) if codec.packed else dim
 
 
 def check_caches(
@@ -321,14 +410,19 @@ def check_caches(
     caches = tuple(caches)
     inner = "PS, HK" if spec.layout == "bshd" else "HK, PS"
     shapes = spec.tensor_shapes(caches[0].shape[0])
-    for name, last, tensor in zip(CACHE_NAMES, ("D/2", "D/4", "2", "1"), caches, strict=True):
+    fmt = spec.cache_format
+    dim = "D" if spec.head_dim_v is None else "DV"
+    symbols = (
+        _columns(fmt.key), _columns(fmt.value, dim), len(fmt.key.meta), len(fmt.value.meta)
+    )  # fmt: skip
+    for name, last, tensor in zip(CACHE_NAMES, symbols, caches, strict=True):
         shape, dtype = shapes[name]
         check_dtype(op, name, tensor, getattr(torch, dtype))
         check_shape(op, name, tensor, f"[P, {inner}, {last}]", shape)
         check_compact(op, name, tensor, first=1)
-        # Codes are read 16 bytes at a time, scales as words.
-        aligned = {"k_meta": 2 * tensor.element_size(), "v_meta": max(4, tensor.element_size())}
-        check_alignment(op, name, tensor, aligned.get(name, 16), free_axes=1)
+        # Codes are read 16 bytes at a time, the scales of a row as words.
+        aligned = 16 if name.endswith("cache") else max(4, shape[-1] * tensor.element_size())
+        check_alignment(op, name, tensor, aligned, free_axes=1)
         if tensor.shape[0] > 1 and tensor.stride(0) >= _PAGE_STRIDES:
             fail(
                 op,
@@ -338,6 +432,48 @@ def check_caches(
                 "put the pages closer together",
             )
     return tuple(canonical(tensor, first=1) for tensor in caches)
+
+
+def kernel_caches(
+    caches: tuple[torch.Tensor, ...], scales: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor, ...]:
+    """The four cache arguments of a kernel: a tensor's scale takes the place of its metas."""
+    k_cache, v_cache, k_meta, v_meta = caches
+    k_scale, v_scale = scales
+    return (
+        k_cache,
+        v_cache,
+        k_meta if k_scale is None else k_scale,
+        v_meta if v_scale is None else v_scale,
+    )
+
+
+def check_scales(op: str, scales: dict[str, torch.Tensor]) -> None:
+    """Check the scales of whole tensors."""
+    for name, scale in scales.items():
+        check_index(op, name, scale, "[1]", (1,), torch.float32)
+
+
+def check_window(
+    op: str, spec: CacheSpec, window: dict[str, torch.Tensor], batch: int
+) -> tuple[torch.Tensor, ...]:
+    """Check the tensors of a window; return them as a kernel takes them."""
+    if not window:
+        return ()
+    rings = window["k_window"].shape[0]
+    for name, dim, symbol in (
+        ("k_window", spec.head_dim, "D"),
+        ("v_window", spec.value_dim, "D" if spec.head_dim_v is None else "DV"),
+    ):
+        tensor = window[name]
+        check_dtype(op, name, tensor, getattr(torch, spec.dtype))
+        shape = (rings, spec.window, spec.num_kv_heads, dim)
+        check_shape(op, name, tensor, f"[S, N, HK, {symbol}]", shape)
+        check_compact(op, name, tensor)
+        check_alignment(op, name, tensor, 16)
+    slots = window["window_slots"]
+    check_index(op, "window_slots", slots, "[B]", (batch,), torch.int32)
+    return window["k_window"], window["v_window"], slots
 
 
 def check_index(

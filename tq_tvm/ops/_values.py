@@ -10,7 +10,14 @@ import torch
 
 from tq_tvm.ops._check import fail
 
-__all__ = ["check_lengths", "check_query_starts", "check_slots", "check_starts", "check_table"]
+__all__ = [
+    "check_lengths",
+    "check_query_starts",
+    "check_rings",
+    "check_slots",
+    "check_starts",
+    "check_table",
+]
 
 
 def check_slots(op: str, slot_mapping: torch.Tensor, num_slots: int) -> None:
@@ -64,6 +71,17 @@ def check_query_starts(op: str, q_start_loc: torch.Tensor, tokens: int) -> torch
             "pass the cumulative sums of new tokens, with a leading 0",
         )
     return counts
+
+
+def check_rings(op: str, window: tuple[torch.Tensor, ...]) -> None:
+    """Check that every sequence has a ring of its own; without a window there is nothing to do."""
+    if not window:
+        return
+    k_window, _, slots = window
+    rings = slots.tolist()
+    if len(set(rings)) < len(rings) or any(not 0 <= r < len(k_window) for r in rings):
+        expected = f"different rings from 0 to S - 1 = {len(k_window) - 1}"
+        fail(op, "window_slots", expected, rings, "give each sequence its own")
 
 
 def check_starts(op: str, start_loc: torch.Tensor, seq_lens: torch.Tensor, out_tokens: int) -> None:

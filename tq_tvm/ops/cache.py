@@ -121,7 +121,7 @@ class PagedKVCache:
             seq_lens=seq_lens,
             q_start_loc=q_start_loc,
             layout=self.spec.layout,
-            policy=self.spec.cache_format.policy,
+            policy=self.spec.format,
         )
 
     def flatten(
@@ -143,7 +143,7 @@ class PagedKVCache:
             start_loc=start_loc,
             rotate_back=rotate_back,
             layout=self.spec.layout,
-            policy=self.spec.cache_format.policy,
+            policy=self.spec.format,
             out=out,
         )
 
@@ -167,7 +167,7 @@ class PagedKVCache:
             sm_scale=sm_scale,
             max_seq_len=max_seq_len,
             layout=self.spec.layout,
-            policy=self.spec.cache_format.policy,
+            policy=self.spec.format,
             out=out,
             workspace=workspace,
         )

@@ -10,7 +10,7 @@ from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _values
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.workspace import choose_launch
-from tq_tvm.spec import CacheSpec, QuantPolicy
+from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, QuantPolicy
 from tq_tvm.splits import workspace_floats
 
 __all__ = ["paged_decode"]
@@ -32,7 +32,10 @@ def paged_decode(
     sm_scale: float | None = None,
     max_seq_len: int | None = None,
     layout: str = "bshd",
-    policy: int | str = QuantPolicy.TURBO_QUANT,
+    policy: int | str | CacheFormat = QuantPolicy.TURBO_QUANT,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    window: tuple[Any, Any, Any] | None = None,
     out: Any = None,
     workspace: Any = None,
 ) -> Any:
@@ -46,10 +49,11 @@ def paged_decode(
     q
         ``[B, HQ, D]``, contiguous, float16 or bfloat16 (on the CPU also float32).
     k_cache, v_cache
-        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8. The page stride is free,
-        below 2**31 elements.
+        ``[P, PS, HK, BK]`` and ``[P, PS, HK, BV]``: bytes of codes, uint8, or the
+        model's dtype where a codec is ``none``; D/2 and D/4 bytes in ``k4v2``. The page stride is
+        free, below 2**31 elements.
     k_meta, v_meta
-        ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, dtype of ``q``. The page stride is free,
+        ``[P, PS, HK, MK]`` and ``[P, PS, HK, MV]``, dtype of ``q``. The page stride is free,
         below 2**31 elements.
     block_table
         ``[B, MB]`` int32: pages of each sequence.
@@ -64,9 +68,16 @@ def paged_decode(
     layout
         ``"bshd"``, or ``"bhsd"`` for pages ``[HK, PS, ...]``.
     policy
-        Cache format, by its number or its name.
+        Cache format: its number, a preset's name, a slug or a `CacheFormat`.
+    k_scale, v_scale
+        Scale of all keys, of all values, in ``fp8``: a number, or a float32 tensor ``[1]`` on the
+        device, which costs no launch; None is 1. None in other formats.
+    window
+        ``k_window``, ``v_window`` and ``window_slots`` as `tq_tvm.fill_kv_cache` writes them: the
+        newest N tokens of each sequence are attended from there, the others from the cache. On the
+        CPU.
     out
-        ``[B, HQ, D]``, contiguous, dtype of ``q``; it must not overlap ``q``.
+        ``[B, HQ, DV]``, contiguous, dtype of ``q``; it must not overlap ``q``.
     workspace
         Contiguous tensor of at least `paged_decode_workspace_size` bytes, of any dtype. None
         allocates it with torch. Concurrent calls need one each.
@@ -81,7 +92,7 @@ def paged_decode(
         A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device, or too small
         a workspace.
     UnsupportedSpecError
-        No kernel is generated for these shapes.
+        No kernel is generated for this format and these shapes, or not for this device.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -100,7 +111,12 @@ def paged_decode(
     q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens = _check.as_tensors(
         _OP, _NAMES, (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
     )
-    result = torch.empty_like(q) if out is None else _check.as_tensor(_OP, "out", out)
+    fmt = _check.format_of(_OP, policy)
+    scales = (
+        _check.as_scale(_OP, "k_scale", k_scale, fmt.key.tensor_scale, k_cache.device),
+        _check.as_scale(_OP, "v_scale", v_scale, fmt.value.tensor_scale, k_cache.device),
+    )
+    result = _new_result(q, v_cache, fmt) if out is None else _check.as_tensor(_OP, "out", out)
     if workspace is not None:
         workspace = _check.as_tensor(_OP, "workspace", workspace)
     if sm_scale is None:
@@ -111,9 +127,17 @@ def paged_decode(
         max_seq_len = _check.as_integer(_OP, "max_seq_len", max_seq_len)
     _decode(
         q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, result, workspace,
-        sm_scale, max_seq_len, layout, policy,
+        sm_scale, max_seq_len, layout, policy, *scales, *_check.as_window(_OP, window),
     )  # fmt: skip
     return result if out is None else out
+
+
+def _new_result(q: torch.Tensor, v_cache: torch.Tensor, fmt: CacheFormat) -> torch.Tensor:
+    """Where the output goes; its width follows the values' where that is a head_dim."""
+    dim = fmt.value.head_dim_of(v_cache.shape[-1]) if v_cache.ndim else 0
+    if q.ndim == 0 or dim == q.shape[-1] or dim not in HEAD_DIMS:
+        return torch.empty_like(q)
+    return q.new_empty((*q.shape[:-1], dim))
 
 
 @destination_op("decode", mutates=["out", "workspace"])
@@ -130,12 +154,21 @@ def _decode(
     sm_scale: float,
     max_seq_len: int | None,
     layout: str,
-    policy: int,
+    policy: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    k_window: torch.Tensor | None,
+    v_window: torch.Tensor | None,
+    window_slots: torch.Tensor | None,
 ) -> None:
     arguments = (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, out)
-    inputs: tuple[torch.Tensor, ...] = arguments[:-1]
+    scales = (k_scale, v_scale)
+    window = _check.given(_check.WINDOW_NAMES, (k_window, v_window, window_slots))
+    caches = _check.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
+    inputs: tuple[torch.Tensor, ...] = (q, *caches, block_table, seq_lens, *window.values())
     shape, pages = q.shape, k_cache.shape
-    key = (shape[1:], pages, q.dtype, q.device, layout, policy)
+    size_of_window = k_window.shape[1:2] if k_window is not None else ()
+    key = (shape[1:], pages, out.shape[2:], size_of_window, q.dtype, q.device, layout, policy)
     found = _loaded.get(key)
     if (
         found is None
@@ -144,7 +177,7 @@ def _decode(
         or _check.suspect_rows(q, out, compact=True, apart=True)
         or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
     ):
-        spec, inputs = _check_arguments(arguments, layout, policy)
+        spec, inputs = _check_arguments(arguments, layout, policy, scales, window)
         if found is None:
             found = _loaded[key] = (spec, load("decode", spec, q.device))
     spec, loaded = found
@@ -167,7 +200,11 @@ def _decode(
         variant,
         (*inputs, scratch, out),
         (parts, sm_scale),
-        lambda: (*_check_arguments(arguments, layout, policy)[1], scratch, out),
+        lambda: (
+            *_check_arguments(arguments, layout, policy, scales, window)[1],
+            scratch,
+            out,
+        ),
     )
 
 
@@ -199,27 +236,43 @@ def _as_scratch(workspace: torch.Tensor, floats: int, device: torch.device) -> t
 
 
 def _check_arguments(
-    tensors: tuple[torch.Tensor, ...], layout: str, policy: int
+    tensors: tuple[torch.Tensor, ...],
+    layout: str,
+    policy: str,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    window: dict[str, torch.Tensor],
 ) -> tuple[CacheSpec, tuple[torch.Tensor, ...]]:
     """Check everything but the workspace; return the spec and the kernel's input tensors."""
     q, k_cache, v_cache, k_meta, v_meta, table, lens, out = tensors
-    named = dict(zip((*_NAMES, "out"), tensors, strict=True))
+    scaled = _check.given(_check.SCALE_NAMES, scales)
+    named = dict(zip((*_NAMES, "out"), tensors, strict=True)) | scaled | window
     device = _check.check_device(_OP, named)
     _check.check_model_dtype(_OP, "q", q)
     if q.ndim != 3:
         _check.check_shape(_OP, "q", q, "[B, HQ, D]", (None,) * 3)
     batch, num_q_heads, head_dim = q.shape
-    spec = _check.cache_spec(_OP, k_cache, head_dim, num_q_heads, q.dtype, layout, policy)
+    dims = (head_dim, out.shape[-1] if out.ndim else head_dim)
+    spec = _check.cache_spec(
+        _OP, k_cache, dims, num_q_heads, q.dtype, layout, policy, window.get("k_window")
+    )
+    _check.check_scales(_OP, scaled)
     caches = _check.check_caches(_OP, spec, (k_cache, v_cache, k_meta, v_meta))
     _check.check_dtype(_OP, "out", out, q.dtype)
-    for name, tensor in (("q", q), ("out", out)):
-        _check.check_shape(_OP, name, tensor, "[B, HQ, D]", q.shape)
+    value_symbol = "D" if spec.head_dim_v is None else "DV"
+    for name, tensor, symbol, dim in (
+        ("q", q, "D", head_dim),
+        ("out", out, value_symbol, spec.value_dim),
+    ):
+        shape = (batch, num_q_heads, dim)
+        _check.check_shape(_OP, name, tensor, f"[B, HQ, {symbol}]", shape)
         _check.check_compact(_OP, name, tensor)
         _check.check_alignment(_OP, name, tensor, 16)
     _check.check_apart(_OP, {"q": q, "out": out})
     _check.check_table_arguments(_OP, table, lens, batch)
+    rings = _check.check_window(_OP, spec, window, batch)
     if device.type == "cpu" and batch:
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)
         first = torch.zeros_like(lens)
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
-    return spec, (q, *caches, table, lens)
+        _values.check_rings(_OP, rings)
+    return spec, (q, *_check.kernel_caches(caches, scales), table, lens, *rings)

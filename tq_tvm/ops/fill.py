@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _values
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.spec import CacheSpec, QuantPolicy
+from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
 __all__ = ["fill_kv_cache"]
 
@@ -31,7 +31,10 @@ def fill_kv_cache(
     seq_lens: Any = None,
     q_start_loc: Any = None,
     layout: str = "bshd",
-    policy: int | str = QuantPolicy.TURBO_QUANT,
+    policy: int | str | CacheFormat = QuantPolicy.TURBO_QUANT,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    window: tuple[Any, Any, Any] | None = None,
 ) -> None:
     """Rotate, quantise and pack new K and V rows, and write them into their pages, in place.
 
@@ -41,14 +44,16 @@ def fill_kv_cache(
     Parameters
     ----------
     k, v
-        ``[T, HK, D]``, float16 or bfloat16 (on the CPU also float32); new rows of a ragged batch.
+        ``[T, HK, D]`` and ``[T, HK, DV]``, float16 or bfloat16 (on the CPU also float32); new rows
+        of a ragged batch.
         The token stride is free, so slices of a fused projection are accepted.
     k_cache, v_cache
-        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8, written. The page stride is free,
-        below 2**31 elements.
+        ``[P, PS, HK, BK]`` and ``[P, PS, HK, BV]``, written: bytes of codes, uint8, or the
+        model's dtype where a codec is ``none``; D/2 and D/4 bytes in ``k4v2``. The page stride is
+        free, below 2**31 elements.
     k_meta, v_meta
-        ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, dtype of ``k``, written. The page stride is free,
-        below 2**31 elements.
+        ``[P, PS, HK, MK]`` and ``[P, PS, HK, MV]``, dtype of ``k``, written. The page stride
+        is free, below 2**31 elements.
     slot_mapping
         ``[T]`` int64: page * PS + offset of each token; a negative slot skips the token.
     block_table
@@ -61,7 +66,15 @@ def fill_kv_cache(
     layout
         ``"bshd"``, or ``"bhsd"`` for pages ``[HK, PS, ...]``.
     policy
-        Cache format, by its number or its name.
+        Cache format: its number, a preset's name, a slug or a `CacheFormat`.
+    k_scale, v_scale
+        Scale of all keys, of all values, in ``fp8``: a number, or a float32 tensor ``[1]`` on the
+        device, which costs no launch; None is 1. None in other formats.
+    window
+        ``k_window`` ``[S, N, HK, D]``, ``v_window`` ``[S, N, HK, DV]`` in the model's dtype and
+        ``window_slots`` ``[B]`` int32, written too: the rotated rows of the newest N tokens of each
+        sequence, unquantised. Position p of sequence b goes to row p % N of ring window_slots[b];
+        no two sequences share one. By block table only, and on the CPU.
 
     Raises
     ------
@@ -69,7 +82,7 @@ def fill_kv_cache(
         A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device, or not
         exactly one addressing. Nothing has been written.
     UnsupportedSpecError
-        No kernel is generated for these shapes.
+        No kernel is generated for this format and these shapes, or not for this device.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -86,10 +99,20 @@ def fill_kv_cache(
     k, v, k_cache, v_cache, k_meta, v_meta = _check.as_tensors(
         _OP, _NAMES, (k, v, k_cache, v_cache, k_meta, v_meta)
     )
+    fmt = _check.format_of(_OP, policy)
+    scales = (
+        _check.as_scale(_OP, "k_scale", k_scale, fmt.key.tensor_scale, k_cache.device),
+        _check.as_scale(_OP, "v_scale", v_scale, fmt.value.tensor_scale, k_cache.device),
+    )
     table = (block_table, seq_lens, q_start_loc)
+    if slot_mapping is not None and window is not None:
+        _check.fail(
+            _OP, "window", "None with slot_mapping, which has no positions", "one",
+            "pass block_table, seq_lens and q_start_loc",
+        )  # fmt: skip
     if slot_mapping is not None and block_table is seq_lens is q_start_loc is None:
         slot_mapping = _check.as_tensor(_OP, "slot_mapping", slot_mapping)
-        _fill_slots(k, v, k_cache, v_cache, k_meta, v_meta, slot_mapping, layout, policy)
+        _fill_slots(k, v, k_cache, v_cache, k_meta, v_meta, slot_mapping, layout, policy, *scales)
         return
     if slot_mapping is not None or any(tensor is None for tensor in table):
         given = [("slot_mapping", slot_mapping), *zip(_TABLE_NAMES, table, strict=True)]
@@ -103,7 +126,7 @@ def fill_kv_cache(
     block_table, seq_lens, q_start_loc = _check.as_tensors(_OP, _TABLE_NAMES, table)
     _fill_table(
         k, v, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, q_start_loc,
-        layout, policy,
+        layout, policy, *scales, *_check.as_window(_OP, window),
     )  # fmt: skip
 
 
@@ -121,13 +144,16 @@ def _fill_slots(
     v_meta: torch.Tensor,
     slot_mapping: torch.Tensor,
     layout: str,
-    policy: int,
+    policy: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     rows, caches = (k, v), (k_cache, v_cache, k_meta, v_meta)
-    _fill("fill_slots", rows, caches, {"slot_mapping": slot_mapping}, layout, policy)
+    index = {"slot_mapping": slot_mapping}
+    _fill("fill_slots", rows, caches, index, layout, policy, (k_scale, v_scale), {})
 
 
-@destination_op("fill_table", mutates=_CACHES)
+@destination_op("fill_table", mutates=[*_CACHES, "k_window", "v_window"])
 def _fill_table(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -139,10 +165,17 @@ def _fill_table(
     seq_lens: torch.Tensor,
     q_start_loc: torch.Tensor,
     layout: str,
-    policy: int,
+    policy: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    k_window: torch.Tensor | None,
+    v_window: torch.Tensor | None,
+    window_slots: torch.Tensor | None,
 ) -> None:
+    rows, caches = (k, v), (k_cache, v_cache, k_meta, v_meta)
     index = {"block_table": block_table, "seq_lens": seq_lens, "q_start_loc": q_start_loc}
-    _fill("fill_table", (k, v), (k_cache, v_cache, k_meta, v_meta), index, layout, policy)
+    window = _check.given(_check.WINDOW_NAMES, (k_window, v_window, window_slots))
+    _fill("fill_table", rows, caches, index, layout, policy, (k_scale, v_scale), window)
 
 
 def _fill(
@@ -151,19 +184,23 @@ def _fill(
     caches: tuple[torch.Tensor, ...],
     index: dict[str, torch.Tensor],
     layout: str,
-    policy: int,
+    policy: str,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    window: dict[str, torch.Tensor],
 ) -> None:
     k, v = rows
-    key = (function, k.shape[1:], caches[0].shape, k.dtype, k.device, layout, policy)
+    size_of_window = window["k_window"].shape[1:2] if window else ()
+    shapes = (k.shape[1:], v.shape[2:], caches[0].shape, size_of_window)
+    key = (function, shapes, k.dtype, k.device, layout, policy)
     loaded = _loaded.get(key)
-    tensors = (*rows, *caches, *index.values())
+    tensors = (*rows, *_check.kernel_caches(caches, scales), *index.values(), *window.values())
     if (
         loaded is None
         or not k.is_cuda
         or _check.suspect_rows(k, v)
         or _check.suspect_caches(*caches)
     ):
-        spec, tensors = _check_arguments(rows, caches, index, layout, policy)
+        spec, tensors = _check_arguments(rows, caches, index, layout, policy, scales, window)
         if loaded is None:
             loaded = _loaded[key] = load(function, spec, k.device)
     size = k.numel()
@@ -174,7 +211,7 @@ def _fill(
         loaded.nearest(size),
         tensors,
         (),
-        lambda: _check_arguments(rows, caches, index, layout, policy)[1],
+        lambda: _check_arguments(rows, caches, index, layout, policy, scales, window)[1],
     )
 
 
@@ -183,26 +220,36 @@ def _check_arguments(
     caches: tuple[torch.Tensor, ...],
     index: dict[str, torch.Tensor],
     layout: str,
-    policy: int,
+    policy: str,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    window: dict[str, torch.Tensor],
 ) -> tuple[CacheSpec, tuple[torch.Tensor, ...]]:
     """Check everything; return the spec and the kernel's tensors."""
-    k, k_cache = rows[0], caches[0]
-    named = dict(zip(_NAMES, (*rows, *caches), strict=True)) | index
+    (k, v), k_cache = rows, caches[0]
+    scaled = _check.given(_check.SCALE_NAMES, scales)
+    named = dict(zip(_NAMES, (*rows, *caches), strict=True)) | index | scaled | window
     device = _check.check_device(_OP, named)
     _check.check_model_dtype(_OP, "k", k)
     if k.ndim != 3:
         _check.check_shape(_OP, "k", k, "[T, HK, D]", (None,) * 3)
     tokens, _, head_dim = k.shape
-    spec = _check.cache_spec(_OP, k_cache, head_dim, None, k.dtype, layout, policy)
-    for name, tensor in zip(("k", "v"), rows, strict=True):
+    dims = (head_dim, v.shape[-1] if v.ndim else head_dim)
+    spec = _check.cache_spec(
+        _OP, k_cache, dims, None, k.dtype, layout, policy, window.get("k_window")
+    )
+    value_symbol = "D" if spec.head_dim_v is None else "DV"
+    for name, tensor, symbol, dim in (
+        ("k", k, "D", spec.head_dim),
+        ("v", v, value_symbol, spec.value_dim),
+    ):
         _check.check_dtype(_OP, name, tensor, k.dtype)
-        _check.check_shape(
-            _OP, name, tensor, "[T, HK, D]", (tokens, spec.num_kv_heads, spec.head_dim)
-        )
+        shape = (tokens, spec.num_kv_heads, dim)
+        _check.check_shape(_OP, name, tensor, f"[T, HK, {symbol}]", shape)
         _check.check_compact(_OP, name, tensor, first=1)
         _check.check_alignment(_OP, name, tensor, 16, free_axes=1)
     caches = _check.check_caches(_OP, spec, caches)
     _check.check_apart(_OP, dict(zip(_check.CACHE_NAMES, caches, strict=True)))
+    _check.check_scales(_OP, scaled)
     if "slot_mapping" in index:
         _check.check_index(
             _OP, "slot_mapping", index["slot_mapping"], "[T]", (tokens,), torch.int64
@@ -212,10 +259,13 @@ def _check_arguments(
         batch = index["block_table"].shape[0]
         starts = index["q_start_loc"]
         _check.check_index(_OP, "q_start_loc", starts, "[B + 1]", (batch + 1,), torch.int32)
+    batch = index["seq_lens"].shape[0] if "seq_lens" in index else 0
+    rings = _check.check_window(_OP, spec, window, batch)
     if device.type == "cpu":
         _check_values(spec, index, tokens, k_cache.shape[0])
+        _values.check_rings(_OP, rings)
     rows = tuple(_check.canonical(tensor, first=1) for tensor in rows)
-    return spec, (*rows, *caches, *index.values())
+    return spec, (*rows, *_check.kernel_caches(caches, scales), *index.values(), *rings)
 
 
 def _check_values(

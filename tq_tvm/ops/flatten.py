@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _values
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.spec import CacheSpec, QuantPolicy
+from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
 __all__ = ["flatten_kv_cache"]
 
@@ -30,7 +30,9 @@ def flatten_kv_cache(
     start_loc: Any = None,
     rotate_back: bool = False,
     layout: str = "bshd",
-    policy: int | str = QuantPolicy.TURBO_QUANT,
+    policy: int | str | CacheFormat = QuantPolicy.TURBO_QUANT,
+    k_scale: Any = None,
+    v_scale: Any = None,
     out: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Gather the pages of a ragged batch and dequantise them into dense K and V.
@@ -38,10 +40,11 @@ def flatten_kv_cache(
     Parameters
     ----------
     k_cache, v_cache
-        ``[P, PS, HK, D/2]`` and ``[P, PS, HK, D/4]``, uint8. The page stride is free,
-        below 2**31 elements.
+        ``[P, PS, HK, BK]`` and ``[P, PS, HK, BV]``: bytes of codes, uint8, or the
+        model's dtype where a codec is ``none``; D/2 and D/4 bytes in ``k4v2``. The page stride is
+        free, below 2**31 elements.
     k_meta, v_meta
-        ``[P, PS, HK, 2]`` and ``[P, PS, HK, 1]``, float16 or bfloat16 (on the CPU also float32),
+        ``[P, PS, HK, MK]`` and ``[P, PS, HK, MV]``, float16 or bfloat16 (on the CPU also float32),
         which is the dtype of the result. The page stride is free,
         below 2**31 elements.
     block_table
@@ -55,25 +58,29 @@ def flatten_kv_cache(
         ``[B]`` int32: first row of each sequence, the exclusive cumulative sums of ``seq_lens``.
         None computes them on the device, in two more launches.
     rotate_back
-        Rotate the rows back. Otherwise they stay in the rotated domain, which serves attention
-        with rotated queries.
+        Undo the format's rotation. Otherwise rows stay in the rotated domain, which serves
+        attention with rotated queries.
     layout
         ``"bshd"``, or ``"bhsd"`` for pages ``[HK, PS, ...]``.
     policy
-        Cache format, by its number or its name.
+        Cache format: its number, a preset's name, a slug or a `CacheFormat`.
+    k_scale, v_scale
+        Scale of all keys, of all values, in ``fp8``: a number, or a float32 tensor ``[1]`` on the
+        device, which costs no launch; None is 1. None in other formats.
     out
-        K and V to write into, each ``[N, HK, D]``; the token stride is free. They must not overlap.
+        K and V to write into, ``[N, HK, D]`` and ``[N, HK, DV]``; the token stride is free.
+        They must not overlap.
 
     Returns
     -------
-    ``out``, or two new tensors ``[N, HK, D]``.
+    ``out``, or two new tensors ``[N, HK, D]`` and ``[N, HK, DV]``.
 
     Raises
     ------
     ArgumentTypeError, ArgumentValueError
         A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device.
     UnsupportedSpecError
-        No kernel is generated for these shapes.
+        No kernel is generated for this format and these shapes, or not for this device.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -95,11 +102,20 @@ def flatten_kv_cache(
         _check.check_strided(_OP, "seq_lens", seq_lens)
         start_loc = torch.cumsum(seq_lens, 0, dtype=torch.int32) - seq_lens
     start_loc = _check.as_tensor(_OP, "start_loc", start_loc)
+    fmt = _check.format_of(_OP, policy)
+    scales = (
+        _check.as_scale(_OP, "k_scale", k_scale, fmt.key.tensor_scale, k_cache.device),
+        _check.as_scale(_OP, "v_scale", v_scale, fmt.value.tensor_scale, k_cache.device),
+    )
     if out is None:
-        if k_cache.ndim != 4:
-            _check.check_shape(_OP, "k_cache", k_cache, "[P, PS, HK, D/2]", (None,) * 4)
-        heads, head_dim = k_cache.shape[1 if layout == "bhsd" else 2], k_cache.shape[3] * 2
-        k_out, v_out = (k_meta.new_empty((out_tokens, heads, head_dim)) for _ in "kv")
+        for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if cache.ndim != 4:
+                _check.check_shape(_OP, name, cache, "[P, PS, HK, elements of a row]", (None,) * 4)
+        heads = k_cache.shape[1 if layout == "bhsd" else 2]
+        k_out, v_out = (
+            k_meta.new_empty((out_tokens, heads, codec.head_dim_of(cache.shape[3])))
+            for codec, cache in ((fmt.key, k_cache), (fmt.value, v_cache))
+        )
     else:
         out = _pair(out)
         k_out, v_out = _check.as_tensors(_OP, ("out[0]", "out[1]"), out)
@@ -109,7 +125,7 @@ def flatten_kv_cache(
             )
     _flatten(
         k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, start_loc, k_out, v_out,
-        bool(rotate_back), layout, policy,
+        bool(rotate_back), layout, policy, *scales,
     )  # fmt: skip
     return (k_out, v_out) if out is None else out
 
@@ -136,13 +152,16 @@ def _flatten(
     v_out: torch.Tensor,
     rotate_back: bool,
     layout: str,
-    policy: int,
+    policy: str,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
-    tensors: tuple[torch.Tensor, ...] = (
-        k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, start_loc, k_out, v_out,
-    )  # fmt: skip
-    arguments = tensors
-    key = (rotate_back, k_cache.shape, k_meta.dtype, k_meta.device, layout, policy)
+    caches, scales = (k_cache, v_cache, k_meta, v_meta), (k_scale, v_scale)
+    others = (block_table, seq_lens, start_loc, k_out, v_out)
+    arguments = (*caches, *others)
+    tensors: tuple[torch.Tensor, ...] = (*_check.kernel_caches(caches, scales), *others)
+    shapes = (k_cache.shape, v_out.shape[2:])
+    key = (rotate_back, shapes, k_meta.dtype, k_meta.device, layout, policy)
     loaded = _loaded.get(key)
     if (
         loaded is None
@@ -150,7 +169,7 @@ def _flatten(
         or _check.suspect_rows(k_out, v_out, apart=True)
         or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
     ):
-        spec, tensors = _check_arguments(arguments, layout, policy)
+        spec, tensors = _check_arguments(arguments, layout, policy, scales)
         if loaded is None:
             function = "flatten_unrotated" if rotate_back else "flatten"
             loaded = _loaded[key] = load(function, spec, k_cache.device)
@@ -166,29 +185,37 @@ def _flatten(
         loaded.nearest(size),
         tensors,
         (),
-        lambda: _check_arguments(arguments, layout, policy)[1],
+        lambda: _check_arguments(arguments, layout, policy, scales)[1],
     )
 
 
 def _check_arguments(
-    tensors: tuple[torch.Tensor, ...], layout: str, policy: int
+    tensors: tuple[torch.Tensor, ...],
+    layout: str,
+    policy: str,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[CacheSpec, tuple[torch.Tensor, ...]]:
     """Check everything; return the spec and the kernel's tensors."""
     k_cache, v_cache, k_meta, v_meta, table, lens, starts, k_out, v_out = tensors
     outputs = {"out[0]": k_out, "out[1]": v_out}
-    named = dict(zip((*_NAMES, "start_loc"), tensors, strict=False)) | outputs
+    scaled = _check.given(_check.SCALE_NAMES, scales)
+    named = dict(zip((*_NAMES, "start_loc"), tensors, strict=False)) | outputs | scaled
     device = _check.check_device(_OP, named)
     _check.check_model_dtype(_OP, "k_meta", k_meta)
-    head_dim = 2 * k_cache.shape[-1] if k_cache.ndim else 0
-    spec = _check.cache_spec(_OP, k_cache, head_dim, None, k_meta.dtype, layout, policy)
+    fmt = _check.format_of(_OP, policy)
+    head_dim = fmt.key.head_dim_of(k_cache.shape[-1]) if k_cache.ndim else 0
+    dims = (head_dim, v_out.shape[-1] if v_out.ndim else head_dim)
+    spec = _check.cache_spec(_OP, k_cache, dims, None, k_meta.dtype, layout, policy)
+    _check.check_scales(_OP, scaled)
     caches = _check.check_caches(_OP, spec, (k_cache, v_cache, k_meta, v_meta))
     _check.check_table_arguments(_OP, table, lens)
     _check.check_index(_OP, "start_loc", starts, "[B]", (table.shape[0],), torch.int32)
     rows = k_out.shape[0] if k_out.ndim else 0
-    for name, tensor in outputs.items():
+    for (name, tensor), dim in zip(outputs.items(), (spec.head_dim, spec.value_dim), strict=True):
         _check.check_dtype(_OP, name, tensor, k_meta.dtype)
-        shape = (rows, spec.num_kv_heads, spec.head_dim)
-        _check.check_shape(_OP, name, tensor, "[N, HK, D]", shape)
+        shape = (rows, spec.num_kv_heads, dim)
+        symbol = "DV" if name == "out[1]" and spec.head_dim_v is not None else "D"
+        _check.check_shape(_OP, name, tensor, f"[N, HK, {symbol}]", shape)
         _check.check_compact(_OP, name, tensor, first=1)
         _check.check_alignment(_OP, name, tensor, 16, free_axes=1)
     _check.check_apart(_OP, outputs)
@@ -198,4 +225,4 @@ def _check_arguments(
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
         _values.check_starts(_OP, starts, lens, rows)
     rows_out = (_check.canonical(tensor, first=1) for tensor in (k_out, v_out))
-    return spec, (*caches, table, lens, starts, *rows_out)
+    return spec, (*_check.kernel_caches(caches, scales), table, lens, starts, *rows_out)

@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.spec import RotateSpec
+from tq_tvm.spec import RotateSpec, check_target
 
 __all__ = ["hadamard_rotate"]
 
@@ -18,13 +18,17 @@ _loaded: dict[tuple, LoadedFunction] = {}
 
 
 def hadamard_rotate(x: Any, *, out: Any = None) -> Any:
-    """Rotate rows: ``out = x H / sqrt(D)``, H the Walsh-Hadamard matrix. It is its own inverse.
+    """Rotate rows: ``out = x H / sqrt(D)``, H a symmetric Hadamard matrix. It is its own inverse.
+
+    H is the Walsh-Hadamard matrix of a power of two, see `tq_tvm.formats.hadamard_factors` for the
+    others. Formats of signed rotation multiply by `tq_tvm.formats.rotation_signs` before it.
 
     Parameters
     ----------
     x
         ``[..., D]``, contiguous, float16 or bfloat16 (on the CPU also float32), D a power of two
-        from 64 to 4096. A torch tensor, or any object with ``__dlpack__``.
+        from 64 to 4096, on the CPU also 80, 96, 112, 192 or 576. A torch tensor, or any object with
+        ``__dlpack__``.
     out
         Where the result goes: shape, dtype and device of ``x``. It may be ``x`` itself, not a
         tensor that overlaps it otherwise.
@@ -92,7 +96,8 @@ def _check_arguments(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, 
     if x.ndim == 0:
         _check.fail(_OP, "x", "of shape [..., D]", "a scalar", "pass rows")
     dim = x.shape[-1]
-    _check.make_spec(_OP, RotateSpec, dim=dim, dtype=_check.dtype_name(x.dtype))
+    spec = _check.make_spec(_OP, RotateSpec, dim=dim, dtype=_check.dtype_name(x.dtype))
+    check_target(_OP, spec, "cuda" if x.is_cuda else "llvm")
     _check.check_dtype(_OP, "out", out, x.dtype)
     _check.check_shape(_OP, "out", out, "that of x", x.shape)
     for name, tensor in tensors.items():

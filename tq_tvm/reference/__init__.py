@@ -2,12 +2,13 @@
 
 from tq_tvm.reference.codec import boundary_distance, decode_rows, encode_rows
 from tq_tvm.reference.decode import attention, paged_decode
-from tq_tvm.reference.fill import fill_kv_cache, token_slots
+from tq_tvm.reference.fill import Window, fill_kv_cache, token_slots
 from tq_tvm.reference.flatten import flatten_kv_cache, sequence_rows
 from tq_tvm.reference.packing import pack_codes, unpack_codes
-from tq_tvm.reference.rotate import hadamard_matrix, hadamard_rotate
+from tq_tvm.reference.rotate import hadamard_matrix, hadamard_rotate, rotate_back, rotate_rows
 
 __all__ = [
+    "Window",
     "attention",
     "boundary_distance",
     "decode_rows",
@@ -18,6 +19,8 @@ __all__ = [
     "hadamard_rotate",
     "pack_codes",
     "paged_decode",
+    "rotate_back",
+    "rotate_rows",
     "sequence_rows",
     "token_slots",
     "unpack_codes",

@@ -1,7 +1,7 @@
 """``flatten``: the dequantised rows of a ragged batch, one sequence after another.
 
-k = n (c3[idx]/sqrt(D) + g sign), v = n c2[idx]/sqrt(D), in the rotated domain; ``rotate_back``
-multiplies by H / sqrt(D) once more.
+Each row as its codec decodes it, in the rotated domain of the format; ``rotate_back`` undoes the
+format's rotation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from tq_tvm.reference.codec import decode_rows
-from tq_tvm.reference.rotate import hadamard_rotate
+from tq_tvm.reference.rotate import rotate_back as undo_rotation
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["flatten_kv_cache", "sequence_rows"]
@@ -23,16 +23,22 @@ def sequence_rows(
     v_meta: torch.Tensor,
     pages: torch.Tensor,
     length: int,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated K and V of one sequence, float32 ``[length, HK, D]``."""
+    """Rotated K ``[length, HK, D]`` and V ``[length, HK, DV]`` of one sequence, float32."""
     used = pages[: -(-length // spec.page_size)].long()
     fmt = spec.cache_format
     sides = []
-    for cache, meta, codec in ((k_cache, k_meta, fmt.key), (v_cache, v_meta, fmt.value)):
-        rows = decode_rows(cache[used], meta[used], codec)
+    for cache, meta, codec, scale in (
+        (k_cache, k_meta, fmt.key, k_scale),
+        (v_cache, v_meta, fmt.value, v_scale),
+    ):
+        rows = decode_rows(cache[used], meta[used], codec, tensor_scale=scale)
         if spec.layout == "bhsd":
             rows = rows.transpose(1, 2)
-        sides.append(rows.reshape(-1, spec.num_kv_heads, spec.head_dim)[:length])
+        sides.append(rows.reshape(-1, spec.num_kv_heads, rows.shape[-1])[:length])
     return sides[0], sides[1]
 
 
@@ -47,18 +53,28 @@ def flatten_kv_cache(
     *,
     rotate_back: bool = False,
     out_tokens: int | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense float32 K and V ``[N, HK, D]``; rows past the last sequence are zero."""
+    """Dense float32 K ``[N, HK, D]`` and V ``[N, HK, DV]``.
+
+    Rows past the last sequence are zero.
+    """
     lengths = seq_lens.tolist()
     total = sum(lengths) if out_tokens is None else out_tokens
-    shape = (total, spec.num_kv_heads, spec.head_dim)
-    k = torch.zeros(shape, dtype=torch.float32, device=k_cache.device)
-    v = torch.zeros_like(k)
+    k, v = (
+        torch.zeros((total, spec.num_kv_heads, dim), dtype=torch.float32, device=k_cache.device)
+        for dim in (spec.head_dim, spec.value_dim)
+    )
     start = 0
     for b, length in enumerate(lengths):
-        rows = sequence_rows(spec, k_cache, v_cache, k_meta, v_meta, block_table[b], length)
+        rows = sequence_rows(
+            spec, k_cache, v_cache, k_meta, v_meta, block_table[b], length,
+            k_scale=k_scale, v_scale=v_scale,
+        )  # fmt: skip
         k[start : start + length], v[start : start + length] = rows
         start += length
     if rotate_back:
-        k, v = hadamard_rotate(k), hadamard_rotate(v)
+        rotation = spec.cache_format.rotation
+        k, v = undo_rotation(k, rotation), undo_rotation(v, rotation)
     return k, v

@@ -7,7 +7,7 @@ was never written cannot pass for a result.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -59,19 +59,54 @@ def _relative(name: str, got: torch.Tensor, want: torch.Tensor) -> float:
 
 def _random_caches(spec: CacheSpec, pages: int, device: torch.device) -> _Caches:
     """Random codes with scales as Gaussian rows have them."""
-    tensors = []
-    root = spec.head_dim**0.5
-    for name, (shape, dtype) in spec.tensor_shapes(pages).items():
-        if dtype == "uint8":
-            tensor = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    fmt = spec.cache_format
+    codes, scales = [], []
+    shapes = list(spec.tensor_shapes(pages).values())
+    for side, codec in enumerate((fmt.key, fmt.value)):
+        shape, dtype = shapes[side]
+        if codec.family == "lloyd_max" or codec.family == "affine":
+            codes.append(torch.randint(0, 256, shape, dtype=torch.uint8, device=device))
         else:
-            tensor = torch.rand(shape, device=device) * 0.2 * root + 0.9 * root
-            if name == "k_meta":
-                tensor[..., 1] = tensor[..., 1] * (0.18 / root / root)
-            tensor = tensor.to(getattr(torch, dtype))
-        tensors.append(tensor)
-    k_cache, v_cache, k_meta, v_meta = tensors
-    return k_cache, v_cache, k_meta, v_meta
+            rows = torch.randn(shape, device=device)
+            fp8 = codec.family == "fp8"
+            codes.append(
+                rows.to(torch.float8_e4m3fn).view(torch.uint8)
+                if fp8
+                else rows.to(getattr(torch, dtype))
+            )
+        shape, dtype = shapes[side + 2]
+        levels = (1 << codec.bits) - 1
+        root = codec.head_dim_of(shapes[side][0][-1]) ** 0.5
+        typical = {"scale": root, "residual": 0.18 / root, "zero": levels / 2}
+        if codec.family == "affine":
+            typical["scale"] = 6 / levels
+        meta = torch.rand(shape, device=device) * 0.2 + 0.9
+        meta *= torch.tensor([typical[name] for name in codec.meta], device=device)
+        scales.append(meta.to(getattr(torch, dtype)))
+    return (*codes, *scales)  # type: ignore[return-value]
+
+
+def _arguments(spec: CacheSpec, caches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Caches as kernels take them: a tensor's scale, here 1, in the place of its metas."""
+    fmt = spec.cache_format
+    ones = torch.ones(1, device=caches[0].device)
+    metas = zip((fmt.key, fmt.value), caches[2:], strict=True)
+    return [*caches[:2], *(ones if codec.tensor_scale else meta for codec, meta in metas)]
+
+
+def _window(spec: CacheSpec, batch: int, device: torch.device) -> list[torch.Tensor]:
+    """Random rows of a window, a ring for each sequence; nothing without a window."""
+    if not spec.window:
+        return []
+    dims = (spec.head_dim, spec.value_dim)
+    dtype = getattr(torch, spec.dtype)
+    return [
+        *(
+            torch.randn(batch, spec.window, spec.num_kv_heads, dim, device=device).to(dtype)
+            for dim in dims
+        ),
+        torch.randperm(batch, device=device).int(),
+    ]
 
 
 def _table(workload: Workload, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +145,8 @@ def _fill(workload: Workload, device: torch.device) -> Case:
     spec, tokens = workload.cache_spec, workload.shape["tokens"]
     dtype = getattr(torch, spec.dtype)
     k, v = (
-        torch.randn(tokens, spec.num_kv_heads, spec.head_dim, device=device).to(dtype)
-        for _ in range(2)
+        torch.randn(tokens, spec.num_kv_heads, dim, device=device).to(dtype)
+        for dim in (spec.head_dim, spec.value_dim)
     )
     caches = [
         torch.empty(shape, dtype=getattr(torch, name), device=device)
@@ -126,7 +161,7 @@ def _fill(workload: Workload, device: torch.device) -> Case:
         starts = torch.arange(len(lengths) + 1, device=device).int() * lengths[0].item()
         starts = starts.int()
         slots = reference.token_slots(table, lengths, starts, spec.page_size)
-        where = [table, lengths, starts]
+        where = [table, lengths, starts, *_window(spec, len(lengths), device)]
 
     def poison() -> None:
         for cache in caches:
@@ -143,16 +178,26 @@ def _fill(workload: Workload, device: torch.device) -> Case:
         ):
             if spec.layout == "bhsd":
                 cache, meta = cache.transpose(1, 2), meta.transpose(1, 2)
-            rotated = reference.hadamard_rotate(rows[chosen])
-            packed, scales = reference.encode_rows(rotated, codec)
-            got = reference.unpack_codes(cache[at, offset], codec.bits)
-            differ = got != reference.unpack_codes(packed, codec.bits)
-            if bool((differ & (reference.boundary_distance(rotated, codec) > _TIE)).any()):
+            rotated = reference.rotate_rows(rows[chosen], fmt.rotation)
+            packed, scales = reference.encode_rows(
+                rotated, codec, fmt.scale_rule, dtype=cache.dtype
+            )
+            if not codec.packed:
+                worst = max(worst, _relative("fill", cache[at, offset], packed.float()))
+                continue
+            got = reference.unpack_codes(cache[at, offset], *codec.plane_bits)
+            differ = got != reference.unpack_codes(packed, *codec.plane_bits)
+            ties = reference.boundary_distance(rotated, codec) <= _TIE
+            if codec.tensor_scale and fmt.rotation != "none":
+                # Sums of another order round to the neighbouring code.
+                ties |= (got.int() - reference.unpack_codes(packed, 8).int()).abs() <= 1
+            if bool((differ & ~ties).any()):
                 raise WrongResultError(f"fill: codes of {codec.name} must equal the reference's")
-            worst = max(worst, _relative("fill scales", meta[at, offset], scales))
+            if codec.meta:
+                worst = max(worst, _relative("fill scales", meta[at, offset], scales))
         return worst
 
-    return Case(lambda launch: [k, v, *caches, *where], poison, check)
+    return Case(lambda launch: [k, v, *_arguments(spec, caches), *where], poison, check)
 
 
 def _flatten(workload: Workload, device: torch.device) -> Case:
@@ -162,8 +207,8 @@ def _flatten(workload: Workload, device: torch.device) -> Case:
     table, lengths = _table(workload, device)
     starts = (lengths.cumsum(0) - lengths).int()
     out = [
-        torch.empty(tokens, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device)
-        for _ in range(2)
+        torch.empty(tokens, spec.num_kv_heads, dim, dtype=dtype, device=device)
+        for dim in (spec.head_dim, spec.value_dim)
     ]
 
     def poison() -> None:
@@ -177,11 +222,12 @@ def _flatten(workload: Workload, device: torch.device) -> Case:
             want = reference.sequence_rows(spec, *caches, table[b], count)
             for got, rows in zip(out, want, strict=True):
                 if workload.function == "flatten_unrotated":
-                    rows = reference.hadamard_rotate(rows)
+                    rows = reference.rotate_back(rows, spec.cache_format.rotation)
                 worst = max(worst, _relative("flatten", got[begin : begin + count], rows))
         return worst
 
-    return Case(lambda launch: [*caches, table, lengths, starts, *out], poison, check)
+    arguments = [*_arguments(spec, caches), table, lengths, starts, *out]
+    return Case(lambda launch: arguments, poison, check)
 
 
 def _decode(workload: Workload, device: torch.device) -> Case:
@@ -190,7 +236,8 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     caches = _random_caches(spec, workload.shape["pages"], device)
     table, lengths = _table(workload, device)
     q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device=device).to(dtype)
-    out = torch.empty_like(q)
+    out = torch.empty(batch, spec.num_q_heads, spec.value_dim, dtype=dtype, device=device)
+    window = _window(spec, batch, device)
     scale = spec.head_dim**-0.5
     context = int(lengths[0])
 
@@ -198,13 +245,15 @@ def _decode(workload: Workload, device: torch.device) -> Case:
         parts = num_parts(spec, batch, context, launch, processors(device))
         floats = workspace_floats(spec, batch, parts, launch)
         workspace = torch.full((floats,), float("nan"), device=device)
-        return [q, *caches, table, lengths, workspace, out, parts, scale]
+        inputs = [q, *_arguments(spec, caches), table, lengths, *window]
+        return [*inputs, workspace, out, parts, scale]
 
     def check() -> float:
         chosen = sorted({0, batch - 1})[:_CHECKED_SEQUENCES]
         want = reference.paged_decode(
-            spec, q[chosen], *caches, table[chosen], lengths[chosen], sm_scale=scale
-        )
+            spec, q[chosen], *caches, table[chosen], lengths[chosen], sm_scale=scale,
+            window=(window[0], window[1], window[2][chosen]) if window else None,
+        )  # fmt: skip
         return _relative("decode", out[chosen], want)
 
     def poison() -> None:
