@@ -126,7 +126,7 @@ def test_wrong_usage_exits_with_two(arguments, part):
         (["bench", "--device", "cuda:99"], "bench: device must be one that torch can use"),
         (
             ["build", "--target", "nvidia_h200", "--spec", SPEC],
-            f"must be float16 or bfloat16, got {SPEC}; build it for a CPU",
+            f"float16 or bfloat16), got {SPEC}; use the CPU",
         ),
     ],
 )

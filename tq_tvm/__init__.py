@@ -22,7 +22,7 @@ from tq_tvm.ops import (
     paged_decode,
     paged_decode_workspace_size,
 )
-from tq_tvm.spec import CacheSpec, QuantPolicy
+from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
 __all__ = [
     "ArgumentTypeError",
@@ -30,6 +30,7 @@ __all__ = [
     "ArtifactCorruptError",
     "ArtifactNotFoundError",
     "BuildError",
+    "CacheFormat",
     "CacheSpec",
     "PagedKVCache",
     "QuantPolicy",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["sources_digest"]
 
-_MODULES = ("tq_tvm.spec", "tq_tvm.kernels", "tq_tvm.schedules", "tq_tvm.build")
+_MODULES = ("tq_tvm.formats", "tq_tvm.spec", "tq_tvm.kernels", "tq_tvm.schedules", "tq_tvm.build")
 _SUFFIXES = (".py", ".cpp")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ class Batch:
         kept[self.last] = False
         return kept.nonzero()[:, 0]
 
-    def prefill_arguments(self) -> dict[str, torch.Tensor]:
+    def prefill_arguments(self) -> dict[str, Any]:
         """Arguments of ``PagedKVCache.fill`` for the prefill, by block table."""
         rows = self.prefill_rows()
         before = self.seq_lens - 1
@@ -100,7 +101,7 @@ class Batch:
             "q_start_loc": torch.cat([ends.new_zeros(1), ends]),
         }
 
-    def append_arguments(self) -> dict[str, torch.Tensor]:
+    def append_arguments(self) -> dict[str, Any]:
         """Arguments of ``PagedKVCache.fill`` for one token a sequence, by slot."""
         return {
             "k": self.k[self.last],

@@ -282,14 +282,17 @@ def _scale_of(
         out = total(f"{prefix}_{name}", head_dim, lambda m, p: a[m, p] * b[m, p])
         return out[0] * T.float32(factor)
 
-    if scale_rule == "matched":
-        return T.sqrt(sum_of("power", row, row, scale * scale) / sum_of("size", unit, unit, 1.0))
-    dot = sum_of("dot", row, unit, scale)
     if scale_rule == "least_squares":
-        return dot / sum_of("size", unit, unit, 1.0)
-    power = sum_of("power", row, row, scale * scale)
+        over = sum_of("dot", row, unit, scale)
+    else:
+        over = sum_of("power", row, row, scale * scale)
+    if scale_rule == "unbiased":
+        under = sum_of("dot", row, unit, scale)
+    else:
+        under = sum_of("size", unit, unit, 1.0)
     # A row of zeros has a scale of zero; nan stays.
-    return T.Select(T.EQ(dot, T.float32(0)), T.float32(0), power / dot)
+    ratio = T.Select(T.EQ(under, T.float32(0)), T.float32(0), over / under)
+    return T.sqrt(ratio) if scale_rule == "matched" else ratio
 
 
 # --- affine

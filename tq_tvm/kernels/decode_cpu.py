@@ -77,8 +77,8 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
     LONGER = max(D, DV)
     WINDOW = spec.window
     WINDOWED = WINDOW > 0
-    VEC = math.gcd(min(config.vector, D // 4), D)
-    VEC_V = math.gcd(min(config.vector, DV // 4), DV)
+    VEC = min(config.vector, D // 4)
+    VEC_V = min(config.vector, DV // 4)
     key, value = spec.cache_format.key, spec.cache_format.value
     ROTATION = spec.cache_format.rotation
     RSQRT = rotation_scale(ROTATION, D)

@@ -139,11 +139,13 @@ def _encode_lloyd_max(
         power, dot, size = (
             (a * b).sum(-1, keepdim=True) for a, b in ((rows, rows), (rows, unit), (unit, unit))
         )
-        scale = {
-            "matched": (power / size).sqrt(),
-            "least_squares": dot / size,
-            "unbiased": torch.where(dot == 0, 0.0, power / dot),
+        over, under = {
+            "matched": (power, size),
+            "least_squares": (dot, size),
+            "unbiased": (power, dot),
         }[scale_rule or ""]
+        scale = torch.where(under == 0, 0.0, over / under)
+        scale = scale.sqrt() if scale_rule == "matched" else scale
     return codes, scale if gap is None else torch.cat([scale, gap], dim=-1)
 
 
