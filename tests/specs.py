@@ -72,4 +72,4 @@ def by_slot(spec: CacheSpec, tensor: torch.Tensor) -> torch.Tensor:
     """A cache tensor as [P * PS, HK, ...]."""
     if spec.layout == "bhsd":
         tensor = tensor.transpose(1, 2)
-    return tensor.reshape(-1, spec.num_kv_heads, tensor.shape[-1])
+    return tensor.flatten(0, 1)
