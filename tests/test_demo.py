@@ -15,8 +15,8 @@ from tq_tvm.artifacts import FileRecord, Manifest, Variant, manifest
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.demo import __main__ as demo
 from tq_tvm.demo import prepare
-from tq_tvm.demo.theory import expected_distortion
 from tq_tvm.errors import BuildError, TQError, TuningLogError
+from tq_tvm.quality.theory import expected_distortion
 from tq_tvm.spec import FUNCTIONS, K4V2, CacheSpec
 
 LENGTHS = (1, 17, 65, 130)

@@ -1,4 +1,4 @@
-"""The command ``tq-tvm``: tune, build, list, verify, bench, show-config.
+"""The command ``tq-tvm``: tune, build, list, verify, bench, quality, show-config.
 
 Exit codes: 0 all is well, 1 an operation failed (the message says what to do), 2 wrong usage,
 130 interrupted.
@@ -19,8 +19,9 @@ from tabulate import tabulate
 
 from tq_tvm import artifacts, env
 from tq_tvm._version import __version__
-from tq_tvm.errors import ArtifactNotFoundError, BuildError, TQError
-from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, parse_spec
+from tq_tvm.errors import ArgumentValueError, ArtifactNotFoundError, BuildError, TQError
+from tq_tvm.formats import FORMATS, get_format
+from tq_tvm.spec import FUNCTIONS, HEAD_DIMS, CacheSpec, RotateSpec, Spec, parse_spec
 from tq_tvm.targets import TARGETS, TargetInfo, as_device, cpu_threads, detect, get_target
 
 __all__ = ["main"]
@@ -371,6 +372,105 @@ def bench(
     absent = {f"{name}: {why}" for row in done for name, why in row.peers_absent.items()}
     for line in sorted(absent):
         click.echo(f"not timed: {line}", err=True)
+
+
+@main.command()
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    help="Preset, policy or slug; may be repeated. Every preset by default.",
+)
+@click.option("--head-dim", type=click.Choice(tuple(map(str, HEAD_DIMS))), default="128")
+@click.option(
+    "--context",
+    "contexts",
+    type=click.IntRange(16),
+    multiple=True,
+    help="Tokens attended to; may be repeated. 1k, 8k, 32k and 128k by default.",
+)
+@click.option(
+    "--rows",
+    "rows_path",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Rows of a real model: a tensor [N, head_dim] that torch.save wrote.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="torch device.")
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory to draw distortion.svg and attention.svg into; needs the extra 'plot'.",
+)
+@click.option(
+    "--readme",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="File whose marks the tables are put between.",
+)
+@_json_option
+@_reported
+def quality(
+    formats: tuple[str, ...],
+    head_dim: str,
+    contexts: tuple[int, ...],
+    rows_path: Path | None,
+    seed: int,
+    device: str,
+    pictures: Path | None,
+    readme: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what formats cost: distortion, logits, attention and a needle, beside theory."""
+    import torch
+    from tqdm import tqdm
+
+    from tq_tvm.quality import measure, table
+
+    where, dim = as_device("quality", device), int(head_dim)
+    names = [get_format(int(f) if f.isdigit() else f).name for f in formats or FORMATS]
+    rows = {}
+    if rows_path is not None:
+        real = torch.load(rows_path, map_location=where, weights_only=True)
+        if not isinstance(real, torch.Tensor) or real.ndim != 2 or real.shape[1] != dim:
+            shape = list(real.shape) if isinstance(real, torch.Tensor) else type(real).__name__
+            raise ArgumentValueError(
+                f"quality: rows must be a tensor [N, {dim}], got {shape}; pass --head-dim"
+            )
+        rows["real"] = real.float()
+    codecs = measure.measure_codecs(dim, seed=seed, device=where)
+    presets = [
+        measure.measure_preset(
+            name,
+            dim,
+            contexts=sorted(contexts) or measure.CONTEXTS,
+            rows=rows,
+            seed=seed,
+            device=where,
+        )
+        for name in tqdm(names, unit="format", disable=None)
+    ]
+    kept = [table.preset_table(presets), table.codec_table(codecs)]
+    if pictures is not None:
+        from tq_tvm.quality.pictures import draw
+
+        for path in draw(codecs, presets, pictures):
+            click.echo(f"drawn: {path}", err=True)
+    if readme is not None:
+        table.replace_tables(readme, "\n\n".join(kept))
+    if as_json:
+        _print_json({"codecs": codecs, "presets": [_flat(preset) for preset in presets]})
+    else:
+        click.echo("\n\n".join([*kept, table.attention_table(presets)]))
+
+
+def _flat(preset: Any) -> dict[str, Any]:
+    """A preset's numbers with keys that JSON has."""
+    return {
+        name: {f"{k[0]}, {k[1]:g}" if isinstance(k, tuple) else k: v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for name, value in vars(preset).items()
+    }
 
 
 def _ensure_library(spec: Spec, target: TargetInfo) -> None:

@@ -12,8 +12,8 @@ from tq_tvm import reference
 from tq_tvm.artifacts import LoadedVariant, load
 from tq_tvm.bench.timing import time_us
 from tq_tvm.demo.batch import Batch
-from tq_tvm.demo.theory import expected_distortion
 from tq_tvm.ops import hadamard_rotate
+from tq_tvm.quality.theory import expected_distortion
 
 __all__ = ["Call", "Errors", "calls", "measure_errors", "time_call"]
 
