@@ -348,3 +348,23 @@ def test_unusual_rows_stay_where_they_are(cpu, spec):
         torch.testing.assert_close(mine[3].float(), dense[3], rtol=0.1, atol=1e-6)
         assert torch.equal(mine[4:].isfinite(), dense[4:].isfinite())
         assert not bool(mine[5].isfinite().all())
+
+
+def test_compiles_without_graph_break(cpu):
+    """Tensor scales and windows are arguments of the registered ops."""
+    spec = SPECS[5]
+    cpu(spec)
+    batch, table, window = filled(spec)
+    k, v = new_rows(spec, batch.tokens)
+    q = rows("gaussian", len(LENGTHS), spec.num_q_heads, 64, seed=3).to(k)
+    options = {"policy": spec.format, "k_scale": torch.full((1,), 0.5), "window": window}
+
+    def step(k, v, q):
+        fill_kv_cache(k, v, *batch.caches, **table, q_start_loc=batch.starts, **options)
+        return paged_decode(q, *batch.caches, **table, **options)
+
+    want = step(k, v, q)
+    for tensor in (*batch.caches, *window[:2]):
+        tensor.zero_()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(k, v, q), want)

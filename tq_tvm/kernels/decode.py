@@ -1,9 +1,11 @@
 r"""``decode``: attention of one new token a sequence over its packed pages.
 
 Equation
-    q' = q H / sqrt(D), k and v the dequantised rows (``tq_tvm.spec``), still rotated::
+    q' = q H / sqrt(D), k and v the dequantised rows (``tq_tvm.formats``), still rotated::
 
         out = (softmax(sm_scale q' k^T) v) H / sqrt(D)
+
+    with the signs of a signed rotation, or without H, as the format has it,
 
     computed as online softmax over parts of the context, each of which leaves m = a bound of the
     logits (in units of log2), l = sum 2^(logit - m) and o = sum 2^(logit - m) v; then merged.
@@ -13,19 +15,19 @@ Buffers
     name         shape                                     dtype    use
     ===========  ========================================  =======  =====================
     q            [B, HQ, D]                                dtype    in
-    k_cache      [P, PS, HK, D/2], free page stride        uint8    in
-    v_cache      [P, PS, HK, D/4], free page stride        uint8    in
-    k_meta       [P, PS, HK, 2], free page stride          dtype    in
-    v_meta       [P, PS, HK, 1], free page stride          dtype    in
+    k_cache      [P, PS, HK, BK], free page stride         uint8    in; dtype of codec none
+    v_cache      [P, PS, HK, BV], free page stride         uint8    in
+    k_meta       [P, PS, HK, MK], free page stride         dtype    in; [1] float32 of fp8
+    v_meta       [P, PS, HK, MV], free page stride         dtype    in
     block_table  [B, MB]                                   int32    in
     seq_lens     [B]                                       int32    in
     workspace    [W], see ``tq_tvm.splits``                float32  scratch: o, then (m, l)
-    out          [B, HQ, D]                                dtype    out
+    out          [B, HQ, DV]                               dtype    out
     num_parts    scalar: splits (CPU), or groups (GPU)     int32    in
     sm_scale     scalar                                    float32  in
     ===========  ========================================  =======  =====================
 
-Static: format, D, HQ, HK, PS, dtype, layout. Dynamic: B, P, MB, lengths, strides, splits.
+Static: format, D, DV, HQ, HK, PS, dtype, layout, window (``decode_cpu``). Dynamic: B, P, MB, lengths, strides, splits.
 
 Tail
     Tokens past a sequence's end are masked, scales included. An empty sequence gives zeros.

@@ -1,18 +1,19 @@
 r"""``fill``: rotate, quantise, pack and write new K and V rows into pages, in one launch.
 
 Equation
-    ``tq_tvm.spec``: y = x H / sqrt(D), then each codec's codes and scales, for the row of every
-    (token, KV head).
+    ``tq_tvm.formats``: y = x H / sqrt(D), with signs or none as the format has it, then each
+    codec's codes and scales, for the row of every (token, KV head).
 
 Buffers
     ============  ================================  ======  ==========================
     name          shape                             dtype   use
     ============  ================================  ======  ==========================
-    k, v          [T, HK, D], free token stride     dtype   in
-    k_cache       [P, PS, HK, D/2], free page str.  uint8   out, rows of new tokens only
-    v_cache       [P, PS, HK, D/4], free page str.  uint8   out
-    k_meta        [P, PS, HK, 2], free page stride  dtype   out
-    v_meta        [P, PS, HK, 1], free page stride  dtype   out
+    k, v          [T, HK, D], [T, HK, DV], free     dtype   in
+                  token stride
+    k_cache       [P, PS, HK, BK], free page str.   uint8   out, rows of new tokens only
+    v_cache       [P, PS, HK, BV], free page str.   uint8   out; dtype where a codec is none
+    k_meta        [P, PS, HK, MK], free page str.   dtype   out; [1] float32 in, of fp8
+    v_meta        [P, PS, HK, MV], free page str.   dtype   out; [1] float32 in, of fp8
     slot_mapping  [T]                               int64   in, ``fill_slots``
     block_table   [B, MB]                           int32   in, ``fill_table``
     seq_lens      [B], after the append             int32   in, ``fill_table``
@@ -26,7 +27,7 @@ Buffers
     ``fill_table``: token t of sequence b sits at position
     seq_lens[b] - (q_start_loc[b+1] - q_start_loc[b]) + (t - q_start_loc[b]).
 
-Static: format, D, HK, PS, dtype, layout. Dynamic: T >= 1, B, P, MB, lengths, strides.
+Static: format, D, DV, HK, PS, dtype, layout, window. Dynamic: T >= 1, B, P, MB, lengths, strides.
 
 Tail
     As in ``rotate``. Tokens past q_start_loc[B], and those before position 0, are skipped.
@@ -39,8 +40,8 @@ Cost of one value (k4v2, D = 128, bf16)
     2 bytes read, 0.4 written; about 7 additions to rotate, 10 operations to encode K, 6 for V.
 
 Blocks that schedules name: ``row`` > ``slot``, then for ``k`` and ``v``: ``load``, ``widen``,
-``stage*``, ``square``, ``norm``, ``inverse``, ``code``, ``residual_square``, ``residual_norm``
-(k), ``pack``, ``store``, ``scale``, ``meta``.
+``stage*`` and ``paley*``, those of `tq_tvm.kernels.codecs`, ``scale``, ``meta``; with a window
+``window_narrow`` and ``window_store``.
 """
 
 from __future__ import annotations

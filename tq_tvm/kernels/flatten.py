@@ -1,25 +1,26 @@
 r"""``flatten``: gather the pages of a ragged batch and dequantise them into dense K and V.
 
 Equation
-    k = n (c3[idx]/sqrt(D) + g (sign ? 1 : -1)), v = n c2[idx]/sqrt(D) (``tq_tvm.spec``), in the
-    rotated domain; ``unrotated`` multiplies by H / sqrt(D) once more.
+    Each row as its codec decodes it (``tq_tvm.formats``), in the rotated domain; ``unrotated``
+    undoes the format's rotation: multiplies by H / sqrt(D) once more, and by the signs if any.
 
 Buffers
     ===========  ========================================  ======  ===
     name         shape                                     dtype   use
     ===========  ========================================  ======  ===
-    k_cache      [P, PS, HK, D/2], free page stride        uint8   in
-    v_cache      [P, PS, HK, D/4], free page stride        uint8   in
-    k_meta       [P, PS, HK, 2], free page stride          dtype   in
-    v_meta       [P, PS, HK, 1], free page stride          dtype   in
+    k_cache      [P, PS, HK, BK], free page stride         uint8   in; dtype where codec is none
+    v_cache      [P, PS, HK, BV], free page stride         uint8   in
+    k_meta       [P, PS, HK, MK], free page stride         dtype   in; [1] float32 of fp8
+    v_meta       [P, PS, HK, MV], free page stride         dtype   in
     block_table  [B, MB]                                   int32   in
     seq_lens     [B]                                       int32   in
     start_loc    [B], first output row of each sequence    int32   in
     k_out        [N, HK, D], free token stride              dtype   out
-    v_out        [N, HK, D], free token stride              dtype   out
+    v_out        [N, HK, DV], free token stride             dtype   out
     ===========  ========================================  ======  ===
 
-Static: format, D, HK, PS, dtype, layout, unrotated. Dynamic: N, B >= 1, P, MB, lengths, strides.
+Static: format, D, DV, HK, PS, dtype, layout, unrotated. Dynamic: N, B >= 1, P, MB, lengths and
+strides.
 
 Tail
     As in ``rotate``. Output rows that belong to no sequence become zero.
@@ -31,7 +32,7 @@ Cost of one value (k4v2, D = 128, bf16)
     0.4 bytes read, 2 written; about 9 operations for K and 5 for V, 8 more to rotate back.
 
 Blocks that schedules name: ``row`` > ``sequence``, ``slot``, then for ``k`` and ``v``: ``load``,
-``scales``, ``value``, ``stage*`` (unrotated), ``narrow``, ``store``.
+``scales``, ``value``, ``stage*`` and ``paley*`` (unrotated), ``narrow``, ``store``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 r"""``rotate``: the orthonormal Hadamard transform of rows.
 
 Equation
-    y = x H / sqrt(D), H the Sylvester Walsh-Hadamard matrix; H / sqrt(D) is its own inverse.
+    y = x H / sqrt(D), H a symmetric Hadamard matrix, so that H / sqrt(D) is its own inverse:
+    Sylvester's of a power of two, else a product of `tq_tvm.formats.hadamard_factors`.
 
 Buffers
     ====  =======  =======  ====
@@ -18,15 +19,16 @@ Tail
     and write nothing.
 
 Numerics
-    float32 butterflies in log2(D) steps, scaled by 1/sqrt(D) at the end, one rounding to dtype.
+    float32 butterflies in log2(D) steps, sums of 12, 20 or 28 values where D has such a factor,
+    scaled by 1/sqrt(D) at the end, one rounding to dtype.
 
 Cost of one value (D = 128, bf16)
     2 bytes read and 2 written; 7 additions and 1 multiplication.
 
 GPUs have a second design, `rotate_cuda`, which is the only one for D > 256.
 
-Blocks that schedules name: ``row`` > ``x_load``, ``x_widen``, ``x_stage*``, ``y_narrow``,
-``y_store``.
+Blocks that schedules name: ``row`` > ``x_load``, ``x_widen``, ``x_stage*``, ``x_paley*``,
+``y_narrow``, ``y_store``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Messages follow ``<operation>: <argument> must be <expected>, got <actual>; <wha
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -13,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from tq_tvm.errors import ArgumentTypeError, ArgumentValueError, UnsupportedSpecError
-from tq_tvm.formats import POLICIES
+from tq_tvm.formats import CODECS, POLICIES
 from tq_tvm.spec import (
     FORMATS,
     HEAD_DIMS,
@@ -31,6 +30,7 @@ __all__ = [
     "CACHE_NAMES",
     "SCALE_NAMES",
     "WINDOW_NAMES",
+    "Scales",
     "as_integer",
     "as_number",
     "as_policy",
@@ -56,6 +56,7 @@ __all__ = [
     "check_strided",
     "check_table_arguments",
     "check_window",
+    "codecs_of",
     "dtype_name",
     "fail",
     "format_of",
@@ -64,6 +65,7 @@ __all__ = [
     "make_spec",
     "suspect_caches",
     "suspect_rows",
+    "tensor_scales",
 ]
 
 _Spec = TypeVar("_Spec", CacheSpec, RotateSpec)
@@ -130,10 +132,25 @@ def as_number(op: str, name: str, value: Any) -> float:
 
 
 def as_policy(op: str, policy: Any) -> str:
-    """Return the name of a cache format that is given by number, name or itself."""
+    """Return a name of a cache format that is given by number, name or itself.
+
+    This and `codecs_of` are what torch.compile traces of a format, so they do without caches.
+    """
     if type(policy) in (int, QuantPolicy) and policy in POLICIES:
         return POLICIES[QuantPolicy(policy)]
-    return policy if isinstance(policy, str) and policy in FORMATS else format_of(op, policy).name
+    if isinstance(policy, CacheFormat):
+        return policy.slug
+    return policy if isinstance(policy, str) else format_of(op, policy).name
+
+
+def codecs_of(op: str, policy: str) -> tuple[Codec, Codec]:
+    """Return the codecs of a format by its name."""
+    if policy in FORMATS:
+        return FORMATS[policy].key, FORMATS[policy].value
+    names = policy.split("-")[:2]
+    if len(names) < 2 or names[0] not in CODECS or names[1] not in CODECS:
+        format_of(op, policy)
+    return CODECS[names[0]], CODECS[names[1]]
 
 
 def format_of(op: str, policy: Any) -> CacheFormat:
@@ -145,27 +162,29 @@ def format_of(op: str, policy: Any) -> CacheFormat:
         raise UnsupportedSpecError(f"{op}: policy {message}; name a format") from None
 
 
-def as_scale(
-    op: str, name: str, value: Any, scaled: bool, device: torch.device
-) -> torch.Tensor | None:
-    """Return the scale of a whole cache tensor as float32 ``[1]``; None for codecs without one.
-
-    A number is put on the device, which costs a launch there; without a value the scale is 1.
-    """
-    if not scaled:
-        if value is not None:
-            fail(op, name, "None for a format whose rows have scales", value, "leave it out")
-        return None
+def as_scale(op: str, name: str, value: Any, device: torch.device) -> torch.Tensor | None:
+    """Return the scale of a whole cache tensor; a number becomes a float32 tensor ``[1]``."""
     if value is None:
-        return _one(device)
+        return None
     if hasattr(value, "__dlpack__"):
         return as_tensor(op, name, value)
     return torch.full((1,), as_number(op, name, value), dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(maxsize=64)
-def _one(device: torch.device) -> torch.Tensor:
-    return torch.ones(1, dtype=torch.float32, device=device)
+Scales = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+def tensor_scales(op: str, policy: str, given: Scales, device: torch.device) -> Scales:
+    """The scales of a format's tensors: 1 where a codec has one and none is given."""
+    fmt = format_of(op, policy)
+    scales = []
+    for name, codec, scale in zip(SCALE_NAMES, (fmt.key, fmt.value), given, strict=True):
+        if scale is not None and not codec.tensor_scale:
+            fail(op, name, "None for a format whose rows have scales", "one", "leave it out")
+        if scale is None and codec.tensor_scale:
+            scale = torch.ones(1, dtype=torch.float32, device=device)
+        scales.append(scale)
+    return scales[0], scales[1]
 
 
 def as_window(op: str, window: Any) -> tuple[torch.Tensor | None, ...]:

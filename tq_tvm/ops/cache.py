@@ -93,7 +93,9 @@ class PagedKVCache:
             _check.fail(_OP, "sequences", expected, sequences, "size it with spec.window")
         if device is not None:
             device = as_device(_OP, device)
-        names = [spec.format] if formats is None else [_check.as_policy(_OP, f) for f in formats]
+        names = (
+            [spec.format] if formats is None else [_check.format_of(_OP, f).name for f in formats]
+        )
         if not names:
             _check.fail(_OP, "formats", "one format a layer", "none", "name at least one")
         self.specs = tuple(dataclasses.replace(spec, format=name) for name in names)

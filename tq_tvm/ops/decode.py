@@ -10,7 +10,7 @@ from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _values
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.workspace import choose_launch
-from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, QuantPolicy
+from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy
 from tq_tvm.splits import workspace_floats
 
 __all__ = ["paged_decode"]
@@ -70,8 +70,8 @@ def paged_decode(
     policy
         Cache format: its number, a preset's name, a slug or a `CacheFormat`.
     k_scale, v_scale
-        Scale of all keys, of all values, in ``fp8``: a number, or a float32 tensor ``[1]`` on the
-        device, which costs no launch; None is 1. None in other formats.
+        Scale of all keys, of all values, in ``fp8``: a number (None is 1), or a float32 tensor
+        ``[1]`` on the device, which saves a launch. None in other formats.
     window
         ``k_window``, ``v_window`` and ``window_slots`` as `tq_tvm.fill_kv_cache` writes them: the
         newest N tokens of each sequence are attended from there, the others from the cache. On the
@@ -111,12 +111,12 @@ def paged_decode(
     q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens = _check.as_tensors(
         _OP, _NAMES, (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
     )
-    fmt = _check.format_of(_OP, policy)
     scales = (
-        _check.as_scale(_OP, "k_scale", k_scale, fmt.key.tensor_scale, k_cache.device),
-        _check.as_scale(_OP, "v_scale", v_scale, fmt.value.tensor_scale, k_cache.device),
+        _check.as_scale(_OP, "k_scale", k_scale, k_cache.device),
+        _check.as_scale(_OP, "v_scale", v_scale, k_cache.device),
     )
-    result = _new_result(q, v_cache, fmt) if out is None else _check.as_tensor(_OP, "out", out)
+    _, codec = _check.codecs_of(_OP, policy)
+    result = _new_result(q, v_cache, codec) if out is None else _check.as_tensor(_OP, "out", out)
     if workspace is not None:
         workspace = _check.as_tensor(_OP, "workspace", workspace)
     if sm_scale is None:
@@ -132,9 +132,9 @@ def paged_decode(
     return result if out is None else out
 
 
-def _new_result(q: torch.Tensor, v_cache: torch.Tensor, fmt: CacheFormat) -> torch.Tensor:
+def _new_result(q: torch.Tensor, v_cache: torch.Tensor, codec: Codec) -> torch.Tensor:
     """Where the output goes; its width follows the values' where that is a head_dim."""
-    dim = fmt.value.head_dim_of(v_cache.shape[-1]) if v_cache.ndim else 0
+    dim = codec.head_dim_of(v_cache.shape[-1]) if v_cache.ndim else 0
     if q.ndim == 0 or dim == q.shape[-1] or dim not in HEAD_DIMS:
         return torch.empty_like(q)
     return q.new_empty((*q.shape[:-1], dim))
@@ -162,7 +162,7 @@ def _decode(
     window_slots: torch.Tensor | None,
 ) -> None:
     arguments = (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, out)
-    scales = (k_scale, v_scale)
+    scales = _check.tensor_scales(_OP, policy, (k_scale, v_scale), q.device)
     window = _check.given(_check.WINDOW_NAMES, (k_window, v_window, window_slots))
     caches = _check.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
     inputs: tuple[torch.Tensor, ...] = (q, *caches, block_table, seq_lens, *window.values())
@@ -239,7 +239,7 @@ def _check_arguments(
     tensors: tuple[torch.Tensor, ...],
     layout: str,
     policy: str,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    scales: _check.Scales,
     window: dict[str, torch.Tensor],
 ) -> tuple[CacheSpec, tuple[torch.Tensor, ...]]:
     """Check everything but the workspace; return the spec and the kernel's input tensors."""

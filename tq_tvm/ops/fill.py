@@ -68,8 +68,8 @@ def fill_kv_cache(
     policy
         Cache format: its number, a preset's name, a slug or a `CacheFormat`.
     k_scale, v_scale
-        Scale of all keys, of all values, in ``fp8``: a number, or a float32 tensor ``[1]`` on the
-        device, which costs no launch; None is 1. None in other formats.
+        Scale of all keys, of all values, in ``fp8``: a number (None is 1), or a float32 tensor
+        ``[1]`` on the device, which saves a launch. None in other formats.
     window
         ``k_window`` ``[S, N, HK, D]``, ``v_window`` ``[S, N, HK, DV]`` in the model's dtype and
         ``window_slots`` ``[B]`` int32, written too: the rotated rows of the newest N tokens of each
@@ -99,10 +99,9 @@ def fill_kv_cache(
     k, v, k_cache, v_cache, k_meta, v_meta = _check.as_tensors(
         _OP, _NAMES, (k, v, k_cache, v_cache, k_meta, v_meta)
     )
-    fmt = _check.format_of(_OP, policy)
     scales = (
-        _check.as_scale(_OP, "k_scale", k_scale, fmt.key.tensor_scale, k_cache.device),
-        _check.as_scale(_OP, "v_scale", v_scale, fmt.value.tensor_scale, k_cache.device),
+        _check.as_scale(_OP, "k_scale", k_scale, k_cache.device),
+        _check.as_scale(_OP, "v_scale", v_scale, k_cache.device),
     )
     table = (block_table, seq_lens, q_start_loc)
     if slot_mapping is not None and window is not None:
@@ -185,10 +184,11 @@ def _fill(
     index: dict[str, torch.Tensor],
     layout: str,
     policy: str,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    scales: _check.Scales,
     window: dict[str, torch.Tensor],
 ) -> None:
     k, v = rows
+    scales = _check.tensor_scales(_OP, policy, scales, k.device)
     size_of_window = window["k_window"].shape[1:2] if window else ()
     shapes = (k.shape[1:], v.shape[2:], caches[0].shape, size_of_window)
     key = (function, shapes, k.dtype, k.device, layout, policy)
@@ -221,7 +221,7 @@ def _check_arguments(
     index: dict[str, torch.Tensor],
     layout: str,
     policy: str,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    scales: _check.Scales,
     window: dict[str, torch.Tensor],
 ) -> tuple[CacheSpec, tuple[torch.Tensor, ...]]:
     """Check everything; return the spec and the kernel's tensors."""

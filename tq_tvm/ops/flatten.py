@@ -65,8 +65,8 @@ def flatten_kv_cache(
     policy
         Cache format: its number, a preset's name, a slug or a `CacheFormat`.
     k_scale, v_scale
-        Scale of all keys, of all values, in ``fp8``: a number, or a float32 tensor ``[1]`` on the
-        device, which costs no launch; None is 1. None in other formats.
+        Scale of all keys, of all values, in ``fp8``: a number (None is 1), or a float32 tensor
+        ``[1]`` on the device, which saves a launch. None in other formats.
     out
         K and V to write into, ``[N, HK, D]`` and ``[N, HK, DV]``; the token stride is free.
         They must not overlap.
@@ -102,11 +102,11 @@ def flatten_kv_cache(
         _check.check_strided(_OP, "seq_lens", seq_lens)
         start_loc = torch.cumsum(seq_lens, 0, dtype=torch.int32) - seq_lens
     start_loc = _check.as_tensor(_OP, "start_loc", start_loc)
-    fmt = _check.format_of(_OP, policy)
     scales = (
-        _check.as_scale(_OP, "k_scale", k_scale, fmt.key.tensor_scale, k_cache.device),
-        _check.as_scale(_OP, "v_scale", v_scale, fmt.value.tensor_scale, k_cache.device),
+        _check.as_scale(_OP, "k_scale", k_scale, k_cache.device),
+        _check.as_scale(_OP, "v_scale", v_scale, k_cache.device),
     )
+    codecs = _check.codecs_of(_OP, policy)
     if out is None:
         for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             if cache.ndim != 4:
@@ -114,7 +114,7 @@ def flatten_kv_cache(
         heads = k_cache.shape[1 if layout == "bhsd" else 2]
         k_out, v_out = (
             k_meta.new_empty((out_tokens, heads, codec.head_dim_of(cache.shape[3])))
-            for codec, cache in ((fmt.key, k_cache), (fmt.value, v_cache))
+            for codec, cache in zip(codecs, (k_cache, v_cache), strict=True)
         )
     else:
         out = _pair(out)
@@ -156,7 +156,8 @@ def _flatten(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    caches, scales = (k_cache, v_cache, k_meta, v_meta), (k_scale, v_scale)
+    caches = (k_cache, v_cache, k_meta, v_meta)
+    scales = _check.tensor_scales(_OP, policy, (k_scale, v_scale), k_cache.device)
     others = (block_table, seq_lens, start_loc, k_out, v_out)
     arguments = (*caches, *others)
     tensors: tuple[torch.Tensor, ...] = (*_check.kernel_caches(caches, scales), *others)
@@ -193,7 +194,7 @@ def _check_arguments(
     tensors: tuple[torch.Tensor, ...],
     layout: str,
     policy: str,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    scales: _check.Scales,
 ) -> tuple[CacheSpec, tuple[torch.Tensor, ...]]:
     """Check everything; return the spec and the kernel's tensors."""
     k_cache, v_cache, k_meta, v_meta, table, lens, starts, k_out, v_out = tensors

@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import CacheSpec, check_target
 from tq_tvm.splits import launch_keys, num_parts, workspace_floats
 from tq_tvm.targets import as_device
 
@@ -43,13 +43,17 @@ def paged_decode_workspace_size(
     ------
     ArgumentTypeError, ArgumentValueError
         Not a spec, a size that is no integer or negative, or a device that torch does not have.
+    UnsupportedSpecError
+        The device has no kernel of the spec.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the spec on this device.
     """
     _check.check_spec(_OP, spec)
+    device = as_device(_OP, device)
+    check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm")
     batch = _check.as_integer(_OP, "batch", batch)
     max_context = _check.as_integer(_OP, "max_context", max_context)
-    loaded = load("decode", spec, as_device(_OP, device))
+    loaded = load("decode", spec, device)
     # A smaller batch gets more parts, and may get another variant.
     floats = (
         workspace_floats(
