@@ -27,7 +27,8 @@ Buffers
     sm_scale     scalar                                    float32  in
     ===========  ========================================  =======  =====================
 
-Static: format, D, DV, HQ, HK, PS, dtype, layout, window (``decode_cpu``). Dynamic: B, P, MB, lengths, strides, splits.
+Static: format, D, DV, HQ, HK, PS, dtype, layout, window (``decode_cpu``). Dynamic: B, P, MB,
+lengths, strides, splits.
 
 Tail
     Tokens past a sequence's end are masked, scales included. An empty sequence gives zeros.
