@@ -65,5 +65,7 @@ def contents(codec):
 
 if __name__ == "__main__":
     for codec in CODECS.values():
-        text = json.dumps(contents(codec), indent=1)
-        (HERE / f"{codec.name}.json").write_text(text + "\n")
+        file = contents(codec)
+        rows = ",\n".join(json.dumps(row) for row in file.pop("rows"))
+        text = f'{json.dumps(file)[:-1]}, "rows": [\n{rows}\n]}}\n'
+        (HERE / f"{codec.name}.json").write_text(text)

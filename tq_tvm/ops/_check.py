@@ -105,6 +105,11 @@ def as_tensors(op: str, names: Sequence[str], values: Sequence[Any]) -> Sequence
 
 def given(names: Sequence[str], tensors: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """Optional tensors that are not None, by name."""
+    for tensor in tensors:
+        if tensor is not None:
+            break
+    else:
+        return {}
     return {n: t for n, t in zip(names, tensors, strict=True) if t is not None}
 
 
@@ -176,9 +181,12 @@ Scales = tuple[torch.Tensor | None, torch.Tensor | None]
 
 def tensor_scales(op: str, policy: str, given: Scales, device: torch.device) -> Scales:
     """The scales of a format's tensors: 1 where a codec has one and none is given."""
-    fmt = format_of(op, policy)
+    codecs = codecs_of(op, policy)
+    k_scale, v_scale = given
+    if k_scale is v_scale is None and not (codecs[0].tensor_scale or codecs[1].tensor_scale):
+        return given
     scales = []
-    for name, codec, scale in zip(SCALE_NAMES, (fmt.key, fmt.value), given, strict=True):
+    for name, codec, scale in zip(SCALE_NAMES, codecs, given, strict=True):
         if scale is not None and not codec.tensor_scale:
             fail(op, name, "None for a format whose rows have scales", "one", "leave it out")
         if scale is None and codec.tensor_scale:

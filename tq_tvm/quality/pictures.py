@@ -58,12 +58,16 @@ def _draw_distortion(axes: Any, codecs: list[CodecQuality]) -> None:
 def _draw_attention(axes: Any, presets: list[PresetQuality]) -> None:
     scales = sorted({scale for _, scale in presets[0].divergence})
     scale = scales[len(scales) // 2]
-    for row, marker in zip(presets, _MARKERS * len(presets), strict=False):
-        contexts = sorted({context for context, s in row.divergence if s == scale})
+    contexts = sorted({context for context, _ in presets[0].divergence})
+    # What loses nothing has no place on a logarithmic axis.
+    lossy = [row for row in presets if row.output[contexts[0], scale] > 0]
+    for row, marker in zip(lossy, _MARKERS * len(presets), strict=False):
         for one, values in zip(axes, (row.divergence, row.output), strict=True):
-            line = [max(values[context, scale], 1e-9) for context in contexts]
+            line = [values[context, scale] for context in contexts]
             one.plot(contexts, line, marker=marker, label=row.format)
     for one, what in zip(axes, ("KL of the weights", "relative error of the output"), strict=True):
         one.set(xscale="log", yscale="log", xlabel="context", ylabel=what)
-    axes[0].set(title=f"logits of standard deviation {scale:g}", ylim=(1e-7, None))
+        one.set_xticks(contexts, [str(context) for context in contexts])
+        one.minorticks_off()
+    axes[0].set(title=f"logits of standard deviation {scale:g}")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
