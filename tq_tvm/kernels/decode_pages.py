@@ -190,6 +190,7 @@ class PageReader:
         shape = self._shape
         words = min(shape.key_words, 4)
         codes, metas = self._bases("k", tile), self._bases("k_meta", tile)
+        meta = "u32" if shape.residual else "u16"
         for i in range(shape.octets):
             for j in range(0, shape.key_words, 4):
                 ptx(
@@ -197,7 +198,8 @@ class PageReader:
                     *[into.codes[i, j + e] for e in range(words)],
                     self._from("k", codes, 8 * i, 4 * j),
                 )
-            ptx("ld.global.nc.u32", into.metas[i], self._from("k_meta", metas, 8 * i))
+            # A norm and a residual in a word, or a norm alone.
+            ptx(f"ld.global.nc.{meta}", into.metas[i], self._from("k_meta", metas, 8 * i))
 
     def copy_v(self, tile) -> None:
         """Begin to copy V's codes and metas; `find_pages` has been there."""

@@ -7,7 +7,8 @@ nibbles and 128 for the high ones. With tokens as the M side of ``mma.m16n8k32``
     c = codes q    s = (signs of high nibbles) q + 16 (signs of low nibbles) q
     score = n (c + g s / (64 centroid)) centroid
 
-for both bytes of a query; what is constant in a query is in the sums from the start
+Codes without a residual's sign are looked up in 16 levels, twice: see `double_tables`. The score is
+``n c centroid`` then. All this is for both bytes of a query; what is constant in a query is in the sums from the start
 (`decode_query.Query`). In packed kernels a lane has one byte's part of two rows and trades one of
 them for the other byte's part of the other: of every 16 tokens it goes on with one, g or g + 8.
 """
@@ -38,6 +39,7 @@ __all__ = ["key_table", "score"]
 _SIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
 _UNSIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 _CODES = 0x77777777
+_UPPER = 0x88888888
 _SIGN_MASKS = (0x08080808, 0x80808080)
 
 
@@ -46,7 +48,8 @@ def key_table(shape: Shape, unknown_zero):
 
     It would keep known ones in uniform registers, and copy them for every look-up.
     """
-    words = [word for table in shape.key.tables for word in table]
+    key = shape.key
+    words = [word for table in (*key.tables, *key.upper) for word in table]
     table = local(len(words), "uint32")
     for i, word in enumerate(words):
         store(table, T.bitwise_or(u32(word), unknown_zero), i)
@@ -86,7 +89,7 @@ def score(shape: Shape, query: Query, table, tile: KeyTile, scores) -> None:
         )
         for word in range(shape.key_words):
             _add_codes(shape, table, tile, m, word, fragments, code_sums)
-            if word % 2:
+            if word % 2 and shape.residual:
                 _add_signs(shape, tile, m, word, fragments, sign_sums)
         _combine(shape, query, tile, m, code_sums.values, sign_sums.values, scores)
 
@@ -95,20 +98,28 @@ def _add_codes(
     shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: _Sums
 ) -> None:
     selector, found = local(4, "uint32"), local(4, "uint32")
-    for r in range(2):
-        store(selector, T.bitwise_and(tile.codes[2 * m + r, word], u32(_CODES)), r)
-        store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
-    for byte in range(len(shape.key.tables)):
-        for i in range(4):
-            ptx("prmt.b32", found[i], table[2 * byte], table[2 * byte + 1], selector[i])
-        for part in range(shape.parts):
-            if byte + part < 2:
-                sums.add(
-                    byte + part,
-                    _SIGNED,
-                    [found[i] for i in range(4)],
-                    [fragments[word - word % 2, part, word % 2 * 2 + e] for e in range(2)],
-                )
+    bytes_ = len(shape.key.tables)
+    for half in range(2 if shape.key.upper else 1):
+        for r in range(2):
+            codes = tile.codes[2 * m + r, word]
+            if not shape.key.upper:
+                codes = T.bitwise_and(codes, u32(_CODES))
+            elif half:
+                codes = T.bitwise_xor(codes, u32(_UPPER))
+            store(selector, codes, r)
+            store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
+        for byte in range(bytes_):
+            at = 2 * (half * bytes_ + byte)
+            for i in range(4):
+                ptx("prmt.b32", found[i], table[at], table[at + 1], selector[i])
+            for part in range(shape.parts):
+                if byte + part < 2:
+                    sums.add(
+                        byte + part,
+                        _SIGNED,
+                        [found[i] for i in range(4)],
+                        [fragments[word - word % 2, part, word % 2 * 2 + e] for e in range(2)],
+                    )
 
 
 def _add_signs(shape: Shape, tile: KeyTile, m: int, word: int, fragments, sums: _Sums) -> None:
@@ -132,13 +143,18 @@ def _combine(shape: Shape, query: Query, tile: KeyTile, m: int, codes, signs, sc
     dtype = shape.spec.dtype
     row = local((2, 2), "float32")
     for r in range(2):
-        residual = high_half(dtype, tile.metas[2 * m + r])
-        weight = let(residual * f32(1 / (64 * shape.centroid)))
+        weight = None
+        if shape.residual:
+            residual = high_half(dtype, tile.metas[2 * m + r])
+            weight = let(residual * f32(1 / (64 * shape.centroid)))
         for j in range(2):
             e = 2 * r + j
             code = as_float(codes[0, e]) - f32(MAGIC)
             if shape.code_sums == 2:
                 code = code * f32(256) + (as_float(codes[1, e]) - f32(MAGIC))
+            if weight is None:
+                store(row, code, r, j)
+                continue
             sign = None
             for part in range(shape.parts):
                 both = signs[2 * part + 1, e] + signs[2 * part, e] * u32(16)
