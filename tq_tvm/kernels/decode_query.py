@@ -108,6 +108,7 @@ class Query:
         self._turns = -(-shape.heads // shape.config.warps)
         self._rows = local((self._turns, shape.row_values), "float32")
         self.low_bytes = let(t >= 2)
+        self.third_bit = let(T.cast(t // 2, "uint32")) if len(shape.key_planes) > 1 else None
         self.scale = local(2, "float32")
         self.row_weight = local(1, "float32")
         self.other_weight = local(1, "float32")
@@ -217,7 +218,7 @@ class Query:
         head = self._g % 4 if shape.packed else self._g
         low, high = local(2, "uint32"), local(2, "uint32")
         for n in range(2):
-            at = let(self._t * shape.key_words + i + n)
+            at = let(self._word(i, n))
             store(low, codes[self._column, byte, head, at], n)
             store(high, codes[self._column, byte, head, at + shape.spec.head_dim // 8], n)
         both = [byte_perm(low[n], high[n], order) for n in range(2) for order in (0x5140, 0x7362)]
@@ -229,6 +230,14 @@ class Query:
                     store(fragments, value, column, i + n, part, self._lane, e)
                 else:
                     store(self._fragments, value, i + n, part, e)
+
+    def _word(self, i: int, n: int):
+        """Where the codes are that word ``i + n`` of a lane's part of K meets; i is even."""
+        shape = self._shape
+        if shape.key_planes[0] == 4:
+            return self._t * shape.key_words + i + n
+        # Pairs of bits: first those that are low nibbles once they are apart, then the others.
+        return self._t * shape.key_plane_words + i // 2 + n * (shape.spec.head_dim // 16)
 
     def _prepare_column(self, j: int, sm_scale, unknown_zero) -> None:
         """Scale of a column's logits, and the constants of its score, as first sums.

@@ -7,10 +7,12 @@ nibbles and 128 for the high ones. With tokens as the M side of ``mma.m16n8k32``
     c = codes q    s = (signs of high nibbles) q + 16 (signs of low nibbles) q
     score = n (c + g s / (64 centroid)) centroid
 
-Codes without a residual's sign are looked up in 16 levels, twice: see `double_tables`. The score is
-``n c centroid`` then. All this is for both bytes of a query; what is constant in a query is in the sums from the start
+for both bytes of a query; what is constant in a query is in the sums from the start
 (`decode_query.Query`). In packed kernels a lane has one byte's part of two rows and trades one of
 them for the other byte's part of the other: of every 16 tokens it goes on with one, g or g + 8.
+
+Codecs without a residual have no signs apart: the score is n c centroid. Sixteen levels take two
+look-ups each (`decode_tables.double_tables`); codes of 2 and 3 bits become nibbles first.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ _SIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
 _UNSIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 _CODES = 0x77777777
 _UPPER = 0x88888888
+_PAIRS = 0x33333333
 _SIGN_MASKS = (0x08080808, 0x80808080)
 
 
@@ -88,23 +91,21 @@ def score(shape: Shape, query: Query, table, tile: KeyTile, scores) -> None:
             ],
         )
         for word in range(shape.key_words):
-            _add_codes(shape, table, tile, m, word, fragments, code_sums)
+            _add_codes(shape, table, tile, m, word, fragments, code_sums, query.third_bit)
             if word % 2 and shape.residual:
                 _add_signs(shape, tile, m, word, fragments, sign_sums)
         _combine(shape, query, tile, m, code_sums.values, sign_sums.values, scores)
 
 
 def _add_codes(
-    shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: _Sums
+    shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: _Sums, third_bit
 ) -> None:
     selector, found = local(4, "uint32"), local(4, "uint32")
     bytes_ = len(shape.key.tables)
     for half in range(2 if shape.key.upper else 1):
         for r in range(2):
-            codes = tile.codes[2 * m + r, word]
-            if not shape.key.upper:
-                codes = T.bitwise_and(codes, u32(_CODES))
-            elif half:
+            codes = _nibbles(shape, tile, 2 * m + r, word, third_bit)
+            if half:
                 codes = T.bitwise_xor(codes, u32(_UPPER))
             store(selector, codes, r)
             store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
@@ -120,6 +121,22 @@ def _add_codes(
                         [found[i] for i in range(4)],
                         [fragments[word - word % 2, part, word % 2 * 2 + e] for e in range(2)],
                     )
+
+
+def _nibbles(shape: Shape, tile: KeyTile, octet: int, word: int, third_bit):
+    """Eight codes of K, one a nibble."""
+    if shape.key_planes[0] == 4:
+        codes = tile.codes[octet, word]
+        return codes if shape.key.upper else T.bitwise_and(codes, u32(_CODES))
+    codes, odd = tile.codes[octet, word // 2], word % 2
+    codes = T.bitwise_and(T.shift_right(codes, u32(2)) if odd else codes, u32(_PAIRS))
+    if third_bit is None:
+        return codes
+    # The third bits of pairs are where their low bits are: in the places of the lower two pairs,
+    # or of the upper two.
+    third = T.shift_right(tile.codes[octet, shape.key_plane_words + word // 2], third_bit)
+    third = T.bitwise_and(third, u32(_UPPER >> 1 if odd else _UPPER >> 3))
+    return T.bitwise_or(codes, third if odd else T.shift_left(third, u32(2)))
 
 
 def _add_signs(shape: Shape, tile: KeyTile, m: int, word: int, fragments, sums: _Sums) -> None:

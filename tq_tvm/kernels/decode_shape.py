@@ -108,8 +108,18 @@ class Shape:
 
     @property
     def key_words(self) -> int:
-        """Words of a row of K."""
+        """Words of a row of K, eight codes each; where they are shorter, once they are apart."""
         return self.spec.head_dim // 32
+
+    @property
+    def key_planes(self) -> tuple[int, ...]:
+        """Bits of a code of K in each plane of a row."""
+        return self.spec.cache_format.key.plane_bits
+
+    @property
+    def key_plane_words(self) -> int:
+        """Words of a lane in each plane of a row of K: two of `key_words` are in one of pairs."""
+        return self.key_words // (4 // self.key_planes[0])
 
     @property
     def value_bytes(self) -> int:
