@@ -384,7 +384,9 @@ def check_target(op: str, spec: Spec, kind: str) -> None:
 
 def _on_gpus(spec: CacheSpec) -> bool:
     plain = spec.head_dim_v is None and spec.window == 0
-    return plain and spec.cache_format == K4V2 and spec.head_dim in GPU_HEAD_DIMS
+    fmt = spec.cache_format
+    codecs = fmt.key.family == "lloyd_max" and fmt.value.name == "mse2"
+    return plain and codecs and spec.head_dim in GPU_HEAD_DIMS
 
 
 def parse_spec(label: str) -> Spec:

@@ -51,6 +51,12 @@ CASES = {
     "abreast3": (CacheSpec(64, 18, 3, 16, "float16", "bhsd"), WIDE),
     "head64": (CacheSpec(64, 4, 2, 256, "bfloat16", "bshd"), STREAMS),
     "head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SMALL),
+    "mse4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42"), STREAMS),
+    "mse4_group6": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "tq42"), SMALL),
+    "mse3": (CacheSpec(128, 4, 1, 32, "float16", "bshd", "mse3-mse2-plain-norm"), SMALL),
+    "mse3_group6": (CacheSpec(256, 6, 1, 128, "bfloat16", "bshd", "tq32"), STREAMS),
+    "mse2": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq22"), STREAMS),
+    "qjl4_signed": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "qjl4-mse2-signed-matched"), WIDE),
 }
 
 
@@ -169,7 +175,7 @@ def one_hot_problem(spec, tokens, logit):
     return q, batch, want
 
 
-@pytest.mark.parametrize("case", ["group4", "group4_half", "group6"])
+@pytest.mark.parametrize("case", ["group4", "group4_half", "group6", "mse4", "mse3"])
 @pytest.mark.parametrize("logit", [7.5, 30.0, 200.0])
 def test_one_token_among_thousands(compiled, case, logit):
     """At 7.5, the thousands weigh as much as the one."""

@@ -8,7 +8,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
-from tq_tvm.kernels.decode_query import rotate_row
+from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.decode_values import LOWEST, WEIGHT_TOP, SumMemory
 from tq_tvm.kernels.decode_work import share_out, tiles_of
@@ -133,6 +133,7 @@ def write_output(
 def _finish_row(shape: Shape, x, total, out, where, lane) -> None:
     """Divide by the total, rotate back and write; no weights give zeros."""
     rotate_row(shape, x, lane)
+    turn_signs(shape, x, lane)
     scale = f32(shape.spec.head_dim**-0.5)
     inverse = let(T.Select(total > f32(0), scale / total, f32(0)))
     for i in range(shape.row_values):

@@ -41,8 +41,8 @@ class KeyTile:
     @classmethod
     def allocate(cls, shape: Shape) -> KeyTile:
         """Registers for one tile."""
-        codes = local((shape.octets, shape.key_words), "uint32")
-        return cls(codes, local(shape.octets, "uint32"))
+        words = shape.key_plane_words * len(shape.key_planes)
+        return cls(local((shape.octets, words), "uint32"), local(shape.octets, "uint32"))
 
 
 class ValueRing:
@@ -126,7 +126,7 @@ class PageReader:
         self._span = {"k": 8, "v": 32 // chunks, "k_meta": 8, "v_meta": 32}
         g = let(lane // 4)
         self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
-        column = {"k": lane % 4 * (4 * shape.key_words), "v": lane % chunks * 16}
+        column = {"k": lane % 4 * (4 * shape.key_plane_words), "v": lane % chunks * 16}
         self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
         for name, argument in zip(self._NAMES, matched, strict=True):
             self._flat[name] = pages.flat(argument)
@@ -144,6 +144,10 @@ class PageReader:
             self._page_stride[name] = local(1, "int32")
             store(self._page_stride[name], T.cast(argument.strides[0], "int32"))
         self._lane_index = lane
+        if len(shape.key_planes) > 1:
+            # The plane of the third bits: lanes that are two apart read the same bits.
+            t, own = let(lane % 4), 4 * shape.key_plane_words
+            self._third = let(T.cast(spec.head_dim // 4 + (t % 2 - t) * own, "int64"))
 
     def odd_meta(self, head, own_token):
         """Whether V's meta of a token is the upper half of its word; all the lane's are alike."""
@@ -188,16 +192,24 @@ class PageReader:
     def load_k(self, into: KeyTile, tile) -> None:
         """Read K's codes and metas; `find_pages` has been there."""
         shape = self._shape
-        words = min(shape.key_words, 4)
+        words = min(shape.key_plane_words, 4)
+        kind = f"v{words}.u32" if words > 1 else "u32"
         codes, metas = self._bases("k", tile), self._bases("k_meta", tile)
+        meta = "u32" if shape.residual else "u16"
+        planes = [codes]
+        if len(shape.key_planes) > 1:
+            planes.append([let(codes[p] + self._third) for p in range(shape.pages)])
         for i in range(shape.octets):
-            for j in range(0, shape.key_words, 4):
-                ptx(
-                    f"ld.global.nc.L1::no_allocate{shape.promoted}.v{words}.u32",
-                    *[into.codes[i, j + e] for e in range(words)],
-                    self._from("k", codes, 8 * i, 4 * j),
-                )
-            ptx("ld.global.nc.u32", into.metas[i], self._from("k_meta", metas, 8 * i))
+            for plane, bases in enumerate(planes):
+                for j in range(0, shape.key_plane_words, 4):
+                    first = plane * shape.key_plane_words + j
+                    ptx(
+                        f"ld.global.nc.L1::no_allocate{shape.promoted}.{kind}",
+                        *[into.codes[i, first + e] for e in range(words)],
+                        self._from("k", bases, 8 * i, 4 * j),
+                    )
+            # A norm and a residual in a word, or a norm alone.
+            ptx(f"ld.global.nc.{meta}", into.metas[i], self._from("k_meta", metas, 8 * i))
 
     def copy_v(self, tile) -> None:
         """Begin to copy V's codes and metas; `find_pages` has been there."""

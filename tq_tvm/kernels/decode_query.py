@@ -9,8 +9,11 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
+from tq_tvm.formats import rotation_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
+    as_bits,
+    as_float,
     byte_perm,
     f32,
     i32,
@@ -24,7 +27,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 
-__all__ = ["MAGIC", "MAGIC_BITS", "Query", "QueryMemory", "rotate_row"]
+__all__ = ["MAGIC", "MAGIC_BITS", "Query", "QueryMemory", "rotate_row", "turn_signs"]
 
 FULL_SCALE = 127 * 256
 """Largest code of a query; its high byte is signed."""
@@ -54,6 +57,17 @@ def rotate_row(shape: Shape, x, lane) -> None:
             store(y, shuffle_xor(x[i], 1 << stage), i)
         for i in range(count):
             store(x, y[i] + sign * x[i], i)
+
+
+def turn_signs(shape: Shape, x, lane) -> None:
+    """Multiply a row that a warp shares by the signs of its format's rotation, in place."""
+    if shape.spec.cache_format.rotation != "signed_hadamard":
+        return
+    count, signs = shape.row_values, rotation_signs(shape.spec.head_dim)
+    for i in range(count):
+        negative = sum((signs[at * count + i] < 0) << at for at in range(32))
+        lane_bit = T.shift_right(u32(negative), T.cast(lane, "uint32"))
+        store(x, as_float(T.bitwise_xor(as_bits(x[i]), T.shift_left(lane_bit, u32(31)))), i)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +108,7 @@ class Query:
         self._turns = -(-shape.heads // shape.config.warps)
         self._rows = local((self._turns, shape.row_values), "float32")
         self.low_bytes = let(t >= 2)
+        self.third_bit = let(T.cast(t // 2, "uint32")) if len(shape.key_planes) > 1 else None
         self.scale = local(2, "float32")
         self.row_weight = local(1, "float32")
         self.other_weight = local(1, "float32")
@@ -130,6 +145,7 @@ class Query:
             with when(head < shape.heads):
                 for i in range(count):
                     store(x, self._rows[turn, i], i)
+                turn_signs(shape, x, lane)
                 rotate_row(shape, x, lane)
                 store(top, f32(0))
                 for i in range(count):
@@ -202,18 +218,26 @@ class Query:
         head = self._g % 4 if shape.packed else self._g
         low, high = local(2, "uint32"), local(2, "uint32")
         for n in range(2):
-            at = let(self._t * shape.key_words + i + n)
+            at = let(self._word(i, n))
             store(low, codes[self._column, byte, head, at], n)
             store(high, codes[self._column, byte, head, at + shape.spec.head_dim // 8], n)
         both = [byte_perm(low[n], high[n], order) for n in range(2) for order in (0x5140, 0x7362)]
         apart = [low[0], low[1], high[0], high[1]]
-        for n, values in enumerate((both, apart)):
+        for n, values in enumerate((both, apart) if shape.residual else (both,)):
             for e, value in enumerate(values):
                 if self._fragments is None:
                     fragments, column = self._memory.fragments, self._column
                     store(fragments, value, column, i + n, part, self._lane, e)
                 else:
                     store(self._fragments, value, i + n, part, e)
+
+    def _word(self, i: int, n: int):
+        """Where the codes are that word ``i + n`` of a lane's part of K meets; i is even."""
+        shape = self._shape
+        if shape.key_planes[0] == 4:
+            return self._t * shape.key_words + i + n
+        # Pairs of bits: first those that are low nibbles once they are apart, then the others.
+        return self._t * shape.key_plane_words + i // 2 + n * (shape.spec.head_dim // 16)
 
     def _prepare_column(self, j: int, sm_scale, unknown_zero) -> None:
         """Scale of a column's logits, and the constants of its score, as first sums.
@@ -248,7 +272,7 @@ class Query:
             return self._fragments
         shape = self._shape
         fragments = local((shape.key_words, shape.parts, 4), "uint32")
-        for i in range(shape.key_words):
+        for i in range(0, shape.key_words, 1 if shape.residual else 2):
             for part in range(shape.parts):
                 with I.vectorized(0, 4) as e:
                     store(

@@ -10,6 +10,9 @@ nibbles and 128 for the high ones. With tokens as the M side of ``mma.m16n8k32``
 for both bytes of a query; what is constant in a query is in the sums from the start
 (`decode_query.Query`). In packed kernels a lane has one byte's part of two rows and trades one of
 them for the other byte's part of the other: of every 16 tokens it goes on with one, g or g + 8.
+
+Codecs without a residual have no signs apart: the score is n c centroid. Sixteen levels take two
+look-ups each (`decode_tables.double_tables`); codes of 2 and 3 bits become nibbles first.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ __all__ = ["key_table", "score"]
 _SIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
 _UNSIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 _CODES = 0x77777777
+_UPPER = 0x88888888
+_PAIRS = 0x33333333
 _SIGN_MASKS = (0x08080808, 0x80808080)
 
 
@@ -46,7 +51,8 @@ def key_table(shape: Shape, unknown_zero):
 
     It would keep known ones in uniform registers, and copy them for every look-up.
     """
-    words = [word for table in shape.key.tables for word in table]
+    key = shape.key
+    words = [word for table in (*key.tables, *key.upper) for word in table]
     table = local(len(words), "uint32")
     for i, word in enumerate(words):
         store(table, T.bitwise_or(u32(word), unknown_zero), i)
@@ -85,30 +91,52 @@ def score(shape: Shape, query: Query, table, tile: KeyTile, scores) -> None:
             ],
         )
         for word in range(shape.key_words):
-            _add_codes(shape, table, tile, m, word, fragments, code_sums)
-            if word % 2:
+            _add_codes(shape, table, tile, m, word, fragments, code_sums, query.third_bit)
+            if word % 2 and shape.residual:
                 _add_signs(shape, tile, m, word, fragments, sign_sums)
         _combine(shape, query, tile, m, code_sums.values, sign_sums.values, scores)
 
 
 def _add_codes(
-    shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: _Sums
+    shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: _Sums, third_bit
 ) -> None:
     selector, found = local(4, "uint32"), local(4, "uint32")
-    for r in range(2):
-        store(selector, T.bitwise_and(tile.codes[2 * m + r, word], u32(_CODES)), r)
-        store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
-    for byte in range(len(shape.key.tables)):
-        for i in range(4):
-            ptx("prmt.b32", found[i], table[2 * byte], table[2 * byte + 1], selector[i])
-        for part in range(shape.parts):
-            if byte + part < 2:
-                sums.add(
-                    byte + part,
-                    _SIGNED,
-                    [found[i] for i in range(4)],
-                    [fragments[word - word % 2, part, word % 2 * 2 + e] for e in range(2)],
-                )
+    bytes_ = len(shape.key.tables)
+    for half in range(2 if shape.key.upper else 1):
+        for r in range(2):
+            codes = _nibbles(shape, tile, 2 * m + r, word, third_bit)
+            if half:
+                codes = T.bitwise_xor(codes, u32(_UPPER))
+            store(selector, codes, r)
+            store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
+        for byte in range(bytes_):
+            at = 2 * (half * bytes_ + byte)
+            for i in range(4):
+                ptx("prmt.b32", found[i], table[at], table[at + 1], selector[i])
+            for part in range(shape.parts):
+                if byte + part < 2:
+                    sums.add(
+                        byte + part,
+                        _SIGNED,
+                        [found[i] for i in range(4)],
+                        [fragments[word - word % 2, part, word % 2 * 2 + e] for e in range(2)],
+                    )
+
+
+def _nibbles(shape: Shape, tile: KeyTile, octet: int, word: int, third_bit):
+    """Eight codes of K, one a nibble."""
+    if shape.key_planes[0] == 4:
+        codes = tile.codes[octet, word]
+        return codes if shape.key.upper else T.bitwise_and(codes, u32(_CODES))
+    codes, odd = tile.codes[octet, word // 2], word % 2
+    codes = T.bitwise_and(T.shift_right(codes, u32(2)) if odd else codes, u32(_PAIRS))
+    if third_bit is None:
+        return codes
+    # The third bits of pairs are where their low bits are: in the places of the lower two pairs,
+    # or of the upper two.
+    third = T.shift_right(tile.codes[octet, shape.key_plane_words + word // 2], third_bit)
+    third = T.bitwise_and(third, u32(_UPPER >> 1 if odd else _UPPER >> 3))
+    return T.bitwise_or(codes, third if odd else T.shift_left(third, u32(2)))
 
 
 def _add_signs(shape: Shape, tile: KeyTile, m: int, word: int, fragments, sums: _Sums) -> None:
@@ -132,13 +160,18 @@ def _combine(shape: Shape, query: Query, tile: KeyTile, m: int, codes, signs, sc
     dtype = shape.spec.dtype
     row = local((2, 2), "float32")
     for r in range(2):
-        residual = high_half(dtype, tile.metas[2 * m + r])
-        weight = let(residual * f32(1 / (64 * shape.centroid)))
+        weight = None
+        if shape.residual:
+            residual = high_half(dtype, tile.metas[2 * m + r])
+            weight = let(residual * f32(1 / (64 * shape.centroid)))
         for j in range(2):
             e = 2 * r + j
             code = as_float(codes[0, e]) - f32(MAGIC)
             if shape.code_sums == 2:
                 code = code * f32(256) + (as_float(codes[1, e]) - f32(MAGIC))
+            if weight is None:
+                store(row, code, r, j)
+                continue
             sign = None
             for part in range(shape.parts):
                 both = signs[2 * part + 1, e] + signs[2 * part, e] * u32(16)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from tq_tvm.kernels.decode_tables import KeyTables, narrow_tables, wide_tables
+from tq_tvm.kernels.decode_tables import (
+    KeyTables,
+    double_tables,
+    narrow_tables,
+    wide_tables,
+)
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["DecodeConfig", "Shape"]
@@ -103,8 +108,18 @@ class Shape:
 
     @property
     def key_words(self) -> int:
-        """Words of a row of K."""
+        """Words of a row of K, eight codes each; where they are shorter, once they are apart."""
         return self.spec.head_dim // 32
+
+    @property
+    def key_planes(self) -> tuple[int, ...]:
+        """Bits of a code of K in each plane of a row."""
+        return self.spec.cache_format.key.plane_bits
+
+    @property
+    def key_plane_words(self) -> int:
+        """Words of a lane in each plane of a row of K: two of `key_words` are in one of pairs."""
+        return self.key_words // (4 // self.key_planes[0])
 
     @property
     def value_bytes(self) -> int:
@@ -158,9 +173,17 @@ class Shape:
 
     @functools.cached_property
     def key(self) -> KeyTables:
-        """K's centroids: 8 bits of each are exact beside bfloat16, 16 beside float16."""
+        """K's centroids: 8 bits of each of eight are exact beside bfloat16, 16 beside float16."""
+        centroids = self.spec.cache_format.key.centroids
+        if len(centroids) == 16:
+            return double_tables(centroids)
         make = narrow_tables if self.spec.dtype == "bfloat16" else wide_tables
-        return make(self.spec.cache_format.key.centroids)
+        return make(centroids)
+
+    @property
+    def residual(self) -> bool:
+        """Codes of K have a sign of the residual, and rows a scale of it."""
+        return self.spec.cache_format.key.residual_sign
 
     @property
     def wide(self) -> bool:

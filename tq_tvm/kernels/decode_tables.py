@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-__all__ = ["KeyTables", "narrow_tables", "wide_tables"]
+__all__ = ["KeyTables", "double_tables", "narrow_tables", "wide_tables"]
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyTables:
-    """Eight centroids as ``unit * code + offset``; ``tables`` are the bytes of the codes.
+    """Centroids as ``unit * code + offset``; ``tables`` are the bytes of the codes.
 
     ``tables`` has one pair of words (centroids 0..3 and 4..7), or two: high bytes, then low bytes.
+    Where there are 16 centroids, ``upper`` has the tables of the other eight, see `double_tables`.
     """
 
     tables: tuple[tuple[int, int], ...]
     unit: float
     offset: float
+    upper: tuple[tuple[int, int], ...] = ()
 
 
 def _words(values: Sequence[int]) -> tuple[int, int]:
@@ -64,3 +66,46 @@ def narrow_tables(centroids: Sequence[float]) -> KeyTables:
 
 def _density(value: float) -> float:
     return math.exp(-value * value / 2)
+
+
+def double_tables(centroids: Sequence[float]) -> KeyTables:
+    """16 centroids, symmetric, in 16 bits: the sum of two look-ups of eight.
+
+    A selector of ``prmt`` whose bit 3 is set gives the sign of a byte in place of the byte. The
+    lower table has negative bytes alone, which then give -1, the upper one none, which give 0: the
+    code of a centroid is the sum of what the lower table gives for its index and the upper one for
+    its index with bit 3 turned, and the upper table is one more than its codes for the -1. So
+    negative codes have low bytes of -128 to -1, positive ones of 0 to 126; the unit is chosen so
+    that all magnitudes have such neighbours. Of the 16 levels of ``mse4`` the error is 2e-5 of a
+    standard deviation.
+    """
+    positive = [c for c in centroids if c > 0]
+
+    def nearest(value: float, low: range) -> int:
+        """The number next to ``value`` whose low byte is in ``low``."""
+        base = math.floor(value / 256) * 256
+        return min((base + 256 * i + b for i in (-1, 0, 1) for b in low), key=_distance(value))
+
+    def fit(top: int) -> tuple[float, int, list[int], list[int]]:
+        values = [c * top / max(positive) for c in positive]
+        upper = [nearest(v, range(127)) for v in values]
+        lower = [nearest(-v, range(-128, 0)) for v in reversed(values)]
+        wanted = [-v for v in reversed(values)] + values
+        weights = [_density(c) for c in (*reversed(positive), *positive)]
+        error = sum(
+            w * (v - c) ** 2 for w, v, c in zip(weights, wanted, lower + upper, strict=True)
+        )
+        return error / top**2, top, lower, upper
+
+    _, top, lower, upper = min(fit(top) for top in range(20000, 32000, 7))
+
+    def bytes_of(codes: list[int], one: int) -> tuple[tuple[int, int], ...]:
+        low = [code % 256 if one else code % 256 - 256 for code in codes]
+        high = [(code - b) // 256 for code, b in zip(codes, low, strict=True)]
+        return tuple(_words([b + one for b in part]) for part in (high, low))
+
+    return KeyTables(bytes_of(lower, 0), max(positive) / top, 0.0, bytes_of(upper, 1))
+
+
+def _distance(value: float) -> Callable[[int], float]:
+    return lambda code: abs(code - value)
