@@ -11,8 +11,6 @@ from tq_tvm.quality.measure import CodecQuality, PresetQuality
 
 __all__ = ["attention_table", "codec_table", "preset_table", "replace_tables"]
 
-_BEGIN, _END = "<!-- quality: begin -->", "<!-- quality: end -->"
-
 
 def codec_table(found: list[CodecQuality]) -> str:
     """Codecs under their scale rules, on Gaussian rows."""
@@ -94,18 +92,19 @@ def _table(cells: list[list], headers: list[str]) -> str:
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def replace_tables(readme: Path, text: str) -> None:
-    """Put ``text`` between the marks of a README.
+def replace_tables(readme: Path, text: str, name: str = "quality") -> None:
+    """Put ``text`` between the marks of a README that have this name.
 
     Raises
     ------
     ArgumentValueError
         The file has no marks.
     """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     content = readme.read_text()
-    if _BEGIN not in content or _END not in content:
+    if begin not in content or end not in content:
         raise ArgumentValueError(
-            f"quality: readme must have the lines {_BEGIN} and {_END}, got {readme}; add them"
+            f"quality: readme must have the lines {begin} and {end}, got {readme}; add them"
         )
-    before, after = content.split(_BEGIN)[0], content.split(_END)[1]
-    readme.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+    before, after = content.split(begin)[0], content.split(end)[1]
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
