@@ -56,6 +56,8 @@ CASES = {
     "mse3": (CacheSpec(128, 4, 1, 32, "float16", "bshd", "mse3-mse2-plain-norm"), SMALL),
     "mse3_group6": (CacheSpec(256, 6, 1, 128, "bfloat16", "bshd", "tq32"), STREAMS),
     "mse2": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq22"), STREAMS),
+    "values3": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq43"), STREAMS),
+    "values3_group6": (CacheSpec(256, 6, 1, 16, "float16", "bhsd", "tq33"), SMALL),
     "qjl4_signed": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "qjl4-mse2-signed-matched"), WIDE),
 }
 
@@ -175,7 +177,7 @@ def one_hot_problem(spec, tokens, logit):
     return q, batch, want
 
 
-@pytest.mark.parametrize("case", ["group4", "group4_half", "group6", "mse4", "mse3"])
+@pytest.mark.parametrize("case", ["group4", "group4_half", "group6", "mse4", "mse3", "values3"])
 @pytest.mark.parametrize("logit", [7.5, 30.0, 200.0])
 def test_one_token_among_thousands(compiled, case, logit):
     """At 7.5, the thousands weigh as much as the one."""

@@ -66,7 +66,6 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
     warps, dim = shape.config.warps, shape.spec.head_dim
     threads = 32 * warps
     first = let(column * warps)
-    inner, outer = shape.value_levels
     unit = dim**-0.5 / WEIGHT_TOP
     lanes = 2 if shape.packed else 4
     pieces = shape.quads * 8 * lanes
@@ -99,8 +98,8 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
             for e in range(4):
                 field = 2 * (quad % 2) + e // 2
                 coordinate = 16 * (quad // 4) + 2 * g + quad // 2 % 2 + dim // 4 * field
-                level = output[e] * f32((outer - inner) * unit)
-                level = level - weights[e % 2] * f32(outer * unit)
+                level = output[e] * f32(shape.value.unit * unit)
+                level = level - weights[e % 2] * f32(shape.value.offset * unit)
                 store(merged.output, level, column, 2 * t + e % 2, coordinate)
     with when(thread < shape.heads):
         store(top, f32(LOWEST), 0)

@@ -83,20 +83,26 @@ class ValueRing:
     def codes(self, step: int):
         """V of 32 tokens: bytes 2 g, 2 g + 1 of two tokens, ``[chunk of 16 bytes, octet]``."""
         shape = self._shape
-        rows = local((shape.value_chunks, 4), "uint32")
-        for chunk in range(shape.value_chunks):
+        chunks = shape.value_chunks + shape.third_chunks
+        rows = local((chunks, 4), "uint32")
+        for chunk in range(chunks):
             first = chunk * shape.value_plane + 128 * step
             ptx(_TRANSPOSED, *[rows[chunk, i] for i in range(4)], self.at(first + 4 * self._lane))
         return rows
 
 
-def value_bytes(shape: Shape, rows):
-    """Bytes of V ``[half, byte]``, four tokens in a word: half 0 has the even octets."""
-    words = local((2, shape.value_bytes), "uint32")
-    for chunk in range(shape.value_chunks):
+def value_bytes(shape: Shape, rows, first: int = 0, chunks: int | None = None):
+    """Bytes of V ``[half, byte]``, four tokens in a word: half 0 has the even octets.
+
+    Of ``chunks`` chunks from ``first`` on: of all pairs of bits, unless said.
+    """
+    chunks = shape.value_chunks if chunks is None else chunks
+    words = local((2, 2 * chunks), "uint32")
+    for chunk in range(chunks):
         for half in range(2):
             for byte, selector in enumerate((0x6420, 0x7531)):
-                word = byte_perm(rows[chunk, half], rows[chunk, half + 2], selector)
+                low, high = rows[first + chunk, half], rows[first + chunk, half + 2]
+                word = byte_perm(low, high, selector)
                 store(words, word, half, 2 * chunk + byte)
     return words
 
@@ -107,8 +113,6 @@ class PageReader:
     One multiplication a page and tensor: everything inside a page is a constant offset, or belongs
     to the lane. Page strides have to fit 31 bits, in elements.
     """
-
-    _NAMES = ("k", "v", "k_meta", "v_meta")
 
     def __init__(self, shape: Shape, matched, block_table, head, lane, ring: ValueRing) -> None:
         spec = shape.spec
@@ -121,14 +125,21 @@ class PageReader:
             "k_meta": len(fmt.key.meta),
             "v_meta": len(fmt.value.meta),
         }
+        arguments = dict(zip(width, matched, strict=True))
         chunks = shape.value_chunks
         # Tokens of a load or copy that lanes differ in, and which of them is a lane's.
         self._span = {"k": 8, "v": 32 // chunks, "k_meta": 8, "v_meta": 32}
         g = let(lane // 4)
         self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
         column = {"k": lane % 4 * (4 * shape.key_plane_words), "v": lane % chunks * 16}
+        if shape.third_chunks:
+            third = shape.third_chunks
+            arguments["v_third"], width["v_third"] = arguments["v"], width["v"]
+            self._span["v_third"] = 32 // third
+            self._token["v_third"] = let(lane // third)
+            column["v_third"] = spec.head_dim // 4 + lane % third * 16
         self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
-        for name, argument in zip(self._NAMES, matched, strict=True):
+        for name, argument in arguments.items():
             self._flat[name] = pages.flat(argument)
             bshd = spec.layout == "bshd"
             stride = width[name] * spec.num_kv_heads if bshd else width[name]
@@ -221,8 +232,21 @@ class PageReader:
             source = self._from("v", codes, span * n)
             place = ring.at(to + 4 * span * n)
             ptx(f"cp.async.cg.shared.global{shape.promoted}", place, source, 16)
+        if shape.third_chunks:
+            self._copy_third(tile)
         apart = 16 if shape.packed else 8
         to = let(shape.value_meta_at + lane % apart * shape.own_tokens + lane // apart)
         for n in range(shape.config.tile // 32):
             source = self._from("v_meta", metas, 32 * n)
             ptx("cp.async.ca.shared.global", ring.at(to + 32 // apart * n), source, 4)
+
+    def _copy_third(self, tile) -> None:
+        """Begin to copy the third bits of V."""
+        shape, ring, span = self._shape, self._ring, self._span["v_third"]
+        bases = self._bases("v_third", tile)
+        chunk = shape.value_chunks + self._lane_index % shape.third_chunks
+        to = let(chunk * shape.value_plane + self._token["v_third"] * 4)
+        for n in range(shape.config.tile // span):
+            source = self._from("v_third", bases, span * n)
+            place = ring.at(to + 4 * span * n)
+            ptx(f"cp.async.cg.shared.global{shape.promoted}", place, source, 16)

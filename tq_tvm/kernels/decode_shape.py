@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from tq_tvm.kernels.decode_planes import ValuePlanes, three_bit_planes, two_bit_planes
 from tq_tvm.kernels.decode_tables import (
     KeyTables,
     double_tables,
@@ -123,13 +124,18 @@ class Shape:
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of a row of V."""
+        """Bytes of pairs of bits of a row of V that a lane has, of two tokens."""
         return self.spec.head_dim // 32
 
     @property
     def value_chunks(self) -> int:
-        """Copies of 16 bytes that a row of V takes."""
+        """Copies of 16 bytes that the pairs of bits of a row of V take."""
         return self.value_bytes // 2
+
+    @property
+    def third_chunks(self) -> int:
+        """Copies of 16 bytes that the third bits of a row of V take."""
+        return self.value_chunks // 2 if self.spec.cache_format.value.bits == 3 else 0
 
     @property
     def value_plane(self) -> int:
@@ -139,7 +145,7 @@ class Shape:
     @property
     def value_meta_at(self) -> int:
         """Where V's metas begin in a tile of shared memory, in words."""
-        return self.value_chunks * self.value_plane
+        return (self.value_chunks + self.third_chunks) * self.value_plane
 
     @property
     def value_words(self) -> int:
@@ -203,8 +209,9 @@ class Shape:
         step = 256.0 if self.wide and not self.packed else 1.0
         return self.key.unit * step * self.spec.head_dim**-0.5
 
-    @property
-    def value_levels(self) -> tuple[float, float]:
-        """V's positive levels."""
-        inner, outer = sorted(c for c in self.spec.cache_format.value.centroids if c > 0)
-        return inner, outer
+    @functools.cached_property
+    def value(self) -> ValuePlanes:
+        """V's levels, affine in bits."""
+        codec = self.spec.cache_format.value
+        make = two_bit_planes if codec.bits == 2 else three_bit_planes
+        return make(codec.centroids)

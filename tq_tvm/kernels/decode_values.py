@@ -1,13 +1,9 @@
 """Softmax and weighted sums of V of a tile in ``decode_cuda``, in integers.
 
-V's four levels are symmetric, so they are affine in the two bits of a code::
-
-    level = (outer - inner) low + (outer + inner) high - outer
-
-and no look-up is needed: one AND leaves the bits of four tokens as bytes of 2^i, and each of the
-two planes has weights of its own, w (outer - inner) and w (outer + inner) / 2 in the same unit,
-which add up in one integer sum. The last term is a sum of weights. A field (pair of bits) has sums
-4^field too large, which is put right at the end.
+V's levels are affine in the bits of a code and, of three bits, in their parity (`decode_planes`), so
+no look-up is needed: one AND leaves the bits of four tokens as bytes of 2^i, and each plane of bits
+has weights of its own in the same unit, which add up in one integer sum. The constant is a sum of
+weights. A field (pair of bits) has sums 4^field too large, which is put right at the end.
 
 Weights are 15-bit integers, high and low byte apart: one column each in packed kernels, else a
 product each. They are cut off, not rounded, after a constant in [0, 1) was added that differs from
@@ -66,9 +62,6 @@ MASKED = -3e38
 
 NORM_MARGIN = 1.25
 """Norms of V differ little: with this margin their bound seldom moves."""
-
-TOKENS_OF_SUMS = 40000
-"""Tokens that an int32 sum holds: low bytes, up to 255, times codes, up to 192."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +196,7 @@ class Values:
                 highest = T.max(highest, value)
             store(peak, highest, j)
         store(self._tiles, self._tiles[0] + 1)
-        full = self._tiles[0] > TOKENS_OF_SUMS // shape.config.tile
+        full = self._tiles[0] > shape.value.tokens // shape.config.tile
         higher = T.Or(peak[0] > reach[0], peak[1] > reach[1])
         move = T.cast(T.Or(higher, T.Or(peak[2] > norm[0], full)), "int32")
         with when(T.cuda.any_sync(u32(FULL_WARP), move) != 0):
@@ -248,20 +241,20 @@ class Values:
         A word has 16 bits of two neighbouring tokens of a column's head.
         """
         shape, query, dither = self._shape, self._query, self._dither
-        inner, outer = shape.value_levels
-        ratio = (outer + inner) / (2 * (outer - inner))
-        moved = local((2, shape.own_tokens), "uint32")
-        raised, p, word = local((2, 2), "float32"), local(2, "float32"), local(1, "uint32")
+        planes = shape.value.planes
+        count = len(planes)
+        moved = local((count, shape.own_tokens), "uint32")
+        raised, p, word = local((count, 2), "float32"), local(2, "float32"), local(1, "uint32")
         for n in range(shape.own_tokens):
             low = let(self._norms[n] * self._unit[0])
-            high = let(low * f32(ratio))
+            units = [low, *(let(low * f32(plane.weight)) for plane in planes[1:])]
             for j in range(2):
                 store(p, T.exp2(self.scores[n, j] * query.scale[j] - self._bound[j]), j)
                 store(self._total, self._total[j] + p[j], j)
                 store(self._weights, self._weights[j] + p[j] * low, j)
-                store(raised, p[j] * low + dither[n % 2], 0, j)
-                store(raised, p[j] * high + dither[(n + 1) % 2], 1, j)
-            for plane in range(2):
+                for plane, unit in enumerate(units):
+                    store(raised, p[j] * unit + dither[(n + plane) % 2], plane, j)
+            for plane in range(count):
                 both = byte_perm(as_bits(raised[plane, 0]), as_bits(raised[plane, 1]), 0x6521)
                 store(word, both)
                 ptx(_TRANSPOSE, moved[plane, n], word[0])
@@ -273,8 +266,9 @@ class Values:
         The halves are the even and the odd octets; a word has two tokens of two octets.
         """
         shape = self._shape
-        operands = local((2, shape.parts, 2), "uint32")
-        for plane in range(2):
+        count = len(shape.value.planes)
+        operands = local((count, shape.parts, 2), "uint32")
+        for plane in range(count):
             if shape.packed:
                 words = local(3, "uint32")
                 pair = [moved[plane, 2 * step], moved[plane, 2 * step + 1]]
@@ -295,23 +289,41 @@ class Values:
     def _multiply(self, rows, operands) -> None:
         """32 tokens: bytes of four tokens in a word, then a product for each plane and field."""
         shape = self._shape
-        bytes_of = value_bytes(shape, rows)
+        sources = {"pairs": value_bytes(shape, rows)}
+        if shape.third_chunks:
+            sources["third"], sources["parity"] = self._third_bits(sources["pairs"], rows)
         bits = local(4, "uint32")
         for quad in range(shape.quads):
             byte, first_field = quad // 2, 2 * (quad % 2)
-            for plane in range(2):
+            for number, plane in enumerate(shape.value.planes):
                 for e in range(4):
-                    mask = (1 << (2 * (first_field + e % 2) + plane)) * 0x01010101
-                    store(bits, T.bitwise_and(bytes_of[e // 2, byte], u32(mask)), e)
+                    mask = (1 << (2 * (first_field + e % 2) + plane.bit)) * 0x01010101
+                    source = sources[plane.source]
+                    store(bits, T.bitwise_and(source[e // 2, byte], u32(mask)), e)
                 for part in range(shape.parts):
                     result = [self.sums[part, quad, e] for e in range(4)]
                     mma(
                         _PRODUCT,
                         result,
                         [bits[e] for e in range(4)],
-                        [operands[plane, part, 0], operands[plane, part, 1]],
+                        [operands[number, part, 0], operands[number, part, 1]],
                         result,
                     )
+
+    def _third_bits(self, pairs, rows):
+        """Third bits and parities in the places of pairs' low bits; of other places anything."""
+        shape = self._shape
+        packed = value_bytes(shape, rows, shape.value_chunks, shape.third_chunks)
+        third, parity = (local((2, shape.value_bytes), "uint32") for _ in range(2))
+        for half in range(2):
+            for byte in range(shape.value_bytes):
+                # A byte has the bits of two bytes of pairs: a half of the chunks, then the other.
+                later = byte // 2 // shape.third_chunks
+                word = packed[half, byte % (2 * shape.third_chunks)]
+                store(third, T.shift_right(word, u32(1)) if later else word, half, byte)
+                both = T.bitwise_xor(pairs[half, byte], T.shift_right(pairs[half, byte], u32(1)))
+                store(parity, T.bitwise_xor(both, third[half, byte]), half, byte)
+        return third, parity
 
     def finish(self) -> None:
         """Leave everything in shared memory; the caller puts a barrier behind it."""
