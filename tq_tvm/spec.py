@@ -386,7 +386,7 @@ def _on_gpus(spec: CacheSpec) -> bool:
     plain = spec.head_dim_v is None and spec.window == 0
     fmt = spec.cache_format
     codecs = fmt.key.family == "lloyd_max" and (
-        fmt.value.name == "mse2" or (fmt.value.name == "mse3" and spec.head_dim >= 128)
+        fmt.value.family == "lloyd_max" and (fmt.value.bits != 3 or spec.head_dim >= 128)
     )
     return plain and codecs and spec.head_dim in GPU_HEAD_DIMS
 

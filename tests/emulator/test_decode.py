@@ -58,6 +58,8 @@ CASES = {
     "mse2": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq22"), STREAMS),
     "values3": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq43"), STREAMS),
     "values3_group6": (CacheSpec(256, 6, 1, 16, "float16", "bhsd", "tq33"), SMALL),
+    "values4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq44"), STREAMS),
+    "values4_group6": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "mse3-mse4-plain-norm"), SMALL),
     "qjl4_signed": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "qjl4-mse2-signed-matched"), WIDE),
 }
 

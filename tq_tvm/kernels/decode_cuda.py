@@ -169,6 +169,7 @@ def _attend(
     query = Query(shape, query_memory, column, warp, lane, g, t)
     values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
     values.find_metas(reader, kv_head)
+    values.hold_table(zero)
     tile = KeyTile.allocate(shape)
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
     with loop(place.tile[0] < place.end[0]):

@@ -69,6 +69,7 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
     unit = dim**-0.5 / WEIGHT_TOP
     lanes = 2 if shape.packed else 4
     pieces = shape.quads * 8 * lanes
+    of_byte = shape.value.fields // 2
     output, high, low = (local(4, "float32") for _ in range(3))
     top, factor, weights = (local(2, "float32") for _ in range(3))
     for turn in range(-(-pieces // threads)):
@@ -96,8 +97,9 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
                     value = high[e] * f32(256) + low[e] if shape.packed else high[e]
                     store(output, output[e] + factor[e % 2] * value, e)
             for e in range(4):
-                field = 2 * (quad % 2) + e // 2
-                coordinate = 16 * (quad // 4) + 2 * g + quad // 2 % 2 + dim // 4 * field
+                field = 2 * (quad % of_byte) + e // 2
+                coordinate = 16 * (quad // (2 * of_byte)) + 2 * g + quad // of_byte % 2
+                coordinate = coordinate + dim // shape.value.fields * field
                 level = output[e] * f32(shape.value.unit * unit)
                 level = level - weights[e % 2] * f32(shape.value.offset * unit)
                 store(merged.output, level, column, 2 * t + e % 2, coordinate)

@@ -1,4 +1,4 @@
-"""V's levels as sums over bits, for ``decode`` on GPUs: what its tensor cores multiply.
+"""V's levels as sums over bits or as look-ups, for ``decode`` on GPUs: what tensor cores multiply.
 
 Levels of a Lloyd-Max codec of N(0, 1) are opposite where all bits of a code are. Written in signs
 +-1 of bits they have products of an odd number of bits alone: with two bits the bits themselves,
@@ -9,6 +9,8 @@ affine in two or four bits::
     3 bits:  level = 2 (a low + b middle + c high + d parity) - (a + b + c + d)
              4 a = -L0 + L1 - L2 + L3    4 b = -L0 - L1 + L2 + L3
              4 c =  L0 + L1 + L2 + L3    4 d =  L0 - L1 - L2 + L3    of the magnitudes L0 < .. < L3
+
+Four bits would take eight such sums; two look-ups of eight signed bytes are fewer.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["Plane", "ValuePlanes", "three_bit_planes", "two_bit_planes"]
+from tq_tvm.kernels.decode_tables import double_bytes
+
+__all__ = ["Plane", "ValuePlanes", "four_bit_levels", "three_bit_planes", "two_bit_planes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +37,19 @@ class Plane:
 
 @dataclasses.dataclass(frozen=True)
 class ValuePlanes:
-    """``level = unit sum(weight * 2^bit) - offset``; ``tokens`` of sums fit an int32."""
+    """``level = unit sum(weight * 2^bit) - offset``; ``tokens`` of sums fit an int32.
+
+    A byte has ``fields`` codes, of which each has sums ``step`` times too large, times that of the
+    one before. With ``tables`` the only plane is looked up, see `decode_tables.double_bytes`.
+    """
 
     planes: tuple[Plane, ...]
     unit: float
     offset: float
     tokens: int
+    fields: int = 4
+    step: int = 4
+    tables: tuple[tuple[int, int], ...] = ()
 
 
 def two_bit_planes(centroids: Sequence[float]) -> ValuePlanes:
@@ -64,3 +75,10 @@ def three_bit_planes(centroids: Sequence[float]) -> ValuePlanes:
         Plane("parity", 0, parity / high),
     )
     return ValuePlanes(planes, 2 * high, low + middle + high + parity, 24000)
+
+
+def four_bit_levels(centroids: Sequence[float]) -> ValuePlanes:
+    """Levels as bytes. A token adds at most 255 times 128."""
+    tables, unit = double_bytes(centroids)
+    plane = Plane("levels", 0, 1.0)
+    return ValuePlanes((plane,), unit, 0.0, 60000, fields=2, step=1, tables=tables)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from tq_tvm.kernels.decode_planes import ValuePlanes, three_bit_planes, two_bit_planes
+from tq_tvm.kernels.decode_planes import (
+    ValuePlanes,
+    four_bit_levels,
+    three_bit_planes,
+    two_bit_planes,
+)
 from tq_tvm.kernels.decode_tables import (
     KeyTables,
     double_tables,
@@ -124,8 +129,8 @@ class Shape:
 
     @property
     def value_bytes(self) -> int:
-        """Bytes of pairs of bits of a row of V that a lane has, of two tokens."""
-        return self.spec.head_dim // 32
+        """Bytes of a row of V that a lane has; of three bits, those of pairs of bits."""
+        return self.spec.head_dim // (8 * self.value.fields)
 
     @property
     def value_chunks(self) -> int:
@@ -160,7 +165,7 @@ class Shape:
     @property
     def quads(self) -> int:
         """Accumulator tiles of the output: one for a byte of V and two of its fields."""
-        return 2 * self.value_bytes
+        return self.value.fields // 2 * self.value_bytes
 
     @property
     def row_values(self) -> int:
@@ -211,7 +216,7 @@ class Shape:
 
     @functools.cached_property
     def value(self) -> ValuePlanes:
-        """V's levels, affine in bits."""
+        """V's levels, affine in bits or looked up."""
         codec = self.spec.cache_format.value
-        make = two_bit_planes if codec.bits == 2 else three_bit_planes
+        make = {2: two_bit_planes, 3: three_bit_planes, 4: four_bit_levels}[codec.bits]
         return make(codec.centroids)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["KeyTables", "double_tables", "narrow_tables", "wide_tables"]
+__all__ = ["KeyTables", "double_bytes", "double_tables", "narrow_tables", "wide_tables"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,28 @@ def double_tables(centroids: Sequence[float]) -> KeyTables:
         return tuple(_words([b + one for b in part]) for part in (high, low))
 
     return KeyTables(bytes_of(lower, 0), max(positive) / top, 0.0, bytes_of(upper, 1))
+
+
+def double_bytes(centroids: Sequence[float]) -> tuple[tuple[tuple[int, int], ...], float]:
+    """16 centroids, symmetric, as signed bytes times a unit: a lower and an upper table.
+
+    They are looked up as in `double_tables`. Of ``mse4`` the error is 0.3 % of a standard
+    deviation, which is that of an output: right for values, too much for keys.
+    """
+    positive = [c for c in centroids if c > 0]
+    weights = [_density(c) for c in positive]
+
+    def fit(top: float) -> tuple[float, float, list[int]]:
+        codes = [round(c * top / max(positive)) for c in positive]
+        unit = sum(w * c * n for w, c, n in zip(weights, positive, codes, strict=True))
+        unit /= sum(w * n * n for w, n in zip(weights, codes, strict=True))
+        error = sum(
+            w * (c - unit * n) ** 2 for w, c, n in zip(weights, positive, codes, strict=True)
+        )
+        return error, unit, codes
+
+    _, unit, codes = min(fit(50 + step / 100) for step in range(7600))
+    return (_words([-n for n in reversed(codes)]), _words([n + 1 for n in codes])), unit
 
 
 def _distance(value: float) -> Callable[[int], float]:

@@ -1,9 +1,10 @@
 """Softmax and weighted sums of V of a tile in ``decode_cuda``, in integers.
 
-V's levels are affine in the bits of a code and, of three bits, in their parity (`decode_planes`), so
-no look-up is needed: one AND leaves the bits of four tokens as bytes of 2^i, and each plane of bits
-has weights of its own in the same unit, which add up in one integer sum. The constant is a sum of
-weights. A field (pair of bits) has sums 4^field too large, which is put right at the end.
+V's levels of two and three bits are affine in the bits of a code and their parity
+(`decode_planes`): no look-up is needed, one AND leaves the bits of four tokens as bytes of 2^i, and
+each plane of bits has weights of its own in the same unit, which add up in one integer sum. The
+constant is a sum of weights. A field (pair of bits) has sums 4^field too large, which is put right
+at the end. Levels of four bits are looked up as signed bytes.
 
 Weights are 15-bit integers, high and low byte apart: one column each in packed kernels, else a
 product each. They are cut off, not rounded, after a constant in [0, 1) was added that differs from
@@ -47,6 +48,9 @@ from tq_tvm.kernels.device import (
 __all__ = ["LOWEST", "WEIGHT_TOP", "SumMemory", "Values"]
 
 _PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32"
+_SIGNED_PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32"
+_LOW_NIBBLES = 0x0F0F0F0F
+_OTHER_TABLE = 0x88888888
 _TRANSPOSE = "movmatrix.sync.aligned.m8n8.trans.b16"
 
 WEIGHT_TOP = 32766.0
@@ -121,6 +125,14 @@ class Values:
         self._select = local(2, "uint32")
         for i, (high, low) in enumerate(((0x7531, 0x6420), (0x6420, 0x7531))):
             store(self._select, T.Select(g < 4, u32(high), u32(low)), i)
+
+    def hold_table(self, unknown_zero) -> None:
+        """Look-ups of values, if there are any, in registers that the compiler cannot know."""
+        words = [word for pair in self._shape.value.tables for word in pair]
+        if words:
+            self._table = local(len(words), "uint32")
+            for i, word in enumerate(words):
+                store(self._table, T.bitwise_or(u32(word), unknown_zero), i)
 
     def find_metas(self, reader: PageReader, kv_head) -> None:
         """Work out which half of its word is V's meta of the lane's own tokens."""
@@ -225,12 +237,12 @@ class Values:
             address = self._address(quad)
             ptx("ld.shared.v4.f32", *[floats[e] for e in range(4)], address)
             for e in range(4):
-                field = 2 * (quad % 2) + e // 2
+                field = 2 * (quad % (shape.value.fields // 2)) + e // 2
                 value = T.cast(T.cast(self.sums[0, quad, e], "int32"), "float32")
                 if not shape.packed:
                     low = T.cast(T.cast(self.sums[1, quad, e], "int32"), "float32")
                     value = value * f32(256) + low
-                value = value * f32(4.0**-field) + floats[e]
+                value = value * f32(float(shape.value.step) ** -field) + floats[e]
                 store(floats, value if factor is None else value * factor[e % 2], e)
             ptx("st.shared.v4.f32", address, *[floats[e] for e in range(4)])
         self._clear()
@@ -292,6 +304,9 @@ class Values:
         sources = {"pairs": value_bytes(shape, rows)}
         if shape.third_chunks:
             sources["third"], sources["parity"] = self._third_bits(sources["pairs"], rows)
+        if shape.value.tables:
+            self._multiply_levels(sources["pairs"], operands)
+            return
         bits = local(4, "uint32")
         for quad in range(shape.quads):
             byte, first_field = quad // 2, 2 * (quad % 2)
@@ -307,6 +322,40 @@ class Values:
                         result,
                         [bits[e] for e in range(4)],
                         [operands[number, part, 0], operands[number, part, 1]],
+                        result,
+                    )
+
+    def _multiply_levels(self, codes, operands) -> None:
+        """Two codes a byte: looked up twice, see `decode_tables.double_bytes`."""
+        shape = self._shape
+        selector, found = local((2, 2), "uint32"), local(4, "uint32")
+        for byte in range(shape.value_bytes):
+            for half in range(2):
+                # The low nibbles of four tokens side by side, then the high ones.
+                word = codes[half, byte]
+                by4, by8 = let(T.shift_right(word, u32(4))), let(T.shift_right(word, u32(8)))
+                low, high = (
+                    T.bitwise_or(
+                        T.bitwise_and(a, u32(_LOW_NIBBLES)), T.bitwise_and(b, u32(0xF0F0F0F0))
+                    )
+                    for a, b in ((word, by4), (by4, by8))
+                )
+                both = let(byte_perm(let(low), let(high), 0x6420))
+                store(selector, both, half, 0)
+                store(selector, T.bitwise_xor(both, u32(_OTHER_TABLE)), half, 1)
+            for number in range(2):
+                for e in range(4):
+                    nibbles = selector[e // 2, number]
+                    nibbles = T.shift_right(nibbles, u32(16)) if e % 2 else nibbles
+                    pair = [self._table[2 * number], self._table[2 * number + 1]]
+                    ptx("prmt.b32", found[e], *pair, nibbles)
+                for part in range(shape.parts):
+                    result = [self.sums[part, byte, e] for e in range(4)]
+                    mma(
+                        _SIGNED_PRODUCT,
+                        result,
+                        [found[e] for e in range(4)],
+                        [operands[0, part, 0], operands[0, part, 1]],
                         result,
                     )
 
