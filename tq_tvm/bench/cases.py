@@ -23,6 +23,8 @@ from tq_tvm.spec import CacheSpec, RotateSpec, Spec
 __all__ = ["Case", "Workload", "make_case", "workloads"]
 
 _SERVED = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+_GROUPS = (1, 2, 5, 6, 7, 16)
+_FORMATS = ("tq22", "tq32", "tq33", "tq42", "tq43", "tq44")
 _ROTATED = (64, 128, 256, 512, 1024, 4096)
 _GIB = 1 << 30
 _SCALE_SPREAD = 0.1
@@ -110,6 +112,15 @@ def workloads(kind: str) -> list[Workload]:
             Workload("decode", _SERVED, 2, 1024),
             Workload("decode", _SERVED, 4, 4096),
         ]
+    shapes = [
+        *(dataclasses.replace(_SERVED, num_q_heads=8 * group) for group in _GROUPS),
+        dataclasses.replace(_SERVED, layout="bhsd"),
+        dataclasses.replace(_SERVED, dtype="float16"),
+        dataclasses.replace(_SERVED, head_dim=64),
+        dataclasses.replace(_SERVED, head_dim=256),
+        *(dataclasses.replace(_SERVED, format=name) for name in _FORMATS),
+    ]
+    formats = [spec for spec in shapes if spec.format != _SERVED.format]
     many_heads = dataclasses.replace(_SERVED, num_q_heads=64)
     few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
     return [
@@ -123,10 +134,12 @@ def workloads(kind: str) -> list[Workload]:
         Workload("decode", _SERVED, 1, 8192, graph=True),
         Workload("decode", _SERVED, 1, 1024, graph=True),
         Workload("decode", _SERVED, 64, 32768, shortest=128),
+        *(Workload("decode", spec, 64, 8192) for spec in shapes),
         Workload("fill", _SERVED, 64, 8192),
         Workload("fill", _SERVED, 8, 2048),
         Workload("fill", _SERVED, 64, 1, graph=True),
         Workload("fill", _SERVED, 256, 1, graph=True),
+        *(Workload("fill", spec, 64, 8192) for spec in formats),
         Workload("flatten", _SERVED, 64, 8192),
         Workload("flatten", _SERVED, 64, 8192, rotate_back=True),
         *(Workload("rotate", RotateSpec(dim), _GIB // (2 * dim), 1) for dim in _ROTATED),
@@ -183,7 +196,7 @@ def _random_cache(spec: CacheSpec, pages: int, device: torch.device) -> PagedKVC
         tensor.random_(0, 256)
     for tensor in (cache.k_meta, cache.v_meta):
         tensor.uniform_(root * (1 - _SCALE_SPREAD), root * (1 + _SCALE_SPREAD))
-    cache.k_meta[..., 1] *= 0.18 / spec.head_dim
+    cache.k_meta[..., 1:] *= 0.18 / spec.head_dim
     return cache
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os.path
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -27,9 +28,19 @@ def describe(row: Row) -> str:
             text = f"{size['batch']} x {size['shortest']}..{size['context']}"
         if row.kernel == "decode":
             text += f", {size['q_heads']}/{size['kv_heads']}"
+        text += "".join(f", {name}" for name in _unusual(size))
         if size.get("rotate_back"):
             text += ", rotated back"
     return text + (", graph" if size["graph"] else "")
+
+
+def _unusual(size: dict[str, Any]) -> list[str]:
+    """What most rows have alike and this one does not."""
+    found = [] if size["format"] == "k4v2" else [size["format"]]
+    if size["head_dim"] != 128:
+        found.append(f"D = {size['head_dim']}")
+    usual = {"dtype": ("bfloat16", "float32"), "layout": ("bshd",)}
+    return found + [size[name] for name, values in usual.items() if size[name] not in values]
 
 
 def _is_torch(baseline: str) -> bool:
