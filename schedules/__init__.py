@@ -90,7 +90,7 @@ def search_module(
     UnsupportedSpecError
         The target kind has no kernels of the spec.
     """
-    check_target(function, spec, kind)
+    check_target(function, spec, kind, function)
     if function == "decode":
         func = decode.anchor(_identity(function, spec, kind, shape))
     else:

@@ -24,6 +24,7 @@ from tq_tvm.spec import (
     QuantPolicy,
     RotateSpec,
     check_target,
+    functions_on,
     get_format,
     parse_spec,
 )
@@ -297,7 +298,8 @@ def test_what_readers_need_not_know():
 @pytest.mark.parametrize(
     "spec",
     [
-        dataclasses.replace(SPEC, format="tq42"),
+        dataclasses.replace(SPEC, format="int8"),
+        dataclasses.replace(SPEC, format="tq84"),
         dataclasses.replace(SPEC, head_dim=96),
         dataclasses.replace(SPEC, head_dim_v=64),
         dataclasses.replace(SPEC, window=16),
@@ -312,6 +314,22 @@ def test_gpus_refuse_what_they_have_no_kernel_of(spec):
     check_target("op", spec, "llvm")
     for served in (SPEC, dataclasses.replace(SPEC, head_dim=256), RotateSpec(4096)):
         check_target("op", served, "cuda")
+        assert functions_on(served, "cuda") == served.functions
+
+
+def test_gpus_have_some_functions_of_other_formats():
+    """What there is not is refused by name."""
+    spec = dataclasses.replace(SPEC, format="tq43", head_dim=64)
+    assert set(functions_on(spec, "llvm")) - set(functions_on(spec, "cuda")) == {"decode"}
+    check_target("op", spec, "cuda")
+    check_target("op", spec, "cuda", "fill_slots")
+    with pytest.raises(UnsupportedSpecError, match=f"op: spec .* got {spec.label} for decode;"):
+        check_target("op", spec, "cuda", "decode")
+    for served in (
+        dataclasses.replace(spec, head_dim=128),
+        dataclasses.replace(SPEC, format="tq44"),
+    ):
+        check_target("op", served, "cuda", "decode")
 
 
 # --- functions

@@ -21,7 +21,15 @@ from tq_tvm import artifacts, env
 from tq_tvm._version import __version__
 from tq_tvm.errors import ArgumentValueError, ArtifactNotFoundError, BuildError, TQError
 from tq_tvm.formats import FORMATS, get_format
-from tq_tvm.spec import FUNCTIONS, HEAD_DIMS, CacheSpec, RotateSpec, Spec, parse_spec
+from tq_tvm.spec import (
+    FUNCTIONS,
+    HEAD_DIMS,
+    CacheSpec,
+    RotateSpec,
+    Spec,
+    functions_on,
+    parse_spec,
+)
 from tq_tvm.targets import TARGETS, TargetInfo, as_device, cpu_threads, detect, get_target
 
 __all__ = ["main"]
@@ -476,7 +484,7 @@ def _flat(preset: Any) -> dict[str, Any]:
 def _ensure_library(spec: Spec, target: TargetInfo) -> None:
     """Build the library of a spec if calls cannot find one."""
     try:
-        for function in spec.functions:
+        for function in functions_on(spec, target.kind):
             artifacts.locate(function, spec, target)
     except ArtifactNotFoundError:
         _require_compiler("bench")

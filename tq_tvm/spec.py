@@ -50,6 +50,7 @@ __all__ = [
     "RotateSpec",
     "Spec",
     "check_target",
+    "functions_on",
     "get_format",
     "parse_spec",
 ]
@@ -357,38 +358,60 @@ Spec = CacheSpec | RotateSpec
 """What a library is specialised for."""
 
 
-def check_target(op: str, spec: Spec, kind: str) -> None:
+def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
+    """Functions of a spec that kernels are generated of for a target kind.
+
+    Parameters
+    ----------
+    kind
+        ``"cuda"`` or ``"llvm"``; a CPU has them all. A library for the target has just these.
+
+    Examples
+    --------
+    >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")
+    ()
+    """
+    if kind != "cuda":
+        return spec.functions
+    dim = spec.rotation.dim
+    if spec.dtype == "float32" or dim & (dim - 1):
+        return ()
+    if isinstance(spec, RotateSpec):
+        return spec.functions
+    fmt = spec.cache_format
+    plain = spec.head_dim_v is None and spec.window == 0
+    if not plain or dim not in GPU_HEAD_DIMS or {fmt.key.family, fmt.value.family} != {"lloyd_max"}:
+        return ()
+    decodes = fmt.value.bits != 3 or dim >= 128
+    return tuple(name for name in spec.functions if decodes or name != "decode")
+
+
+def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:
     """Refuse what no kernel is generated for on a target kind, ``"cuda"`` or ``"llvm"``.
 
     Parameters
     ----------
     op
         What asks, for the message.
+    function
+        The function that it needs, see `functions_on`; None where any will do.
 
     Raises
     ------
     UnsupportedSpecError
         The message says what there is.
     """
-    if kind != "cuda":
+    served = functions_on(spec, kind)
+    if function in served or (function is None and served):
         return
-    power = spec.rotation.dim & (spec.rotation.dim - 1) == 0
-    served = power if isinstance(spec, RotateSpec) else _on_gpus(spec)
-    if not served or spec.dtype == "float32":
-        raise UnsupportedSpecError(
-            f"{op}: spec must be one that GPUs have kernels of (format k4v2 with head_dim "
-            f"{', '.join(map(str, GPU_HEAD_DIMS))} for K and V and no window, or a rotation of a "
-            f"power of two; float16 or bfloat16), got {spec.label}; use the CPU or another spec"
-        )
-
-
-def _on_gpus(spec: CacheSpec) -> bool:
-    plain = spec.head_dim_v is None and spec.window == 0
-    fmt = spec.cache_format
-    codecs = fmt.key.family == "lloyd_max" and (
-        fmt.value.family == "lloyd_max" and (fmt.value.bits != 3 or spec.head_dim >= 128)
+    dims = ", ".join(map(str, GPU_HEAD_DIMS))
+    wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
+    raise UnsupportedSpecError(
+        f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
+        "V, no window, and a format whose codecs are qjl4, mse2, mse3 or mse4, for decode not "
+        "mse3 for V at head_dim 64; or a rotation of a power of two; float16 or bfloat16), "
+        f"got {wanted}; use the CPU or another spec"
     )
-    return plain and codecs and spec.head_dim in GPU_HEAD_DIMS
 
 
 def parse_spec(label: str) -> Spec:

@@ -18,7 +18,7 @@ from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.errors import TuningLogError
 from tq_tvm.schedules import Instance, instantiate
-from tq_tvm.spec import FUNCTIONS, Spec, check_target
+from tq_tvm.spec import FUNCTIONS, Spec, check_target, functions_on
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
 from tq_tvm.tuning.workloads import workloads
@@ -34,7 +34,9 @@ def build_library(
     use_records: bool = True,
     logs: Path | None = None,
 ) -> Path:
-    """Compile every function of ``spec`` into ``<root>/<target name>/<spec label>``.
+    """Compile the functions of ``spec`` into ``<root>/<target name>/<spec label>``.
+
+    Those that the target has kernels of (`tq_tvm.spec.functions_on`): calls of others are refused.
 
     A function with records gets a variant for each, and the default schedule at sizes of
     `tq_tvm.tuning.workloads` that have none; one without records gets the default schedule. The
@@ -75,7 +77,7 @@ def build_library(
             find_records(function, spec, target, logs) if use_records else [],
             functions,
         )
-        for function in spec.functions
+        for function in functions_on(spec, target.kind)
     }
     parent = Path(root) / target.name
     parent.mkdir(parents=True, exist_ok=True)

@@ -6,15 +6,11 @@ One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the
    memory, so that the next rows are on their way while these are worked on, and rotates them by
    tensor cores (`hadamard_cuda`): exact, since rows have 8 or 11 bits a value, the matrix has ones
    and minus ones, and sums are float32. The sign of the result is turned, so that a zero, which
-   comes as +0, is told from a positive value by its sign;
+   comes as +0, is told from a positive value by its sign. Signs of the rotation are turned in the
+   words that were read;
 2. finds the squared norms as the diagonal of the product of the rows with themselves;
-3. encodes by comparing magnitudes with the boundaries times the norm: a steep difference, cut off
-   at 0 and 1, is a comparison f on the multiplier's pipe. The level is the sum of f, the centroid
-   c_0 + sum f_i (c_(i+1) - c_i). Codes of opposite values mirror each other, so a code is the
-   middle of its range plus a distance with the value's sign: level + 1/2, for K with 4 more or less
-   as the residual's magnitude is positive or negative. Distances times powers of two add up, in
-   float32, to two bytes at a time;
-4. writes 8 bytes a lane and side (4 at D = 64), and the scales.
+3. finds codes and scales (`fill_codes`);
+4. writes 8 bytes a lane and plane at a time (4 at D = 64), and the scales.
 
 A lane ``(g, t)``, g = lane / 4, t = lane % 4, works on row g and on the coordinates whose bits 3
 and 4 (2 and 3 at D = 64) are ``t``.
@@ -23,7 +19,6 @@ and 4 (2 and 3 at D = 64) are ``t``.
 from __future__ import annotations
 
 import dataclasses
-import struct
 from typing import Any
 
 from tvm.script import tirx as T
@@ -32,9 +27,6 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
-    as_bits,
-    as_float,
-    byte_perm,
     f32,
     i32,
     let,
@@ -42,22 +34,23 @@ from tq_tvm.kernels.device import (
     loop,
     mma,
     ptx,
-    reduce_lanes,
     shared_dynamic,
     shuffle,
     store,
     u32,
     when,
 )
+from tq_tvm.kernels.fill_codes import Encoded, Encoder
 from tq_tvm.kernels.hadamard_cuda import (
     PRODUCTS,
     RowBits,
+    RowSigns,
     hadamard_words,
     hidden_zeros,
     numbers,
     rotate_rows,
 )
-from tq_tvm.spec import NORM_EPS, CacheSpec, Codec
+from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FillConfig", "fill_cuda"]
 
@@ -74,24 +67,13 @@ class FillConfig:
     registers: int
 
 
-_SIGN = 0x80000000
-_STEEP = 2.0**60
-"""A difference of floats times this is above one, if it is not zero."""
-
-_MAGIC = 1.5 * 2**22
-"""A float of this size has a unit of a half."""
-
-
-def _bits(value: float) -> int:
-    return int.from_bytes(struct.pack("<f", value), "little")
-
-
 class _Side:
     """K or V of 8 rows."""
 
     def __init__(self, row: RowBits, spec: CacheSpec, codec: Codec, name: str, sign) -> None:
-        self.row, self.codec, self.name, self._sign = row, codec, name, sign
+        self.row, self.codec, self.name = row, codec, name
         self.dtype = spec.dtype
+        self.encoder = Encoder(row, codec, spec.cache_format.scale_rule, sign)
         self.words = local(spec.head_dim // 8, "uint32")
         self.value = local(spec.head_dim // 4, "float32")
 
@@ -128,71 +110,6 @@ class _Side:
     def rotate(self, ones) -> None:
         """``value`` becomes minus the rotated row, unscaled."""
         rotate_rows(self.row, self.dtype, self.words, ones, self.value)
-
-    def encode(self, squared_norm):
-        """Codes of the row as words, its norm, and its residual's RMS or None."""
-        codec, dim, row = self.codec, self.row.dim, self.row
-        norm = let(T.sqrt(squared_norm + f32(NORM_EPS)))
-        levels = [c for c in codec.centroids if c > 0]
-        bounds = [b for b in codec.boundaries if b > 0]
-        bound, step = local(len(bounds), "float32"), local(len(levels), "float32")
-        for i, b in enumerate(bounds):
-            store(bound, norm * f32(-b * _STEEP), i)
-        for i, level in enumerate(levels):
-            store(step, norm * f32(level - levels[i - 1] if i else level), i)
-        squares = local(1, "float32")
-        store(squares, f32(0))
-        per_byte = codec.codes_per_byte
-        bytes_ = dim // per_byte
-        mine = [c for c in map(row.coordinate, range(dim // 4)) if c < bytes_]
-        sums = local(len(mine) // 2, "float32")
-        for n, byte in enumerate(mine):
-            if n % 2 == 0:
-                # Every code starts from the middle of its range.
-                store(sums, f32(_MAGIC + 32767.5), n // 2)
-            for field in range(per_byte):
-                value = self.value[row.slot(byte + field * bytes_)]
-                weight = float(1 << (8 * (n % 2) + codec.bits * field))
-                signed = self._code(value, bound, step, squares)
-                store(sums, sums[n // 2] - signed * f32(weight), n // 2)
-        words = local(len(mine) // 4, "uint32")
-        for w in range(len(mine) // 4):
-            halves = [let(T.shift_right(as_bits(sums[2 * w + i]), u32(1))) for i in range(2)]
-            store(words, byte_perm(halves[0], halves[1], 0x5410), w)
-        if not codec.residual_sign:
-            return words, norm, None
-        reduce_lanes(squares, 0, lambda a, b: a + b, (1, 2))
-        inverse = let(f32(dim**-0.5) / norm)
-        mean = squares[0] * inverse * inverse + f32(NORM_EPS)
-        return words, norm, let(T.sqrt(mean) * f32(dim**-0.5))
-
-    def _code(self, value, bound, step, squares):
-        """Distance of a code from the middle of its range, with the sign of ``value``."""
-        count = len([b for b in self.codec.boundaries if b > 0])
-        above, code, rest = (local(n, "float32") for n in (count, 1, 2))
-        magnitude = let(T.fabs(value))
-        store(code, f32(0.5))
-        for i in range(count):
-            # One where the magnitude is above the boundary, else zero.
-            ptx("fma.rn.ftz.sat.f32", above[i], magnitude, f32(_STEEP), bound[i])
-            store(code, code[0] + above[i])
-        if self.codec.residual_sign:
-            store(rest, step[0], 0)
-            for i in range(count):
-                store(rest, rest[0] + above[i] * step[i + 1], 0)
-            store(rest, magnitude - rest[0], 0)
-            store(squares, squares[0] + rest[0] * rest[0])
-            store(rest, self._with_sign_of(rest[0], float(count + 1)), 1)
-            store(code, code[0] + rest[1])
-        signed = local(1, "uint32")
-        store(signed, T.bitwise_xor(as_bits(code[0]), T.bitwise_and(as_bits(value), self._sign)))
-        return as_float(signed[0])
-
-    def _with_sign_of(self, value, magnitude: float):
-        word = local(1, "uint32")
-        sign = T.bitwise_and(as_bits(value), self._sign)
-        store(word, T.bitwise_or(sign, u32(_bits(magnitude))))
-        return as_float(word[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +165,7 @@ def _emit(
     total = let(T.cast(tokens, "int32") * heads)
     zeros = hidden_zeros(total, lane, 5)
     ones = hadamard_words(spec.dtype, g, t, zeros)
+    signs = RowSigns(row, t) if fmt.rotation == "signed_hadamard" else None
     # Of two constants in an operation it would make two instructions.
     sign = local(1, "uint32")
     store(sign, T.shift_left(zeros[4] + u32(1), u32(31)))
@@ -300,9 +218,11 @@ def _emit(
                 ptx("cp.async.wait_group", config.stages - 1)
                 for n, one_side in enumerate(sides):
                     one_side.load(ring, begin + stage[0] + n * row_words)
+                    if signs is not None:
+                        signs.turn(one_side.words)
                     squared = one_side.squared_norm(g)
                     one_side.rotate(ones)
-                    encoded = one_side.encode(squared)
+                    encoded = one_side.encoder.encode(one_side.value, t, squared)
                     where = (page, offset, head, T.And(wanted, first[0] + g < total))
                     _write(spec, arguments, one_side, t, where, encoded)
                 store(first, first[0] + 8)
@@ -374,10 +294,9 @@ class _TableSlots:
         return self._page[0], let(T.bitwise_and(position, self._size - 1)), stored
 
 
-def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded) -> None:
+def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded: Encoded) -> None:
     """Codes of a lane, and by one lane of a row the scales."""
     page, offset, head, exists = where
-    words, norm, residual = encoded
     name, row, size = side.name, side.row, spec.page_size
     codec = side.codec
 
@@ -388,17 +307,32 @@ def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encode
     with when(exists):
         width = codec.packed_bytes(spec.head_dim)
         codes = let(inside(page, offset, width, arguments.code_stride[name]))
-        count = row.piece // 4
-        kind = "u32" if count == 1 else f"v{count}.u32"
-        for n in range(width // (4 * row.piece)):
-            at = codes + T.cast(t * row.piece, "int64") + T.int64(n * 4 * row.piece)
-            pieces = [words[n * count + i] for i in range(count)]
-            ptx(f"st.global.{kind}", arguments.codes[name].ptr_to([at]), *pieces)
+        first = 0
+        for bits, words in zip(codec.plane_bits, encoded.planes, strict=True):
+            _write_plane(row, arguments.codes[name], codes, t, first, bits, words)
+            first += spec.head_dim * bits // 8
         with when(t == 0):
             count = len(codec.meta)
             metas = let(inside(page, offset, count, arguments.meta_stride[name]))
-            for i, scale in enumerate((norm, residual)[:count]):
+            for i, scale in enumerate(encoded.scales):
                 store(arguments.metas[name], T.cast(scale, spec.dtype), metas + T.int64(i))
+
+
+def _write_plane(row: RowBits, flat, codes, t, first: int, bits: int, words) -> None:
+    """Bytes from ``first`` on of the row at ``codes``, in pieces of the lanes in turn."""
+    count = row.piece // 4
+    kind = "u32" if count == 1 else f"v{count}.u32"
+    pieces, lanes = divmod(row.dim * bits // 8, 4 * row.piece)
+
+    def write(n: int) -> None:
+        at = codes + T.cast(t * row.piece, "int64") + T.int64(first + n * 4 * row.piece)
+        ptx(f"st.global.{kind}", flat.ptr_to([at]), *(words[n * count + i] for i in range(count)))
+
+    for n in range(pieces):
+        write(n)
+    if lanes:
+        with when(t < lanes // row.piece):
+            write(0)
 
 
 def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:

@@ -1,18 +1,21 @@
 r"""``flatten`` on NVIDIA GPUs, by look-ups: the threads of ``kernels.flatten``'s equation.
 
-One launch. Several lanes take a row (output token, KV head), K and V. A row has 16 different keys,
-a value and its negative eight times: ``-key(code) = key(code ^ 15)``. So a lane works out the 8
-keys of a positive residual once, in the model's dtype, low and high bytes apart in four words, and
-``prmt`` looks up four codes' bytes at a time; codes of a negative residual are turned before, and
-the signs of what was found after. V has four values and no turning. Two more ``prmt`` put the bytes
-of four values together, in the order of the coordinates.
+One launch. Several lanes take a row (output token, KV head), K and V. A row of 4-bit codes has 16
+different values, a value and its negative eight times: ``-value(code) = value(code ^ 15)``. So a
+lane works out the 8 values of codes whose top bit is set (a positive residual of qjl4, a positive
+value of mse4) once, in the model's dtype, low and high bytes apart in four words, and ``prmt``
+looks up four codes' bytes at a time; other codes are turned before, and the signs of what was found
+after. Codes of 2 and 3 bits have four and eight values and no turning; those of mse3 are put
+together of their planes first. Two more ``prmt`` put the bytes of four values together, in the
+order of the coordinates.
 
 In the rotated domain eight lanes take a row. A lane's bytes of it are contiguous, and so are the
 lanes' writes: 16 bytes of K and 8 of V each, at D = 128.
 
 To rotate back, four lanes take a row and look up halves of unit scale, which tensor cores rotate
-(`hadamard_cuda`); the norm is applied in float32 at the end. Halves round to 2^-12 of a value, an
-eighth of what bfloat16 rounds the result by.
+(`hadamard_cuda`); the scale is applied in float32 at the end, and the signs of the rotation turned
+in the words that are written. Halves round to 2^-12 of a value, an eighth of what bfloat16 rounds
+the result by.
 """
 
 from __future__ import annotations
@@ -40,7 +43,13 @@ from tq_tvm.kernels.device import (
     u32,
     when,
 )
-from tq_tvm.kernels.hadamard_cuda import RowBits, hadamard_words, hidden_zeros, rotate_rows
+from tq_tvm.kernels.hadamard_cuda import (
+    RowBits,
+    RowSigns,
+    hadamard_words,
+    hidden_zeros,
+    rotate_rows,
+)
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
@@ -84,11 +93,11 @@ class _Table:
         return words
 
 
-def _find_keys(table: _Table, word):
-    """Values of a word of K: ``[nibble, half]``, two neighbouring coordinates each."""
+def _find_mirrored(table: _Table, word):
+    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each."""
     turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
     found = local((2, 2), "uint32")
-    # The top bit of every nibble whose residual is negative, and seven below it.
+    # The top bit of every nibble that has none, and seven below it.
     store(turned, T.bitwise_and(T.bitwise_not(word), u32(0x88888888)))
     sevens = turned[0] - T.shift_right(turned[0], u32(3))
     store(selector, T.bitwise_and(T.bitwise_xor(word, sevens), u32(0x77777777)), 0)
@@ -104,12 +113,19 @@ def _find_keys(table: _Table, word):
     return found
 
 
-def _find_values(table: _Table, word):
-    """Values of a word of V: ``[field, half]``."""
+def _find(table: _Table, word, third):
+    """Values of a word of 2-bit codes: ``[field, half]``.
+
+    ``third``, if not None, has a third bit of every code at the lowest of its two.
+    """
     found, selector = local((4, 2), "uint32"), local(2, "uint32")
     for odd in range(2):
         fields = T.shift_right(word, u32(2)) if odd else word
         store(selector, T.bitwise_and(fields, u32(0x33333333)), 0)
+        if third is not None:
+            above = third if odd else T.shift_left(third, u32(2))
+            above = T.bitwise_and(above, u32(0x44444444))
+            store(selector, T.bitwise_or(selector[0], above), 0)
         store(selector, T.shift_right(selector[0], u32(16)), 1)
         for half in range(2):
             words = table.find(selector[half])
@@ -133,9 +149,18 @@ class _Side:
 
     def __init__(self, spec: CacheSpec, codec: Codec, cache: _Cache, lanes: int) -> None:
         self.spec, self.codec, self._cache = spec, codec, cache
-        self.bytes = codec.packed_bytes(spec.head_dim) // lanes
+        self.field = codec.plane_bits[0]
+        self.plane = spec.head_dim * self.field // 8
+        self.bytes = self.plane // lanes
         self.codes = local(max(1, self.bytes // 4), "uint32")
         self.meta = local(1, "uint32")
+        if self.planes > 1:
+            self.third = local(max(1, self.bytes // 4), "uint32")
+
+    @property
+    def planes(self) -> int:
+        """Planes of a row; the second one is the third bit of the codes in the first."""
+        return len(self.codec.plane_bits)
 
     def load(self, page, place, part) -> None:
         """Read codes and scales of the row at ``place`` of a page."""
@@ -152,22 +177,47 @@ class _Side:
             store(self.meta, T.cast(short[0], "uint32"))
 
     def _load_codes(self, pointer: Callable[[Any], Any], part) -> None:
-        at = pointer(T.cast(part * self.bytes, "int64"))
+        self._read(self.codes, pointer(T.cast(part * self.bytes, "int64")))
+        if self.planes > 1:
+            # Lanes of both halves of the first plane have the same bytes of the second.
+            inside = T.cast(part % 4 * self.bytes + self.plane, "int64")
+            self._read(self.third, pointer(inside))
+            self._align(range(max(1, self.bytes // 4)), part // 4)
+
+    def _read(self, words, at) -> None:
         if self.bytes < 4:
             short = local(1, "uint16")
             ptx("ld.global.nc.u16", short[0], at)
-            store(self.codes, T.cast(short[0], "uint32"))
+            store(words, T.cast(short[0], "uint32"))
         else:
-            _access("ld.global.nc.L1::no_allocate", self.codes, 0, self.bytes // 4, at)
+            _access("ld.global.nc.L1::no_allocate", words, 0, self.bytes // 4, at)
+
+    def _align(self, which, half) -> None:
+        """Shift bytes of the second plane to the codes of a half of the first."""
+        for i in which:
+            store(self.third, T.shift_right(self.third[i], T.cast(half, "uint32")), i)
 
     def blank(self) -> None:
         """Codes and scales of a row of zeros, all of them positive."""
         for i in range(max(1, self.bytes // 4)):
-            store(self.codes, u32(0x88888888 if self.codec.residual_sign else 0xAAAAAAAA), i)
+            store(self.codes, u32(0x88888888 if self.field == 4 else 0xAAAAAAAA), i)
+            if self.planes > 1:
+                store(self.third, u32(0x55555555), i)
         store(self.meta, u32(0))
 
+    def _levels(self) -> list[float]:
+        """Levels that are looked up."""
+        levels = list(self.codec.centroids)
+        return levels[len(levels) // 2 :] if len(levels) == 16 else levels
+
+    def _find(self, table: _Table, i: int):
+        """Values of word ``i``: ``[field, half]``."""
+        if self.field == 4:
+            return _find_mirrored(table, self.codes[i])
+        return _find(table, self.codes[i], self.third[i] if self.planes > 1 else None)
+
     def _scales(self):
-        """Norm and, for a codec with signs, residual."""
+        """Scale and, for a codec with signs, residual."""
         dtype = self.spec.dtype
         if self.codec.residual_sign:
             return let(low_half(dtype, self.meta[0])), let(high_half(dtype, self.meta[0]))
@@ -175,19 +225,18 @@ class _Side:
 
     def write(self, out, row, part) -> None:
         """Write the values; ``row`` is the index of the row's first element."""
-        spec, codec = self.spec, self.codec
-        norm, residual = self._scales()
+        spec = self.spec
+        scale, residual = self._scales()
         sigma = spec.head_dim**-0.5
-        values = [norm * f32(c * sigma) for c in codec.centroids]
+        values = [scale * f32(c * sigma) for c in self._levels()]
         if residual is not None:
-            shift = let(norm * residual)
+            shift = let(scale * residual)
             values = [value + shift for value in values]
         table = _Table(spec.dtype, values)
-        find = _find_keys if codec.residual_sign else _find_values
-        fields, words = codec.codes_per_byte, max(1, self.bytes // 2)
+        fields, words = 8 // self.field, max(1, self.bytes // 2)
         found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
         for i in range(max(1, self.bytes // 4)):
-            part_found = find(table, self.codes[i])
+            part_found = self._find(table, i)
             for field in range(fields):
                 for half in range(2):
                     store(found, part_found[field, half], field, 2 * i + half)
@@ -205,10 +254,16 @@ class _RotatedSide(_Side):
     """The same, rotated back: the warp writes 8 rows together."""
 
     def __init__(
-        self, spec: CacheSpec, codec: Codec, cache: _Cache, row: RowBits, ones: Any
+        self,
+        spec: CacheSpec,
+        codec: Codec,
+        cache: _Cache,
+        row: RowBits,
+        ones: Any,
+        signs: RowSigns | None,
     ) -> None:
         super().__init__(spec, codec, cache, 4)
-        self._row, self._ones = row, ones
+        self._row, self._ones, self._signs = row, ones, signs
 
     def _load_codes(self, pointer: Callable[[Any], Any], part) -> None:
         piece = self._row.piece
@@ -216,24 +271,38 @@ class _RotatedSide(_Side):
             at = pointer(T.cast(part * piece + n * 4 * piece, "int64"))
             words = piece // 4
             _access("ld.global.nc.L1::no_allocate", self.codes, n * words, words, at)
+        if self.planes > 1:
+            self._load_third(pointer, part)
+
+    def _load_third(self, pointer: Callable[[Any], Any], part) -> None:
+        """The second plane: of D = 256 a lane has both halves, else two lanes have a half each."""
+        piece, count = self._row.piece, self.bytes // 4
+        lanes = self.plane // 2 // piece
+        at = pointer(T.cast(part % lanes * piece + self.plane, "int64"))
+        words = min(piece // 4, count)
+        _access("ld.global.nc.L1::no_allocate", self.third, 0, words, at)
+        for i in range(words, count):
+            store(self.third, self.third[i - words], i)
+        if lanes < 4:
+            self._align(range(count), part // lanes)
+        else:
+            self._align(range(words, count), i32(1))
 
     def rotated(self):
         """Values of a lane in order of their coordinates, in pairs of the model's dtype."""
-        spec, codec, row = self.spec, self.codec, self._row
+        spec, row = self.spec, self._row
         norm, residual = self._scales()
-        values = [f32(c) for c in codec.centroids]
+        values = [f32(c) for c in self._levels()]
         if residual is not None:
             shift = let(residual * f32(spec.head_dim**0.5))
             values = [value + shift for value in values]
         table = _Table("float16", values)
-        find = _find_keys if codec.residual_sign else _find_values
         words = local(spec.head_dim // 8, "uint32")
-        bytes_ = codec.packed_bytes(spec.head_dim)
         for i in range(self.bytes // 4):
-            found = find(table, self.codes[i])
-            for field in range(codec.codes_per_byte):
+            found = self._find(table, i)
+            for field in range(8 // self.field):
                 for half in range(2):
-                    coordinate = row.coordinate(4 * i) + 2 * half + field * bytes_
+                    coordinate = row.coordinate(4 * i) + 2 * half + field * self.plane
                     store(words, found[field, half], row.slot(coordinate) // 2)
         value = local(spec.head_dim // 4, "float32")
         rotate_rows(row, "float16", words, self._ones, value)
@@ -241,6 +310,8 @@ class _RotatedSide(_Side):
         pairs = local(spec.head_dim // 8, "uint32")
         for i in range(spec.head_dim // 8):
             ptx(PAIR[spec.dtype], pairs[i], value[2 * i + 1] * scale, value[2 * i] * scale)
+        if self._signs is not None:
+            self._signs.turn(pairs)
         return pairs
 
     def write_rotated(self, pairs, out, row, part) -> None:
@@ -290,7 +361,10 @@ def _emit(
         zeros = hidden_zeros(total, lane, 4)
         bits = RowBits.of_cache(spec.head_dim, config.contracted)
         ones = hadamard_words("float16", let(lane // 4), let(lane % 4), zeros)
-        sides = [_RotatedSide(spec, c, f, bits, ones) for c, f in zip(codecs, flat, strict=True)]
+        signs = RowSigns(bits, let(lane % 4)) if fmt.rotation == "signed_hadamard" else None
+        sides = [
+            _RotatedSide(spec, c, f, bits, ones, signs) for c, f in zip(codecs, flat, strict=True)
+        ]
     share = abreast * config.rows * config.tiles
     first, last = local(1, "int32"), local(1, "int32")
     store(first, (T.cast(block, "int32") * config.warps + thread // 32) * share)

@@ -16,11 +16,13 @@ import struct
 
 from tvm.script import tirx as T
 
+from tq_tvm.formats import rotation_signs
 from tq_tvm.kernels.device import f32, let, local, mma, shuffle_xor, store, u32
 
 __all__ = [
     "PRODUCTS",
     "RowBits",
+    "RowSigns",
     "butterfly",
     "hadamard_words",
     "hidden_zeros",
@@ -71,6 +73,37 @@ class RowBits:
         """Four words from ``coordinate`` on: bit 1 in turn, then ``deep``."""
         places = (coordinate | deep << self.deep | x << 1 for deep in (0, 1) for x in (0, 1))
         return [words[(first + self.slot(place)) // 2] for place in places]
+
+
+class RowSigns:
+    """The signs of `rotation_signs`, for the words of a lane of a row.
+
+    A lane has a bit a value in a register or two, so that a shift brings the two bits of a word to
+    its signs.
+    """
+
+    def __init__(self, row: RowBits, t) -> None:
+        signs = rotation_signs(row.dim)
+        self._count = row.dim // 8
+        registers = -(-self._count // 16)
+        self._bits = local(registers, "uint32")
+        for n in range(registers):
+            lanes = []
+            for lane in range(4):
+                bits = 0
+                for slot in range(32 * n, min(32 * n + 32, row.dim // 4)):
+                    place = (31 if slot & 1 else 15) - slot // 2 % 16
+                    negative = signs[row.coordinate(slot) + (lane << row.lane_bit)] < 0
+                    bits |= negative << place
+                lanes.append(u32(bits))
+            pairs = [T.Select(t % 2 == 1, lanes[i + 1], lanes[i]) for i in (0, 2)]
+            store(self._bits, T.Select(t >= 2, pairs[1], pairs[0]), n)
+
+    def turn(self, words) -> None:
+        """Multiply the values by their signs."""
+        for i in range(self._count):
+            bits = T.shift_left(self._bits[i // 16], u32(i % 16))
+            store(words, T.bitwise_xor(words[i], T.bitwise_and(bits, u32(0x80008000))), i)
 
 
 def numbers(bits: list[int]) -> list[int]:

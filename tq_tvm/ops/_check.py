@@ -376,6 +376,7 @@ def make_spec(op: str, kind: type[_Spec], **fields: Any) -> _Spec:
 
 def cache_spec(
     op: str,
+    function: str,
     k_cache: torch.Tensor,
     dims: tuple[int, int],
     num_q_heads: int | None,
@@ -388,6 +389,8 @@ def cache_spec(
 
     Parameters
     ----------
+    function
+        The function of a library that is going to be called.
     dims
         D and DV; a DV that no row can have stands for D.
     num_q_heads
@@ -420,7 +423,7 @@ def cache_spec(
         window=0 if k_window is None else k_window.shape[1],
     )
     if k_cache.is_cuda:
-        check_target(op, spec, "cuda")
+        check_target(op, spec, "cuda", function)
     return spec
 
 

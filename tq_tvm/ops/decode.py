@@ -253,8 +253,9 @@ def _check_arguments(
     batch, num_q_heads, head_dim = q.shape
     dims = (head_dim, out.shape[-1] if out.ndim else head_dim)
     spec = _check.cache_spec(
-        _OP, k_cache, dims, num_q_heads, q.dtype, layout, policy, window.get("k_window")
-    )
+        _OP, "decode", k_cache, dims, num_q_heads, q.dtype, layout, policy,
+        window.get("k_window"),
+    )  # fmt: skip
     _check.check_scales(_OP, scaled)
     caches = _check.check_caches(_OP, spec, (k_cache, v_cache, k_meta, v_meta))
     _check.check_dtype(_OP, "out", out, q.dtype)

@@ -235,7 +235,7 @@ def _check_arguments(
     tokens, _, head_dim = k.shape
     dims = (head_dim, v.shape[-1] if v.ndim else head_dim)
     spec = _check.cache_spec(
-        _OP, k_cache, dims, None, k.dtype, layout, policy, window.get("k_window")
+        _OP, "fill_table", k_cache, dims, None, k.dtype, layout, policy, window.get("k_window")
     )
     value_symbol = "D" if spec.head_dim_v is None else "DV"
     for name, tensor, symbol, dim in (

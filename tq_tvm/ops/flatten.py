@@ -206,7 +206,7 @@ def _check_arguments(
     fmt = _check.format_of(_OP, policy)
     head_dim = fmt.key.head_dim_of(k_cache.shape[-1]) if k_cache.ndim else 0
     dims = (head_dim, v_out.shape[-1] if v_out.ndim else head_dim)
-    spec = _check.cache_spec(_OP, k_cache, dims, None, k_meta.dtype, layout, policy)
+    spec = _check.cache_spec(_OP, "flatten", k_cache, dims, None, k_meta.dtype, layout, policy)
     _check.check_scales(_OP, scaled)
     caches = _check.check_caches(_OP, spec, (k_cache, v_cache, k_meta, v_meta))
     _check.check_table_arguments(_OP, table, lens)

@@ -50,7 +50,7 @@ def paged_decode_workspace_size(
     """
     _check.check_spec(_OP, spec)
     device = as_device(_OP, device)
-    check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm")
+    check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm", "decode")
     batch = _check.as_integer(_OP, "batch", batch)
     max_context = _check.as_integer(_OP, "max_context", max_context)
     loaded = load("decode", spec, device)

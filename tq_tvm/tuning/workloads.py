@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, check_target, functions_on
 from tq_tvm.targets import TargetInfo
 
 __all__ = ["Workload", "workloads"]
@@ -65,7 +65,16 @@ def _tokens(spec: CacheSpec, batch: int, context: int) -> dict[str, int]:
 
 
 def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
-    """Workloads of a spec: on a GPU sizes of serving, on a CPU sizes that take milliseconds."""
+    """Workloads of a spec: on a GPU sizes of serving, on a CPU sizes that take milliseconds.
+
+    Those of functions that the target has kernels of.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        It has none.
+    """
+    check_target("workloads", spec, target.kind)
     large, small = (1 << 29, 1 << 19) if target.kind == "cuda" else (1 << 23, 1 << 16)
     rotation = spec.rotation
     rotations = [
@@ -85,7 +94,8 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
     else:
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
-    return [
+    served = functions_on(spec, target.kind)
+    every = [
         *rotations,
         Workload(
             "fill_slots",
@@ -98,3 +108,4 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
         *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
     ]
+    return [w for w in every if w.function in served]

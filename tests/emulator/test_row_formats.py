@@ -1,0 +1,110 @@
+"""``fill`` and ``flatten`` for GPUs in every Lloyd-Max codec, rotation, rule and head_dim."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from rows import rows
+from specs import by_slot, make_batch
+
+pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+
+from emulator import compile_functions
+from emulator.row_checks import check_filled, check_flattened, guard_caches, new_rows, starts_of
+from tq_tvm import reference
+from tq_tvm.kernels.fill_cuda import FillConfig, fill_cuda
+from tq_tvm.kernels.flatten_cuda import FlattenConfig, flatten_cuda
+from tq_tvm.spec import CacheSpec
+
+LENGTHS = [0, 1, 15, 33, 20]
+
+# Codecs with each head_dim, where bits of a coordinate are in other places; rules with each way to
+# find a level: the sum of its comparisons, a search, with and without a residual.
+SPECS = [
+    CacheSpec(128, 4, 2, 16, "bfloat16", "bshd", "tq42"),
+    CacheSpec(64, 3, 3, 16, "float16", "bhsd", "mse3-mse4-plain-leastsquares"),
+    CacheSpec(256, 1, 1, 32, "bfloat16", "bshd", "qjl4-mse3-signed-matched"),
+    CacheSpec(128, 2, 2, 64, "float16", "bhsd", "qjl4-mse3-signed-unbiased"),
+    CacheSpec(64, 2, 2, 16, "bfloat16", "bshd", "qjl4-mse2-signed-leastsquares"),
+    CacheSpec(256, 2, 1, 16, "float16", "bshd", "mse4-mse2-plain-unbiased"),
+    CacheSpec(128, 2, 2, 16, "float16", "bshd", "mse2-mse3-signed-norm"),
+]
+CONFIGS = {64: FillConfig(2, 2, 1, 1, 2, 96), 128: FillConfig(2, 1, 1, 1, 1, 96)}
+CONFIGS[256] = FillConfig(1, 2, 2, 2, 2, 128)
+
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.label)
+
+
+@pytest.fixture(scope="module")
+def fill(tmp_path_factory):
+    """``fill_table`` of a spec, compiled once."""
+
+    @functools.cache
+    def function(spec):
+        func = fill_cuda(spec, CONFIGS[spec.head_dim], by_table=True)
+        return compile_functions({"fill": func}, tmp_path_factory.mktemp("fill"))["fill"]
+
+    return function
+
+
+def filled(function, spec, k, v):
+    batch = make_batch(spec, "cpu", LENGTHS)
+    guards = guard_caches(batch)
+    function(k, v, *batch.caches, batch.block_table, batch.seq_lens, batch.starts)
+    return batch, guards
+
+
+@each_spec
+@pytest.mark.parametrize("kind", ["offset", "heavy_tailed"])
+def test_fill(fill, spec, kind):
+    """With rows of zeros, whose scale is zero unless the rule is norm, and of one huge value."""
+    tokens, dtype = sum(LENGTHS), getattr(torch, spec.dtype)
+    shape = (tokens, spec.num_kv_heads, spec.head_dim)
+    k, v = (rows(kind, *shape, seed=s).to(dtype) for s in (1, 2))
+    for x, row in ((k, 3), (v, 5)):
+        x[row] = 0
+        x[row + 1] = 0
+        x[row + 1, :, 9] = 1e4
+    batch, guards = filled(fill(spec), spec, k, v)
+    check_filled(spec, batch, guards, k, v, batch.slots)
+
+
+@each_spec
+def test_what_is_no_number_stays_in_its_row(fill, spec):
+    """Scales of such rows are not finite either; others are what they are without them."""
+    k, v = new_rows(spec, sum(LENGTHS))
+    clean, _ = filled(fill(spec), spec, k, v)
+    k[4, 0, 17] = float("nan")
+    v[6, -1, 3] = float("inf")
+    batch, _ = filled(fill(spec), spec, k, v)
+    for name, cache in enumerate(batch.caches):
+        got, want = (by_slot(spec, c)[batch.slots] for c in (cache, clean.caches[name]))
+        broken = torch.zeros(got.shape[:2], dtype=torch.bool)
+        broken[(4, 0) if name % 2 == 0 else (6, -1)] = True
+        assert torch.equal(got[~broken], want[~broken])
+        if name > 1:
+            assert not bool(got[broken][:, 0].isfinite().any())
+
+
+@each_spec
+def test_flatten(tmp_path, spec):
+    """Both functions."""
+    batch = make_batch(spec, "cpu", LENGTHS)
+    k, v = new_rows(spec, batch.tokens)
+    k[3] = 0
+    reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots)
+    where = (batch.block_table, batch.seq_lens, starts_of(batch))
+    config = FlattenConfig(warps=2, rows=2, tiles=2, registers=64)
+    back = dataclasses.replace(config, rows=1, contracted=1)
+    functions = {
+        "flatten": flatten_cuda(spec, config, unrotated=False),
+        "flatten_unrotated": flatten_cuda(spec, back, unrotated=True),
+    }
+    module = compile_functions(functions, tmp_path)
+    for name in functions:
+        check_flattened(
+            spec, name, batch, k, lambda out, name=name: module[name](*batch.caches, *where, *out)
+        )
