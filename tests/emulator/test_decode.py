@@ -161,6 +161,19 @@ def test_nothing_to_attend_to(compiled):
     assert bool((run(compiled(case), case, q, batch, 4) == 0).all())
 
 
+@pytest.mark.parametrize("case", ["group4", "values3_group6", "values4_group6"])
+def test_values_that_are_all_alike(compiled, case):
+    """Their codes are, too: errors of a level do not cancel. Odd rows are constant, rotated."""
+    spec, _ = CASES[case]
+    q, batch, _ = problem(spec, [70])
+    k, v = (rows("gaussian", 70, spec.num_kv_heads, spec.head_dim, seed=s) for s in (5, 6))
+    v[1::2] = reference.rotate_back(v[1::2].sign(), spec.cache_format.rotation) * 3
+    v[::2] = 2.0
+    reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots)
+    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
+    assert relative(run(compiled(case), case, q, batch, 1), want) <= LIMIT[q.dtype]
+
+
 # --- integer weights
 
 

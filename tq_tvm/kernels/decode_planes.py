@@ -10,7 +10,7 @@ affine in two or four bits::
              4 a = -L0 + L1 - L2 + L3    4 b = -L0 - L1 + L2 + L3
              4 c =  L0 + L1 + L2 + L3    4 d =  L0 - L1 - L2 + L3    of the magnitudes L0 < .. < L3
 
-Four bits would take eight such sums; two look-ups of eight signed bytes are fewer.
+Four bits would take eight such sums; look-ups of two signed bytes are fewer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class ValuePlanes:
     """``level = unit sum(weight * 2^bit) - offset``; ``tokens`` of sums fit an int32.
 
     A byte has ``fields`` codes, of which each has sums ``step`` times too large, times that of the
-    one before. With ``tables`` the only plane is looked up, see `decode_tables.double_bytes`.
+    one before. With ``tables`` the planes are bytes that are looked up, see
+    `decode_tables.double_bytes`.
     """
 
     planes: tuple[Plane, ...]
@@ -78,7 +79,7 @@ def three_bit_planes(centroids: Sequence[float]) -> ValuePlanes:
 
 
 def four_bit_levels(centroids: Sequence[float]) -> ValuePlanes:
-    """Levels as bytes. A token adds at most 255 times 128."""
-    tables, unit = double_bytes(centroids)
-    plane = Plane("levels", 0, 1.0)
-    return ValuePlanes((plane,), unit, 0.0, 60000, fields=2, step=1, tables=tables)
+    """Levels as two bytes. A token adds at most 255 times 252."""
+    tables, unit, part = double_bytes(centroids)
+    planes = (Plane("first", 0, 1.0), Plane("second", 0, part / unit))
+    return ValuePlanes(planes, unit, 0.0, 30000, fields=2, step=1, tables=tables)

@@ -107,26 +107,25 @@ def double_tables(centroids: Sequence[float]) -> KeyTables:
     return KeyTables(bytes_of(lower, 0), max(positive) / top, 0.0, bytes_of(upper, 1))
 
 
-def double_bytes(centroids: Sequence[float]) -> tuple[tuple[tuple[int, int], ...], float]:
-    """16 centroids, symmetric, as signed bytes times a unit: a lower and an upper table.
+def double_bytes(centroids: Sequence[float]) -> tuple[tuple[tuple[int, int], ...], float, float]:
+    """16 centroids, symmetric, as two signed bytes, the first one times a unit.
 
-    They are looked up as in `double_tables`. Of ``mse4`` the error is 0.3 % of a standard
-    deviation, which is that of an output: right for values, too much for keys.
+    They are looked up as in `double_tables`: a lower and an upper table of the first bytes, then of
+    the second ones, which count parts of a unit above the first. Also returns the unit and a part.
+    Of ``mse4`` the error is 5e-5 of a standard deviation; first bytes alone would be wrong by up to
+    2.5 % in rows whose values are all alike.
     """
     positive = [c for c in centroids if c > 0]
-    weights = [_density(c) for c in positive]
-
-    def fit(top: float) -> tuple[float, float, list[int]]:
-        codes = [round(c * top / max(positive)) for c in positive]
-        unit = sum(w * c * n for w, c, n in zip(weights, positive, codes, strict=True))
-        unit /= sum(w * n * n for w, n in zip(weights, codes, strict=True))
-        error = sum(
-            w * (c - unit * n) ** 2 for w, c, n in zip(weights, positive, codes, strict=True)
-        )
-        return error, unit, codes
-
-    _, unit, codes = min(fit(50 + step / 100) for step in range(7600))
-    return (_words([-n for n in reversed(codes)]), _words([n + 1 for n in codes])), unit
+    unit = max(positive) / 126
+    part = unit / 125
+    first = [min(math.ceil(c / unit) - 1, 125) for c in positive]
+    second = [max(1, round((c - n * unit) / part)) for c, n in zip(positive, first, strict=True)]
+    tables = [
+        table
+        for codes in (first, second)
+        for table in (_words([-n for n in reversed(codes)]), _words([n + 1 for n in codes]))
+    ]
+    return tuple(tables), unit, part
 
 
 def _distance(value: float) -> Callable[[int], float]:

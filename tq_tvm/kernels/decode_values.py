@@ -4,7 +4,7 @@ V's levels of two and three bits are affine in the bits of a code and their pari
 (`decode_planes`): no look-up is needed, one AND leaves the bits of four tokens as bytes of 2^i, and
 each plane of bits has weights of its own in the same unit, which add up in one integer sum. The
 constant is a sum of weights. A field (pair of bits) has sums 4^field too large, which is put right
-at the end. Levels of four bits are looked up as signed bytes.
+at the end. Levels of four bits are looked up as two signed bytes.
 
 Weights are 15-bit integers, high and low byte apart: one column each in packed kernels, else a
 product each. They are cut off, not rounded, after a constant in [0, 1) was added that differs from
@@ -18,6 +18,7 @@ before sums of 2^31 could come about, the sums are added to floats in shared mem
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 from tvm.script import tirx as T
@@ -343,19 +344,19 @@ class Values:
                 both = let(byte_perm(let(low), let(high), 0x6420))
                 store(selector, both, half, 0)
                 store(selector, T.bitwise_xor(both, u32(_OTHER_TABLE)), half, 1)
-            for number in range(2):
+            for plane, table in itertools.product(range(len(shape.value.planes)), range(2)):
+                at = 4 * plane + 2 * table
                 for e in range(4):
-                    nibbles = selector[e // 2, number]
+                    nibbles = selector[e // 2, table]
                     nibbles = T.shift_right(nibbles, u32(16)) if e % 2 else nibbles
-                    pair = [self._table[2 * number], self._table[2 * number + 1]]
-                    ptx("prmt.b32", found[e], *pair, nibbles)
+                    ptx("prmt.b32", found[e], self._table[at], self._table[at + 1], nibbles)
                 for part in range(shape.parts):
                     result = [self.sums[part, byte, e] for e in range(4)]
                     mma(
                         _SIGNED_PRODUCT,
                         result,
                         [found[e] for e in range(4)],
-                        [operands[0, part, 0], operands[0, part, 1]],
+                        [operands[plane, part, 0], operands[plane, part, 1]],
                         result,
                     )
 
