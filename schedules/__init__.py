@@ -140,8 +140,12 @@ def has_factory(function: str, spec: Spec, kind: str) -> bool:
 def default(function: str, spec: Spec, kind: str) -> Callable[[Schedule], None]:
     """The point of the space with the hand-picked decisions, correct on every target."""
     made = _only_a_factory(function, spec, kind)
-    module = _SPACES[FUNCTIONS[function]]
-    values = factories.DEFAULTS[function] if made else module.DEFAULTS[kind]
+    if function == "decode":
+        values = decode.defaults(spec, kind)
+    elif made:
+        values = factories.DEFAULTS[function]
+    else:
+        values = _SPACES[FUNCTIONS[function]].DEFAULTS[kind]
 
     def apply(sch: Schedule) -> None:
         _apply_first(sch, function, spec, kind, sampled(sch, values))
