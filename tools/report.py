@@ -26,14 +26,17 @@ _ROOT = Path(__file__).parents[1]
     type=click.Path(path_type=Path),
     help="Picture to draw; roofline.svg beside BENCH by default.",
 )
-def main(bench: Path, readme: Path, roofline: Path | None) -> None:
+@click.option("--name", default="bench", show_default=True, help="Of the marks in README.")
+@click.option("--picture/--no-picture", default=True, show_default=True)
+def main(bench: Path, readme: Path, roofline: Path | None, name: str, picture: bool) -> None:
     """Rewrite what lies between README's marks from BENCH."""
     rows = read_rows(bench)
     beside = bench.with_name("compare.json")
     compared = read_rows(beside) if beside.exists() else None
-    picture = roofline or bench.with_name("roofline.svg")
-    draw(compared or rows, picture)
-    replace_table(readme, rows, compared, picture)
+    drawn = (roofline or bench.with_name("roofline.svg")) if picture else None
+    if drawn is not None:
+        draw(compared or rows, drawn)
+    replace_table(readme, rows, compared, drawn, name=name)
 
 
 if __name__ == "__main__":

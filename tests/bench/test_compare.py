@@ -114,6 +114,26 @@ def test_a_report_has_tables_and_a_picture(measured, tmp_path):
     assert (tmp_path / "again.svg").read_text() == picture
 
 
+def test_a_report_of_another_machine_has_marks_of_its_own(measured, tmp_path):
+    """And takes other programs from the run that was beside them."""
+    bench, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    write_rows(bench, measured[:1])
+    write_rows(tmp_path / "compare.json", measured[1:2])
+    kept = "<!-- bench: begin -->\nkept\n<!-- bench: end -->\n"
+    readme.write_text(f"{kept}<!-- other: begin -->\n<!-- other: end -->\n")
+    main = runpy.run_path(str(REPORT))["main"]
+    options = ["--readme", str(readme), "--name", "other", "--no-picture"]
+    result = CliRunner().invoke(main, [str(bench), *options])
+    assert result.exit_code == 0, result.output
+    text = readme.read_text()
+    assert text.startswith(kept)
+    timed, beside = text.removeprefix(kept).split("Copy bandwidth", 1)
+    assert "2 x 48" in timed and "3 x 5..70" not in timed
+    assert "3 x 5..70" in beside and "![" not in text
+    result = CliRunner().invoke(main, [str(bench), "--readme", str(readme), "--name", "absent"])
+    assert isinstance(result.exception, ArgumentValueError)
+
+
 def test_rows_of_an_older_bench_are_read(measured, tmp_path):
     """Without bytes of baselines, which are then not drawn."""
     import msgspec

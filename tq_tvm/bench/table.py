@@ -14,8 +14,6 @@ from tq_tvm.errors import ArgumentValueError
 
 __all__ = ["compare_tables", "describe", "replace_table", "table"]
 
-_BEGIN, _END = "<!-- bench: begin -->", "<!-- bench: end -->"
-
 
 def describe(row: Row) -> str:
     """Sizes of a row in a few words."""
@@ -112,7 +110,12 @@ def _note(rows: list[Row]) -> str:
 
 
 def replace_table(
-    path: Path, rows: list[Row], compared: list[Row] | None = None, picture: Path | None = None
+    path: Path,
+    rows: list[Row],
+    compared: list[Row] | None = None,
+    picture: Path | None = None,
+    *,
+    name: str = "bench",
 ) -> None:
     """Put the tables of ``rows`` between the marks in a Markdown file.
 
@@ -126,6 +129,8 @@ def replace_table(
         Rows of another run, beside other programs; None where ``rows`` are.
     picture
         What to show below the tables; the file links to it by a relative path.
+    name
+        Of the marks: a file may have tables of several machines.
 
     Raises
     ------
@@ -133,12 +138,13 @@ def replace_table(
         The file has no marks.
     """
     text = path.read_text()
-    if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
         raise ArgumentValueError(
-            f"report: {path} must have one {_BEGIN} and one {_END}, got neither; add them"
+            f"report: {path} must have one {begin} and one {end}, got neither; add them"
         )
-    before, rest = text.split(_BEGIN)
-    after = rest.split(_END)[1]
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
     parts = [table(rows, "github")]
     if compared is not None:
         parts.append(_note(rows))
@@ -146,4 +152,4 @@ def replace_table(
     if picture is not None:
         target = Path(os.path.relpath(picture, path.parent)).as_posix()
         parts.append(f"![bandwidth of decode over bytes moved]({target})")
-    path.write_text(f"{before}{_BEGIN}\n" + "\n\n".join(parts) + f"\n{_END}{after}")
+    path.write_text(f"{before}{begin}\n" + "\n\n".join(parts) + f"\n{end}{after}")
