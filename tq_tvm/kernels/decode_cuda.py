@@ -20,17 +20,26 @@ The second launch, a CTA a query head and sequence, merges pieces and rotates ba
 The workspace is ``2 groups HQ (D + 2)`` floats: only the first and the last piece of a group can be
 parts of a sequence.
 
-A token and KV head (D = 128) takes 102 bytes. Main loop of 64 tokens and 4 query heads, D = 128,
-bfloat16, as compiled for sm_90a with 194 registers: 1020 instructions, 182 of which run only where
-a bound moves. Of the other 838, 485 are on the integer pipe (0.030 a value): masks 256, look-ups
-and byte moves 100, selections 44, shifts 39; tensor core 64.
+A token and KV head (k4v2, D = 128) takes 102 bytes. Main loop of 64 tokens and 4 query heads,
+D = 128, bfloat16, as compiled for sm_90a with 197 registers: 1020 instructions, 182 of which run
+only where a bound moves. Of the other 838, 485 are on the integer pipe (0.030 a value): masks 256,
+look-ups and byte moves 100, selections 44, shifts 39; tensor core 64.
 
-On an H200, 64 x 8192 of 32/8 heads, bshd: 144 us, 147 by default (``bench.json``). ncu of the first
-launch before reads were promoted and the table prefetched, when the call took 173 us: 161 us, issue
-slots 43 % busy, integer pipe 45 %, DRAM 56 %, stalls on K 21 % of the samples; not read again
-since. What was tried then and was no faster: K and V in registers (162 to 172 us: V's loads are on
-the scoreboard that K waits for), both in shared memory by each warp (171 to 178 us), both by all
-warps of a CTA in whole lines (163 to 208 us: they copy and compute in step).
+On an H200, 64 x 8192 of 32/8 heads, bshd: 144 us, 147 by default (``bench.json``). It is arithmetic
+that bounds it: with all tables naming the same 64 pages, which L2 keeps, the default takes 137 us
+of 148. ncu of the first launch then: 236 thousand cycles at 1.76 GHz, 110 thousand instructions a
+scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a scheduler wait 3.9
+cycles an instruction: 0.8 for results of fixed latency, 0.4 for shared memory and shuffles, 0.4 for
+a pipe, 0.4 for one another, 0.2 for K (0.5 from memory). Three warps (tiles of 32, 168 registers)
+raise this to 57 % and 63 %, but take 129 thousand instructions, and 135 us as well.
+
+Tried, and no faster: K and V in registers (162 to 172 us: V's loads are on the scoreboard that K
+waits for), both in shared memory by each warp (171 to 178), both by all warps of a CTA in whole
+lines (163 to 208: they copy and compute in step), whole pages by a warp of its own through a ring
+with mbarriers (reading alone 112; 159 to 166 with 8 warps that attend, 151 with 12), pieces merged
+by the CTA that has the last one in place of a second launch (a fence and an atomic take 2250
+cycles). A third of the time of short rows is before the first score: share 800 cycles, place 750,
+query 400, pages 300, asking for K 700 and for V 900 (1 x 8192).
 """
 
 from __future__ import annotations
