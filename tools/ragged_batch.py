@@ -5,11 +5,16 @@ import torch
 from tq_tvm import CacheSpec, PagedKVCache, hadamard_rotate
 
 _LENGTHS = (0, 1, 63, 200)
+_FORMATS = ("k4v2", "tq22", "tq33", "tq44")
 
 
 def main() -> None:
-    """Fill, flatten, decode and rotate on the GPU."""
-    spec = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+    """Fill, flatten, decode and rotate on the GPU, in formats that have other code."""
+    for name in _FORMATS:
+        _run(CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8, format=name))
+
+
+def _run(spec: CacheSpec) -> None:
     batch, total = len(_LENGTHS), sum(_LENGTHS)
     width = -(-max(_LENGTHS) // spec.page_size)
     cache = PagedKVCache(spec, batch * width, "cuda")
@@ -25,7 +30,7 @@ def main() -> None:
     out = cache.decode(q, table, lens)
     hadamard_rotate(k)
     torch.cuda.synchronize()
-    print("finite:", bool(out.isfinite().all()))
+    print(f"{spec.format} finite:", bool(out.isfinite().all()))
 
 
 if __name__ == "__main__":
