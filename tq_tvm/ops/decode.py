@@ -103,6 +103,9 @@ def paged_decode(
     splits of its shapes, so replays may have any lengths that the table holds. There is no
     gradient. Tensors may be any objects with ``__dlpack__``.
 
+    On a GPU the weights of V have 15 bits, from the largest softmax weight times the largest norm
+    of V: where norms differ by less than 30 times, the error is that of rounding the output.
+
     Page numbers and lengths have to be inside the cache and the table. On the CPU they are checked;
     on a GPU they cannot be without waiting for it, and a wrong one reads out of bounds.
     """
