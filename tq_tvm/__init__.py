@@ -16,11 +16,14 @@ from tq_tvm.errors import (
 )
 from tq_tvm.ops import (
     PagedKVCache,
+    copy_pages,
     fill_kv_cache,
     flatten_kv_cache,
     hadamard_rotate,
     paged_decode,
     paged_decode_workspace_size,
+    table_from_indptr,
+    table_to_indptr,
 )
 from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
@@ -38,9 +41,12 @@ __all__ = [
     "TuningLogError",
     "UnsupportedSpecError",
     "__version__",
+    "copy_pages",
     "fill_kv_cache",
     "flatten_kv_cache",
     "hadamard_rotate",
     "paged_decode",
     "paged_decode_workspace_size",
+    "table_from_indptr",
+    "table_to_indptr",
 ]

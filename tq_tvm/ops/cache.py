@@ -12,6 +12,7 @@ from tq_tvm.ops import _check
 from tq_tvm.ops.decode import paged_decode
 from tq_tvm.ops.fill import fill_kv_cache
 from tq_tvm.ops.flatten import flatten_kv_cache
+from tq_tvm.ops.pages import copy_pages
 from tq_tvm.ops.workspace import paged_decode_workspace_size
 from tq_tvm.spec import CacheFormat, CacheSpec, Codec
 from tq_tvm.targets import as_device
@@ -235,6 +236,20 @@ class PagedKVCache:
             workspace=workspace,
         )
 
+    def copy_pages(self, pairs: Any, to: PagedKVCache | None = None) -> None:
+        """`copy_pages` of every layer, within this cache or to one of the same layers.
+
+        Rings of unquantised rows belong to sequences, not to pages, and stay where they are.
+        """
+        other = self if to is None else to
+        if self.specs != other.specs:
+            _check.fail(
+                "copy_pages", "to", f"a cache of {len(self.specs)} layers like these",
+                [spec.label for spec in other.specs], "copy between caches of the same specs",
+            )  # fmt: skip
+        for own, theirs in zip(self._layers, other._layers, strict=True):
+            copy_pages(own.planes, pairs, None if to is None else theirs.planes)
+
     @staticmethod
     def _window(op: str, layer: _Layer, slots: Any) -> tuple[Any, Any, Any] | None:
         if (slots is None) != (layer.window is None):
@@ -293,6 +308,11 @@ class _Layer:
             window = (k_window, v_window)
         k_cache, v_cache, k_meta, v_meta = planes
         return cls((k_cache, v_cache, k_meta, v_meta), buffer, (k_scale, v_scale), window)
+
+    @property
+    def planes(self) -> tuple[torch.Tensor, ...]:
+        """What has a page's bytes: the tensors that are not empty."""
+        return tuple(tensor for tensor in self.tensors if tensor.numel())
 
     @property
     def bytes(self) -> int:
