@@ -18,10 +18,10 @@ import click
 import torch
 from tabulate import tabulate
 
+from tq_tvm.bench.table import replace_between
 from tq_tvm.errors import TQError
 from tq_tvm.quality.language_model import Decoder, DecoderConfig, read_text, train
 from tq_tvm.quality.perplexity import held_out_windows, keys_of, negative_log_likelihoods
-from tq_tvm.quality.table import replace_tables
 from tq_tvm.spec import FORMATS, get_format
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -58,7 +58,8 @@ def main(
     if readme is not None:
         if path is None:
             raise click.UsageError("--readme needs the --json file of a run")
-        replace_tables(readme, _table(json.loads(path.read_text())["rows"]), "language model")
+        text = _table(json.loads(path.read_text())["rows"])
+        replace_between(readme, "language model", text, op="language_model")
         return
     learn, test = read_text()
     begin = time.monotonic()

@@ -464,7 +464,9 @@ def quality(
         for path in draw(codecs, presets, pictures):
             click.echo(f"drawn: {path}", err=True)
     if readme is not None:
-        table.replace_tables(readme, "\n\n".join(kept))
+        from tq_tvm.bench.table import replace_between
+
+        replace_between(readme, "quality", "\n\n".join(kept), op="quality")
     if as_json:
         _print_json({"codecs": codecs, "presets": [_flat(preset) for preset in presets]})
     else:

@@ -12,7 +12,7 @@ from tq_tvm.artifacts import schedule_word
 from tq_tvm.bench.results import Row
 from tq_tvm.errors import ArgumentValueError
 
-__all__ = ["compare_tables", "describe", "replace_table", "table"]
+__all__ = ["compare_tables", "describe", "replace_between", "replace_table", "table"]
 
 
 def describe(row: Row) -> str:
@@ -137,14 +137,6 @@ def replace_table(
     ArgumentValueError
         The file has no marks.
     """
-    text = path.read_text()
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ArgumentValueError(
-            f"report: {path} must have one {begin} and one {end}, got neither; add them"
-        )
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
     parts = [table(rows, "github")]
     if compared is not None:
         parts.append(_note(rows))
@@ -152,4 +144,22 @@ def replace_table(
     if picture is not None:
         target = Path(os.path.relpath(picture, path.parent)).as_posix()
         parts.append(f"![bandwidth of decode over bytes moved]({target})")
-    path.write_text(f"{before}{begin}\n" + "\n\n".join(parts) + f"\n{end}{after}")
+    replace_between(path, name, "\n\n".join(parts), op="report")
+
+
+def replace_between(path: Path, name: str, text: str, *, op: str) -> None:
+    """Put ``text`` between the marks of a Markdown file that have a name.
+
+    Raises
+    ------
+    ArgumentValueError
+        The file has no such marks, or several; ``op`` is who says so.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    content = path.read_text()
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise ArgumentValueError(
+            f"{op}: {path} must have one {begin} and one {end}, got neither; add them"
+        )
+    before, rest = content.split(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

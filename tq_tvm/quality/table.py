@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tabulate import tabulate
 
-from tq_tvm.errors import ArgumentValueError
 from tq_tvm.quality.measure import CodecQuality, PresetQuality
 
-__all__ = ["attention_table", "codec_table", "preset_table", "replace_tables"]
+__all__ = ["attention_table", "codec_table", "preset_table"]
 
 
 def codec_table(found: list[CodecQuality]) -> str:
@@ -90,21 +87,3 @@ def _short(value: float | None) -> str:
 
 def _table(cells: list[list], headers: list[str]) -> str:
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def replace_tables(readme: Path, text: str, name: str = "quality") -> None:
-    """Put ``text`` between the marks of a README that have this name.
-
-    Raises
-    ------
-    ArgumentValueError
-        The file has no marks.
-    """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    content = readme.read_text()
-    if begin not in content or end not in content:
-        raise ArgumentValueError(
-            f"quality: readme must have the lines {begin} and {end}, got {readme}; add them"
-        )
-    before, after = content.split(begin)[0], content.split(end)[1]
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")
