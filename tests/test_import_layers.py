@@ -26,6 +26,7 @@ ALLOWED = {
     "env": {"errors", "_version"},
     "targets": {"errors", "env"},
     "splits": {"spec"},
+    "model_config": {"errors", "spec"},
     "_fast_stack": set(),
     "reference": BASE,
     "kernels": COMPILER,

@@ -15,15 +15,18 @@ from typing import Any
 
 import click
 import msgspec
+from click.core import ParameterSource
 from tabulate import tabulate
 
 from tq_tvm import artifacts, env
 from tq_tvm._version import __version__
 from tq_tvm.errors import ArgumentValueError, ArtifactNotFoundError, BuildError, TQError
 from tq_tvm.formats import FORMATS, get_format
+from tq_tvm.model_config import spec_of_model
 from tq_tvm.spec import (
     FUNCTIONS,
     HEAD_DIMS,
+    LAYOUTS,
     CacheSpec,
     RotateSpec,
     Spec,
@@ -232,6 +235,38 @@ def _decided(entry: Any) -> str:
 @_target_option
 @_spec_option
 @click.option(
+    "--model-config",
+    "configs",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    multiple=True,
+    help="Hugging Face config.json whose spec to build; may be repeated, beside --spec.",
+)
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    default=["k4v2"],
+    show_default=True,
+    help="Cache format of --model-config: preset, policy or slug; may be repeated.",
+)
+@click.option(
+    "--page-size", type=int, default=64, show_default=True, help="Page size of --model-config."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="bshd",
+    show_default=True,
+    help="Layout of --model-config.",
+)
+@click.option(
+    "--tp",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks that share the heads of --model-config.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory of artifacts; by default the one that calls search.",
@@ -247,6 +282,11 @@ def _decided(entry: Any) -> str:
 def build(
     target: TargetInfo,
     specs: tuple[Spec, ...],
+    configs: tuple[Path, ...],
+    formats: tuple[str, ...],
+    page_size: int,
+    layout: str,
+    tp: int,
     out: Path | None,
     no_records: bool,
     logs: Path | None,
@@ -258,6 +298,21 @@ def build(
 
     from tq_tvm.build.library import build_library
 
+    models = [
+        spec_of_model(
+            path,
+            format=get_format(int(name) if name.isdecimal() else name).name,
+            page_size=page_size,
+            layout=layout,
+            tensor_parallel=tp,
+        )
+        for path in configs
+        for name in formats
+    ]
+    named = click.get_current_context().get_parameter_source("specs")
+    if models and named is ParameterSource.DEFAULT:
+        specs = ()
+    specs = tuple(dict.fromkeys([*specs, *models]))
     root = out or env.user_artifact_dir()
     bar = tqdm(specs, unit="library", disable=None)
     built = []

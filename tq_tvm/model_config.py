@@ -1,0 +1,120 @@
+"""The cache spec of a model, read from its Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["spec_of_model"]
+
+_OP = "spec_of_model"
+_DTYPES = {"float16", "bfloat16", "float32"}
+
+
+def spec_of_model(
+    config: Path | str | Mapping[str, Any],
+    *,
+    format: str = "k4v2",
+    page_size: int = 64,
+    layout: str = "bshd",
+    tensor_parallel: int = 1,
+) -> CacheSpec:
+    """Derive the spec that a model's layers need on one rank.
+
+    Read are ``num_attention_heads``, ``num_key_value_heads`` (else as many), ``head_dim`` (else
+    ``hidden_size / num_attention_heads``) and ``dtype`` or ``torch_dtype`` (else bfloat16); of a
+    model of several modalities those of its ``text_config``.
+
+    Parameters
+    ----------
+    config
+        A ``config.json``, or what it holds.
+    format, page_size, layout
+        As `CacheSpec` takes them.
+    tensor_parallel
+        Ranks that share the heads. Where there are more than KV heads, each rank has one.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        The file is no such config, its attention has no K and V of heads (MLA), its heads cannot be
+        shared, or there are no kernels of its sizes.
+
+    Examples
+    --------
+    >>> llama = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+    >>> spec_of_model(llama, format="tq42", tensor_parallel=2).label
+    'tq42_d128_hq16_hk4_p64_bf16_bshd'
+    """
+    fields = _text(_read(config))
+    if fields.get("kv_lora_rank"):
+        _refuse("config", "a model with K and V of its own for each head", "kv_lora_rank (MLA)")
+    heads = _size(fields, "num_attention_heads")
+    kv_heads = (
+        _size(fields, "num_key_value_heads") if _has(fields, "num_key_value_heads") else heads
+    )
+    if _has(fields, "head_dim"):
+        head_dim = _size(fields, "head_dim")
+    else:
+        width = _size(fields, "hidden_size")
+        if width % heads:
+            _refuse("hidden_size", f"a multiple of {heads} heads where there is no head_dim", width)
+        head_dim = width // heads
+    if heads % kv_heads:
+        _refuse("num_attention_heads", f"a multiple of {kv_heads} KV heads", heads)
+    ranks = tensor_parallel
+    shared = ranks > 0 and heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+    if not shared:
+        _refuse("tensor_parallel", f"what divides {heads} heads and {kv_heads} KV heads", ranks)
+    dtype = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16")
+    dtype = dtype.removeprefix("torch.")
+    if dtype not in _DTYPES:
+        _refuse("dtype", f"one of {', '.join(sorted(_DTYPES))}", dtype)
+    return CacheSpec(
+        head_dim=head_dim,
+        num_q_heads=heads // ranks,
+        num_kv_heads=max(kv_heads // ranks, 1),
+        page_size=page_size,
+        dtype=dtype,
+        layout=layout,
+        format=format,
+    )
+
+
+def _read(config: Path | str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if isinstance(config, Mapping):
+        return config
+    try:
+        fields = json.loads(Path(config).read_text())
+    except (OSError, ValueError) as error:
+        _refuse("config", "a readable config.json", f"{config}: {error}")
+    if not isinstance(fields, dict):
+        _refuse("config", "an object of fields", type(fields).__name__)
+    return fields
+
+
+def _text(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = fields.get("text_config")
+    return inner if isinstance(inner, dict) and _has(inner, "num_attention_heads") else fields
+
+
+def _has(fields: Mapping[str, Any], name: str) -> bool:
+    return fields.get(name) is not None
+
+
+def _size(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    if type(value) is not int or value < 1:
+        _refuse(name, "a positive integer", value)
+    return value
+
+
+def _refuse(field: str, expected: str, actual: object) -> NoReturn:
+    raise UnsupportedSpecError(
+        f"{_OP}: {field} must be {expected}, got {actual}; name the spec itself with --spec"
+    )
