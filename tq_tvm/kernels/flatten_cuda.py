@@ -1,13 +1,7 @@
 r"""``flatten`` on NVIDIA GPUs, by look-ups: the threads of ``kernels.flatten``'s equation.
 
-One launch. Several lanes take a row (output token, KV head), K and V. A row of 4-bit codes has 16
-different values, a value and its negative eight times: ``-value(code) = value(code ^ 15)``. So a
-lane works out the 8 values of codes whose top bit is set (a positive residual of qjl4, a positive
-value of mse4) once, in the model's dtype, low and high bytes apart in four words, and ``prmt``
-looks up four codes' bytes at a time; other codes are turned before, and the signs of what was found
-after. Codes of 2 and 3 bits have four and eight values and no turning; those of mse3 are put
-together of their planes first. Two more ``prmt`` put the bytes of four values together, in the
-order of the coordinates.
+One launch. Several lanes take a row (output token, KV head), K and V, and look its values up by
+``prmt`` (`lookup_cuda`), in the model's dtype.
 
 In the rotated domain eight lanes take a row. A lane's bytes of it are contiguous, and so are the
 lanes' writes: 16 bytes of K and 8 of V each, at D = 128.
@@ -21,6 +15,7 @@ the result by.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -50,6 +45,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     hidden_zeros,
     rotate_rows,
 )
+from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, access
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
@@ -66,74 +62,6 @@ class FlattenConfig:
     contracted: int = 0
 
 
-class _Table:
-    """Values of a row by code, as words of low and of high bytes."""
-
-    def __init__(self, dtype: str, values: list) -> None:
-        pairs = local(len(values) // 2, "uint32")
-        for i in range(len(values) // 2):
-            ptx(PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
-        self.low, self.high = (local(2, "uint32") for _ in range(2))
-        for i in range(len(values) // 4):
-            store(self.low, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420), i)
-            store(self.high, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531), i)
-        if len(values) == 4:
-            store(self.low, self.low[0], 1)
-            store(self.high, self.high[0], 1)
-
-    def find(self, selector, signs=None):
-        """Four values as words: of codes 0 and 2 of the selector, and of codes 1 and 3."""
-        low, high, words = (local(n, "uint32") for n in (1, 1, 2))
-        ptx("prmt.b32", low[0], self.low[0], self.low[1], selector)
-        ptx("prmt.b32", high[0], self.high[0], self.high[1], selector)
-        if signs is not None:
-            store(high, T.bitwise_xor(high[0], signs))
-        store(words, byte_perm(low[0], high[0], 0x6240), 0)
-        store(words, byte_perm(low[0], high[0], 0x7351), 1)
-        return words
-
-
-def _find_mirrored(table: _Table, word):
-    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each."""
-    turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
-    found = local((2, 2), "uint32")
-    # The top bit of every nibble that has none, and seven below it.
-    store(turned, T.bitwise_and(T.bitwise_not(word), u32(0x88888888)))
-    sevens = turned[0] - T.shift_right(turned[0], u32(3))
-    store(selector, T.bitwise_and(T.bitwise_xor(word, sevens), u32(0x77777777)), 0)
-    store(selector, T.shift_right(selector[0], u32(16)), 1)
-    for half in range(2):
-        nibbles = turned[0] if half == 0 else T.shift_right(turned[0], u32(16))
-        # 0x80 for a nibble of 0, 0xFF for 8: its copy of the top bit.
-        ptx("prmt.b32", signs[half], u32(0x80808080), u32(0x80808080), nibbles)
-        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(0x80808080)), half)
-        words = table.find(selector[half], signs[half])
-        for nibble in range(2):
-            store(found, words[nibble], nibble, half)
-    return found
-
-
-def _find(table: _Table, word, third):
-    """Values of a word of 2-bit codes: ``[field, half]``.
-
-    ``third``, if not None, has a third bit of every code at the lowest of its two.
-    """
-    found, selector = local((4, 2), "uint32"), local(2, "uint32")
-    for odd in range(2):
-        fields = T.shift_right(word, u32(2)) if odd else word
-        store(selector, T.bitwise_and(fields, u32(0x33333333)), 0)
-        if third is not None:
-            above = third if odd else T.shift_left(third, u32(2))
-            above = T.bitwise_and(above, u32(0x44444444))
-            store(selector, T.bitwise_or(selector[0], above), 0)
-        store(selector, T.shift_right(selector[0], u32(16)), 1)
-        for half in range(2):
-            words = table.find(selector[half])
-            for upper in range(2):
-                store(found, words[upper], 2 * upper + odd, half)
-    return found
-
-
 @dataclasses.dataclass(frozen=True)
 class _Cache:
     """Flat views of codes and metas of one side, and their page strides."""
@@ -144,30 +72,19 @@ class _Cache:
     meta_stride: Any
 
 
-class _Side:
+class _Side(CodedRow):
     """K or V of a lane's part of a row: codes, scales, and what becomes of them."""
 
     def __init__(self, spec: CacheSpec, codec: Codec, cache: _Cache, lanes: int) -> None:
-        self.spec, self.codec, self._cache = spec, codec, cache
-        self.field = codec.plane_bits[0]
-        self.plane = spec.head_dim * self.field // 8
-        self.bytes = self.plane // lanes
-        self.codes = local(max(1, self.bytes // 4), "uint32")
-        self.meta = local(1, "uint32")
-        if self.planes > 1:
-            self.third = local(max(1, self.bytes // 4), "uint32")
-
-    @property
-    def planes(self) -> int:
-        """Planes of a row; the second one is the third bit of the codes in the first."""
-        return len(self.codec.plane_bits)
+        super().__init__(spec.head_dim, spec.dtype, codec, lanes)
+        self.spec, self._cache = spec, cache
 
     def load(self, page, place, part) -> None:
         """Read codes and scales of the row at ``place`` of a page."""
         cache, count = self._cache, len(self.codec.meta)
         width = self.codec.packed_bytes(self.spec.head_dim)
         codes = let(page * cache.code_stride + T.cast(place * width, "int64"))
-        self._load_codes(lambda at: cache.codes.ptr_to([codes + at]), part)
+        self.read_codes(lambda at: cache.codes.ptr_to([codes + at]), part)
         metas = cache.metas.ptr_to([page * cache.meta_stride + T.cast(place * count, "int64")])
         if count == 2:
             ptx("ld.global.nc.u32", self.meta[0], metas)
@@ -175,27 +92,6 @@ class _Side:
             short = local(1, "uint16")
             ptx("ld.global.nc.u16", short[0], metas)
             store(self.meta, T.cast(short[0], "uint32"))
-
-    def _load_codes(self, pointer: Callable[[Any], Any], part) -> None:
-        self._read(self.codes, pointer(T.cast(part * self.bytes, "int64")))
-        if self.planes > 1:
-            # Lanes of both halves of the first plane have the same bytes of the second.
-            inside = T.cast(part % 4 * self.bytes + self.plane, "int64")
-            self._read(self.third, pointer(inside))
-            self._align(range(max(1, self.bytes // 4)), part // 4)
-
-    def _read(self, words, at) -> None:
-        if self.bytes < 4:
-            short = local(1, "uint16")
-            ptx("ld.global.nc.u16", short[0], at)
-            store(words, T.cast(short[0], "uint32"))
-        else:
-            _access("ld.global.nc.L1::no_allocate", words, 0, self.bytes // 4, at)
-
-    def _align(self, which, half) -> None:
-        """Shift bytes of the second plane to the codes of a half of the first."""
-        for i in which:
-            store(self.third, T.shift_right(self.third[i], T.cast(half, "uint32")), i)
 
     def blank(self) -> None:
         """Codes and scales of a row of zeros, all of them positive."""
@@ -205,49 +101,16 @@ class _Side:
                 store(self.third, u32(0x55555555), i)
         store(self.meta, u32(0))
 
-    def _levels(self) -> list[float]:
-        """Levels that are looked up."""
-        levels = list(self.codec.centroids)
-        return levels[len(levels) // 2 :] if len(levels) == 16 else levels
-
-    def _find(self, table: _Table, i: int):
-        """Values of word ``i``: ``[field, half]``."""
-        if self.field == 4:
-            return _find_mirrored(table, self.codes[i])
-        return _find(table, self.codes[i], self.third[i] if self.planes > 1 else None)
-
-    def _scales(self):
-        """Scale and, for a codec with signs, residual."""
-        dtype = self.spec.dtype
-        if self.codec.residual_sign:
-            return let(low_half(dtype, self.meta[0])), let(high_half(dtype, self.meta[0]))
-        return let(from_half(dtype, self.meta[0])), None
-
     def write(self, out, row, part) -> None:
         """Write the values; ``row`` is the index of the row's first element."""
-        spec = self.spec
-        scale, residual = self._scales()
-        sigma = spec.head_dim**-0.5
-        values = [scale * f32(c * sigma) for c in self._levels()]
-        if residual is not None:
-            shift = let(scale * residual)
-            values = [value + shift for value in values]
-        table = _Table(spec.dtype, values)
-        fields, words = 8 // self.field, max(1, self.bytes // 2)
-        found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
-        for i in range(max(1, self.bytes // 4)):
-            part_found = self._find(table, i)
-            for field in range(fields):
-                for half in range(2):
-                    store(found, part_found[field, half], field, 2 * i + half)
-        for field in range(fields):
-            first = field * (spec.head_dim // fields)
-            at = row + T.cast(first + part * self.bytes, "int64")
+        for first, found in self.lines(part):
+            at = row + T.cast(first, "int64")
+            words = len(found)
             line = local(words, "uint32")
             for i in range(words):
-                store(line, found[field, i], i)
+                store(line, found[i], i)
             for i in range(0, words, 4):
-                _access("st.global", line, i, min(4, words - i), out.ptr_to([at + T.int64(2 * i)]))
+                access("st.global", line, i, min(4, words - i), out.ptr_to([at + T.int64(2 * i)]))
 
 
 class _RotatedSide(_Side):
@@ -265,12 +128,12 @@ class _RotatedSide(_Side):
         super().__init__(spec, codec, cache, 4)
         self._row, self._ones, self._signs = row, ones, signs
 
-    def _load_codes(self, pointer: Callable[[Any], Any], part) -> None:
+    def read_codes(self, pointer: Callable[[Any], Any], part) -> None:
         piece = self._row.piece
         for n in range(self.bytes // piece):
             at = pointer(T.cast(part * piece + n * 4 * piece, "int64"))
             words = piece // 4
-            _access("ld.global.nc.L1::no_allocate", self.codes, n * words, words, at)
+            access(self.wide, self.codes, n * words, words, at)
         if self.planes > 1:
             self._load_third(pointer, part)
 
@@ -280,7 +143,7 @@ class _RotatedSide(_Side):
         lanes = self.plane // 2 // piece
         at = pointer(T.cast(part % lanes * piece + self.plane, "int64"))
         words = min(piece // 4, count)
-        _access("ld.global.nc.L1::no_allocate", self.third, 0, words, at)
+        access(self.wide, self.third, 0, words, at)
         for i in range(words, count):
             store(self.third, self.third[i - words], i)
         if lanes < 4:
@@ -296,7 +159,7 @@ class _RotatedSide(_Side):
         if residual is not None:
             shift = let(residual * f32(spec.head_dim**0.5))
             values = [value + shift for value in values]
-        table = _Table("float16", values)
+        table = LevelTable("float16", values)
         words = local(spec.head_dim // 8, "uint32")
         for i in range(self.bytes // 4):
             found = self._find(table, i)
@@ -319,15 +182,7 @@ class _RotatedSide(_Side):
         piece = self._row.piece
         for n in range(self._row.pieces):
             at = out.ptr_to([row + T.cast(part * piece + n * 4 * piece, "int64")])
-            _access("st.global", pairs, n * (piece // 2), piece // 2, at)
-
-
-def _access(operation: str, words, first: int, count: int, address) -> None:
-    """Read or write ``count`` neighbouring words at once."""
-    kind = "u32" if count == 1 else f"v{count}.u32"
-    registers = [words[first + i] for i in range(count)]
-    operands = (address, *registers) if operation.startswith("st") else (*registers, address)
-    ptx(f"{operation}.{kind}", *operands)
+            access("st.global", pairs, n * (piece // 2), piece // 2, at)
 
 
 def _emit(

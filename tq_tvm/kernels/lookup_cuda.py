@@ -1,0 +1,202 @@
+"""Lloyd-Max rows in lanes by look-ups: what `flatten_cuda` and `prefill_cuda` share.
+
+A row of 4-bit codes has 16 different values, a value and its negative eight times:
+``-value(code) = value(code ^ 15)``. So a lane works out the 8 values of codes whose top bit is set
+(a positive residual of qjl4, a positive value of mse4) once, low and high bytes apart in four
+words, and ``prmt`` looks up four codes' bytes at a time; other codes are turned before, and the
+signs of what was found after. Codes of 2 and 3 bits have four and eight values and no turning;
+those of mse3 are put together of their planes first. Two more ``prmt`` put the bytes of four values
+together, in the order of the coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels.device import (
+    PAIR,
+    byte_perm,
+    f32,
+    from_half,
+    high_half,
+    let,
+    local,
+    low_half,
+    ptx,
+    store,
+    u32,
+)
+from tq_tvm.spec import Codec
+
+__all__ = ["CodedRow", "LevelTable", "access"]
+
+GLOBAL = "ld.global.nc"
+"""State space of codes in a cache."""
+
+
+class LevelTable:
+    """Values of a row by code, as words of low and of high bytes."""
+
+    def __init__(self, dtype: str, values: list) -> None:
+        pairs = local(len(values) // 2, "uint32")
+        for i in range(len(values) // 2):
+            ptx(PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
+        self.low, self.high = (local(2, "uint32") for _ in range(2))
+        for i in range(len(values) // 4):
+            store(self.low, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420), i)
+            store(self.high, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531), i)
+        if len(values) == 4:
+            store(self.low, self.low[0], 1)
+            store(self.high, self.high[0], 1)
+
+    def find(self, selector, signs=None):
+        """Four values as words: of codes 0 and 2 of the selector, and of codes 1 and 3."""
+        low, high, words = (local(n, "uint32") for n in (1, 1, 2))
+        ptx("prmt.b32", low[0], self.low[0], self.low[1], selector)
+        ptx("prmt.b32", high[0], self.high[0], self.high[1], selector)
+        if signs is not None:
+            store(high, T.bitwise_xor(high[0], signs))
+        store(words, byte_perm(low[0], high[0], 0x6240), 0)
+        store(words, byte_perm(low[0], high[0], 0x7351), 1)
+        return words
+
+
+def _find_mirrored(table: LevelTable, word):
+    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each."""
+    turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
+    found = local((2, 2), "uint32")
+    # The top bit of every nibble that has none, and seven below it.
+    store(turned, T.bitwise_and(T.bitwise_not(word), u32(0x88888888)))
+    sevens = turned[0] - T.shift_right(turned[0], u32(3))
+    store(selector, T.bitwise_and(T.bitwise_xor(word, sevens), u32(0x77777777)), 0)
+    store(selector, T.shift_right(selector[0], u32(16)), 1)
+    for half in range(2):
+        nibbles = turned[0] if half == 0 else T.shift_right(turned[0], u32(16))
+        # 0x80 for a nibble of 0, 0xFF for 8: its copy of the top bit.
+        ptx("prmt.b32", signs[half], u32(0x80808080), u32(0x80808080), nibbles)
+        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(0x80808080)), half)
+        words = table.find(selector[half], signs[half])
+        for nibble in range(2):
+            store(found, words[nibble], nibble, half)
+    return found
+
+
+def _find(table: LevelTable, word, third):
+    """Values of a word of 2-bit codes: ``[field, half]``.
+
+    ``third``, if not None, has a third bit of every code at the lowest of its two.
+    """
+    found, selector = local((4, 2), "uint32"), local(2, "uint32")
+    for odd in range(2):
+        fields = T.shift_right(word, u32(2)) if odd else word
+        store(selector, T.bitwise_and(fields, u32(0x33333333)), 0)
+        if third is not None:
+            above = third if odd else T.shift_left(third, u32(2))
+            above = T.bitwise_and(above, u32(0x44444444))
+            store(selector, T.bitwise_or(selector[0], above), 0)
+        store(selector, T.shift_right(selector[0], u32(16)), 1)
+        for half in range(2):
+            words = table.find(selector[half])
+            for upper in range(2):
+                store(found, words[upper], 2 * upper + odd, half)
+    return found
+
+
+class CodedRow:
+    """A lane's part of a row: codes and scales in registers, and the values that they stand for.
+
+    ``lanes`` have a row between them, each ``bytes`` of every field in turn; ``dtype`` is of scales
+    and values, and ``space`` where `read_codes` reads.
+    """
+
+    def __init__(
+        self, dim: int, dtype: str, codec: Codec, lanes: int, space: str = GLOBAL
+    ) -> None:
+        self.dim, self.dtype, self.codec, self._space = dim, dtype, codec, space
+        self.field = codec.plane_bits[0]
+        self.plane = dim * self.field // 8
+        self.bytes = self.plane // lanes
+        self.codes = local(max(1, self.bytes // 4), "uint32")
+        self.meta = local(1, "uint32")
+        if self.planes > 1:
+            self.third = local(max(1, self.bytes // 4), "uint32")
+
+    @property
+    def planes(self) -> int:
+        """Planes of a row; the second one is the third bit of the codes in the first."""
+        return len(self.codec.plane_bits)
+
+    @property
+    def wide(self) -> str:
+        """Instruction that reads words of codes."""
+        return f"{self._space}.L1::no_allocate" if self._space == GLOBAL else self._space
+
+    def read_codes(self, pointer: Callable[[Any], Any], part) -> None:
+        """Read the codes of lane ``part``; ``pointer`` is of a byte of the row."""
+        self._read(self.codes, pointer(T.cast(part * self.bytes, "int64")))
+        if self.planes > 1:
+            # Lanes of both halves of the first plane have the same bytes of the second.
+            inside = T.cast(part % 4 * self.bytes + self.plane, "int64")
+            self._read(self.third, pointer(inside))
+            self._align(range(max(1, self.bytes // 4)), part // 4)
+
+    def _read(self, words, at) -> None:
+        if self.bytes < 4:
+            short = local(1, "uint16")
+            ptx(f"{self._space}.u16", short[0], at)
+            store(words, T.cast(short[0], "uint32"))
+        else:
+            access(self.wide, words, 0, self.bytes // 4, at)
+
+    def _align(self, which, half) -> None:
+        """Shift bytes of the second plane to the codes of a half of the first."""
+        for i in which:
+            store(self.third, T.shift_right(self.third[i], T.cast(half, "uint32")), i)
+
+    def _levels(self) -> list[float]:
+        """Levels that are looked up."""
+        levels = list(self.codec.centroids)
+        return levels[len(levels) // 2 :] if len(levels) == 16 else levels
+
+    def _find(self, table: LevelTable, i: int):
+        """Values of word ``i``: ``[field, half]``."""
+        if self.field == 4:
+            return _find_mirrored(table, self.codes[i])
+        return _find(table, self.codes[i], self.third[i] if self.planes > 1 else None)
+
+    def _scales(self):
+        """Scale and, for a codec with signs, residual."""
+        if self.codec.residual_sign:
+            return let(low_half(self.dtype, self.meta[0])), let(high_half(self.dtype, self.meta[0]))
+        return let(from_half(self.dtype, self.meta[0])), None
+
+    def lines(self, part):
+        """Of each field: the coordinate of the lane's first value, and words of two values."""
+        scale, residual = self._scales()
+        sigma = self.dim**-0.5
+        values = [scale * f32(c * sigma) for c in self._levels()]
+        if residual is not None:
+            shift = let(scale * residual)
+            values = [value + shift for value in values]
+        table = LevelTable(self.dtype, values)
+        fields, words = 8 // self.field, max(1, self.bytes // 2)
+        found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
+        for i in range(max(1, self.bytes // 4)):
+            part_found = self._find(table, i)
+            for field in range(fields):
+                for half in range(2):
+                    store(found, part_found[field, half], field, 2 * i + half)
+        for field in range(fields):
+            first = field * (self.dim // fields)
+            yield first + part * self.bytes, [found[field, i] for i in range(words)]
+
+
+def access(operation: str, words, first: int, count: int, address) -> None:
+    """Read or write ``count`` neighbouring words at once."""
+    kind = "u32" if count == 1 else f"v{count}.u32"
+    registers = [words[first + i] for i in range(count)]
+    operands = (address, *registers) if operation.startswith("st") else (*registers, address)
+    ptx(f"{operation}.{kind}", *operands)

@@ -1,0 +1,272 @@
+"""Tiles of K and V of ``prefill_cuda``: packed rows on their way, and rows in the model's dtype.
+
+While one tile is attended to, ``cp.async`` brings the codes of the next into shared memory, and its
+scales into registers. Between the two, `Tile.decode` turns them into rows of the model's dtype, as
+``flatten`` writes them, eight lanes a row.
+
+A row is in chunks of 16 bytes; chunk c of row r is where chunk c ^ (r % 8) would be, so that the
+eight rows of a matrix of ``ldmatrix`` are in different banks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.device import i32, let, local, ptx, shared_dynamic, store, u32, when
+from tq_tvm.kernels.lookup_cuda import CodedRow
+from tq_tvm.spec import CacheSpec, Codec
+
+__all__ = ["PrefillConfig", "PrefillMemory", "PrefillShape", "Tile"]
+
+_LANES = 8
+"""Lanes that decode a row."""
+
+_REGISTERS = 65536
+"""Registers of an SM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillConfig:
+    """The decisions of one kernel; ``schedules/prefill.py`` says what each one trades."""
+
+    warps: int
+    row_tiles: int
+    tile: int
+    registers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """Static sizes."""
+
+    spec: CacheSpec
+    config: PrefillConfig
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.config.warps
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """CTAs that hold an SM to the decided number of registers."""
+        return max(1, _REGISTERS // (self.threads * self.config.registers))
+
+    @property
+    def warp_rows(self) -> int:
+        """Rows of a warp: pairs of a query token and a head of the group."""
+        return 16 * self.config.row_tiles
+
+    @property
+    def rows(self) -> int:
+        """Rows of a CTA."""
+        return self.config.warps * self.warp_rows
+
+    @property
+    def row_values(self) -> int:
+        """Values of a row that a warp shares."""
+        return self.spec.head_dim // 32
+
+    @property
+    def row_words(self) -> int:
+        """Words of a row of the model's dtype."""
+        return self.spec.head_dim // 2
+
+    @property
+    def sides(self) -> tuple[Codec, Codec]:
+        """Codecs of K and V."""
+        fmt = self.spec.cache_format
+        return fmt.key, fmt.value
+
+    @property
+    def code_words(self) -> int:
+        """Words of the codes of a tile, K's and V's."""
+        return sum(self.config.tile * c.packed_bytes(self.spec.head_dim) // 4 for c in self.sides)
+
+    @property
+    def memory_words(self) -> int:
+        """Words of dynamic shared memory; at the end queries, K and V make room for the output."""
+        dense = (self.rows + 2 * self.config.tile) * self.row_words
+        dense = max(dense, self.rows * self.spec.head_dim)
+        return dense + self.code_words + 2 * self.config.tile
+
+
+class PrefillMemory:
+    """Dynamic shared memory of a CTA: queries, K and V in the model's dtype, codes, scales."""
+
+    def __init__(self, shape: PrefillShape) -> None:
+        tile = shape.config.tile
+        self.words = shared_dynamic(shape.memory_words, "uint32")
+        self.queries = 0
+        self.dense = [(shape.rows + side * tile) * shape.row_words for side in range(2)]
+        first = shape.memory_words - shape.code_words - 2 * tile
+        behind = tile * shape.sides[0].packed_bytes(shape.spec.head_dim) // 4
+        self.codes = [first, first + behind]
+        self.metas = [shape.memory_words - (2 - side) * tile for side in range(2)]
+
+
+class _Side:
+    """K or V of the tiles: addresses of one thread."""
+
+    def __init__(self, shape: PrefillShape, memory, number: int, cache, meta, head, thread) -> None:
+        spec, tile = shape.spec, shape.config.tile
+        self._shape, self._memory, self._thread = shape, memory, thread
+        self._number, self.codec = number, shape.sides[number]
+        self._head = head
+        self._codes, self._code_stride = pages.flat(cache), self._stride(cache)
+        self._metas, self._meta_stride = pages.flat(meta), self._stride(meta)
+        self._bytes = self.codec.packed_bytes(spec.head_dim)
+        self._chunk = math.gcd(self._bytes, 16)
+        # Threads behind those that read a scale of K read one of V.
+        self._own = let((thread + number * tile) % shape.threads)
+        self._meta = local(1, "uint32")
+
+    @staticmethod
+    def _stride(argument):
+        stride = local(1, "int32")
+        store(stride, T.cast(argument.buffer.strides[0], "int32"))
+        return stride
+
+    def _row(self, table, sequence, token, elements: int, stride):
+        """First element of the row of a token."""
+        spec = self._shape.spec
+        size = spec.page_size
+        page = T.cast(table[sequence, T.truncdiv(token, size)], "int64")
+        offset = T.truncmod(token, size)
+        bshd = spec.layout == "bshd"
+        place = offset * spec.num_kv_heads + self._head if bshd else self._head * size + offset
+        return page * T.cast(stride[0], "int64") + T.cast(place * elements, "int64")
+
+    def ask(self, table, sequence, first, seq_len) -> None:
+        """Begin to copy the rows from token ``first`` on; those past the end are the last one."""
+        shape, tile = self._shape, self._shape.config.tile
+        chunks = self._bytes // self._chunk
+        cached = "cg" if self._chunk == 16 else "ca"
+        for turn in range(-(-tile * chunks // shape.threads)):
+            piece = let(turn * shape.threads + self._thread)
+
+            def copy(piece=piece):
+                row, chunk = T.truncdiv(piece, chunks), T.truncmod(piece, chunks)
+                token = let(T.min(first + row, seq_len - 1))
+                source = self._row(table, sequence, token, self._bytes, self._code_stride)
+                source = source + T.cast(chunk * self._chunk, "int64")
+                to = self._memory.codes[self._number] + piece * (self._chunk // 4)
+                operands = [self._memory.words.ptr_to([to]), self._codes.ptr_to([source])]
+                ptx(f"cp.async.{cached}.shared.global", *operands, self._chunk)
+
+            if (turn + 1) * shape.threads <= tile * chunks:
+                copy()
+            else:
+                with when(piece < tile * chunks):
+                    copy()
+        with when(self._own < tile):
+            count = len(self.codec.meta)
+            token = let(T.min(first + self._own, seq_len - 1))
+            source = self._row(table, sequence, token, count, self._meta_stride)
+            at = self._metas.ptr_to([source])
+            if count == 2:
+                ptx("ld.global.nc.u32", self._meta[0], at)
+            else:
+                short = local(1, "uint16")
+                ptx("ld.global.nc.u16", short[0], at)
+                store(self._meta, T.cast(short[0], "uint32"))
+
+    def leave_metas(self) -> None:
+        """Put the scales where `decode` reads them."""
+        with when(self._own < self._shape.config.tile):
+            to = self._memory.metas[self._number] + self._own
+            ptx("st.shared.u32", self._memory.words.ptr_to([to]), self._meta[0])
+
+    def decode(self) -> None:
+        """Rows of the model's dtype from codes and scales."""
+        shape, memory = self._shape, self._memory
+        words, begin = memory.words, memory.dense[self._number]
+        abreast = shape.threads // _LANES
+        part = let(self._thread % _LANES)
+        for turn in range(shape.config.tile // abreast):
+            row = let(turn * abreast + self._thread // _LANES)
+            coded = CodedRow(shape.spec.head_dim, shape.spec.dtype, self.codec, _LANES, "ld.shared")
+            codes = memory.codes[self._number] + row * (self._bytes // 4)
+            # Words are the unit of the buffer; codes may begin inside one.
+            view = T.decl_buffer(
+                (4 * shape.memory_words,), "uint8", data=words.data, scope="shared.dyn"
+            )
+            coded.read_codes(
+                lambda at, codes=codes, view=view: view.ptr_to([4 * codes + T.cast(at, "int32")]),
+                part,
+            )
+            at = memory.metas[self._number] + row
+            ptx("ld.shared.u32", coded.meta[0], words.ptr_to([at]))
+            for first, line in coded.lines(part):
+                self._write(begin, row, first, line)
+
+    def _write(self, begin, row, first, line) -> None:
+        """Write words of a row from coordinate ``first`` on, chunk by chunk."""
+        shape, words = self._shape, self._memory.words
+        for i in range(0, len(line), 4):
+            count = min(4, len(line) - i)
+            word = let(T.truncdiv(first, 2) + i)
+            chunk = T.bitwise_xor(T.truncdiv(word, 4), T.truncmod(row, 8))
+            at = begin + row * shape.row_words + chunk * 4 + T.truncmod(word, 4)
+            kind = "u32" if count == 1 else f"v{count}.u32"
+            pieces = [line[i + n] for n in range(count)]
+            ptx(f"st.shared.{kind}", words.ptr_to([let(at)]), *pieces)
+
+
+class Tile:
+    """K and V of ``tile`` tokens of one sequence and KV head."""
+
+    def __init__(self, shape: PrefillShape, memory, caches, head, thread, lane) -> None:
+        k, v, k_meta, v_meta = caches
+        self._shape, self._memory = shape, memory
+        self._sides = [
+            _Side(shape, memory, 0, k, k_meta, head, thread),
+            _Side(shape, memory, 1, v, v_meta, head, thread),
+        ]
+        # Matrices of ``ldmatrix``: of K, the second has later chunks and the third later tokens;
+        # transposed, of V, it is the other way round.
+        self._from = []
+        for side in range(2):
+            octet, other = (lane // 16, lane // 8 % 2) if side == 0 else (lane // 8 % 2, lane // 16)
+            row = lane % 8 + 8 * octet
+            moved = T.bitwise_xor(lane % 8, other) * 4
+            self._from.append(let(memory.dense[side] + row * shape.row_words + moved))
+
+    def ask(self, table, sequence, first, seq_len) -> None:
+        """Begin to copy a tile."""
+        for side in self._sides:
+            side.ask(table, sequence, first, seq_len)
+        ptx("cp.async.commit_group")
+
+    def arrive(self) -> None:
+        """Wait for the thread's own part; the caller puts a barrier behind it."""
+        ptx("cp.async.wait_group", 0)
+        for side in self._sides:
+            side.leave_metas()
+
+    def decode(self) -> None:
+        """Make rows of what arrived; barriers go around this."""
+        for side in self._sides:
+            side.decode()
+
+    def keys(self, block: int, step: int):
+        """Operands of 16 tokens and 16 coordinates: ``[octet of tokens][half of coordinates]``."""
+        words = local(4, "uint32")
+        at = T.bitwise_xor(self._from[0], 8 * step) + 16 * block * self._shape.row_words
+        self._read("", words, at)
+        return [[words[0], words[1]], [words[2], words[3]]]
+
+    def values(self, block: int, step: int):
+        """Operands of 16 tokens and 16 coordinates: ``[octet of coordinates][half of tokens]``."""
+        words = local(4, "uint32")
+        at = T.bitwise_xor(self._from[1], 8 * step) + 16 * block * self._shape.row_words
+        self._read(".trans", words, at)
+        return [[words[0], words[1]], [words[2], words[3]]]
+
+    def _read(self, kind: str, words, at) -> None:
+        name = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16"
+        ptx(name, *[words[i] for i in range(4)], self._memory.words.ptr_to([at]))
