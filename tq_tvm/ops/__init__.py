@@ -6,6 +6,7 @@ from tq_tvm.ops.cache import PagedKVCache
 from tq_tvm.ops.decode import paged_decode
 from tq_tvm.ops.fill import fill_kv_cache
 from tq_tvm.ops.flatten import flatten_kv_cache
+from tq_tvm.ops.merge import merge_attention_states
 from tq_tvm.ops.pages import copy_pages, table_from_indptr, table_to_indptr
 from tq_tvm.ops.rotate import hadamard_rotate
 from tq_tvm.ops.workspace import paged_decode_workspace_size
@@ -17,6 +18,7 @@ __all__ = [
     "fill_kv_cache",
     "flatten_kv_cache",
     "hadamard_rotate",
+    "merge_attention_states",
     "paged_decode",
     "paged_decode_workspace_size",
     "table_from_indptr",

@@ -1,5 +1,6 @@
 """The mathematics in plain torch, float32: what every kernel is tested against."""
 
+from tq_tvm.reference.attend import attend, merge_attention_states, paged_attend
 from tq_tvm.reference.codec import boundary_distance, decode_rows, encode_rows
 from tq_tvm.reference.decode import attention, paged_decode
 from tq_tvm.reference.fill import Window, fill_kv_cache, token_slots
@@ -9,6 +10,7 @@ from tq_tvm.reference.rotate import hadamard_matrix, hadamard_rotate, rotate_bac
 
 __all__ = [
     "Window",
+    "attend",
     "attention",
     "boundary_distance",
     "decode_rows",
@@ -17,7 +19,9 @@ __all__ = [
     "flatten_kv_cache",
     "hadamard_matrix",
     "hadamard_rotate",
+    "merge_attention_states",
     "pack_codes",
+    "paged_attend",
     "paged_decode",
     "rotate_back",
     "rotate_rows",
