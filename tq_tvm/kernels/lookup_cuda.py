@@ -112,9 +112,7 @@ class CodedRow:
     and values, and ``space`` where `read_codes` reads.
     """
 
-    def __init__(
-        self, dim: int, dtype: str, codec: Codec, lanes: int, space: str = GLOBAL
-    ) -> None:
+    def __init__(self, dim: int, dtype: str, codec: Codec, lanes: int, space: str = GLOBAL) -> None:
         self.dim, self.dtype, self.codec, self._space = dim, dtype, codec, space
         self.field = codec.plane_bits[0]
         self.plane = dim * self.field // 8

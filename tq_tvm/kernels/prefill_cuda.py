@@ -111,7 +111,7 @@ def prefill_cuda(spec: CacheSpec, config: PrefillConfig) -> PrimFunc:
         SK = T.match_buffer(sinks, (hs,), "float32", align=4)
         AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
         OUT = T.match_buffer(out, (n, heads, dim), dtype, align=16)
-        LSE = T.match_buffer(lse, (n, hl), "float32", align=4)
+        LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
         for by in T.thread_binding(n * group // rows + b, thread="blockIdx.y"):
             for bx in T.thread_binding(kv_heads, thread="blockIdx.x"):
                 for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
@@ -357,7 +357,9 @@ def _write_rows(
                 ptx("st.shared.f32", memory.words.ptr_to([place]), value)
         with when(T.And(T.And(wanted, rows.exists(row)), t == 0)):
             units = T.log2(total[0]) + top[0]
-            value = T.Select(total[0] > f32(0), units * f32(math.log(2)), as_float(u32(_MINUS_INFINITY)))
+            value = T.Select(
+                total[0] > f32(0), units * f32(math.log(2)), as_float(u32(_MINUS_INFINITY))
+            )
             store(lse, value, rows.token(row), rows.head(row))
     I.evaluate(T.cuda.warp_sync())
     x, bits = local(count, "float32"), local(1, "uint32")
