@@ -24,15 +24,11 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     PAIR,
-    byte_perm,
     f32,
-    from_half,
-    high_half,
     i32,
     let,
     local,
     loop,
-    low_half,
     ptx,
     store,
     u32,

@@ -39,8 +39,8 @@ Tail
     zeros, and -inf or its sink.
 
 Numerics
-    Rotated queries, and K and V as ``flatten`` gives them, are rounded to dtype, and so are weights;
-    sums are float32. A row's bound lags behind its largest logit by up to 6 powers of two.
+    Rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype; sums are
+    float32. A row's bound lags behind its largest logit by up to 6 powers of two.
 
 Cost of one query token and head over one token (D = 128): 512 operations of a tensor core. K and V
 are read and decoded once for each ``rows / G`` query tokens.

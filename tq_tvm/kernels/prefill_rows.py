@@ -16,7 +16,7 @@ import math
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.device import i32, let, local, ptx, shared_dynamic, store, u32, when
+from tq_tvm.kernels.device import let, local, ptx, shared_dynamic, store, when
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
 
