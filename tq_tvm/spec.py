@@ -70,6 +70,7 @@ FUNCTIONS = {
     "flatten": "flatten",
     "flatten_unrotated": "flatten",
     "decode": "decode",
+    "attend": "attend",
 }
 """Functions of a library, each with the kernel that it is a form of."""
 
@@ -264,7 +265,7 @@ class CacheSpec:
         """
         if function == "rotate":
             return self.rotation
-        if function == "decode":
+        if function in ("decode", "attend"):
             return self._as_read()
         spec = dataclasses.replace(self, num_q_heads=self.num_kv_heads)
         if function == "fill_table":
@@ -382,8 +383,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     plain = spec.head_dim_v is None and spec.window == 0
     if not plain or dim not in GPU_HEAD_DIMS or {fmt.key.family, fmt.value.family} != {"lloyd_max"}:
         return ()
-    decodes = fmt.value.bits != 3 or dim >= 128
-    return tuple(name for name in spec.functions if decodes or name != "decode")
+    missing = {"attend"} if fmt.value.bits != 3 or dim >= 128 else {"attend", "decode"}
+    return tuple(name for name in spec.functions if name not in missing)
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:
