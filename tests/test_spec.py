@@ -144,7 +144,7 @@ def test_parse_rejects_what_the_constructor_rejects(label, argument):
 
 # --- rejected values
 
-DIMS = "64, 80, 96, 112, 128, 192, 256, 576"
+DIMS = "64, 80, 96, 112, 128, 192, 256, 512, 576"
 
 
 @pytest.mark.parametrize(
@@ -152,14 +152,14 @@ DIMS = "64, 80, 96, 112, 128, 192, 256, 576"
     [
         ("head_dim", 72, DIMS),
         ("head_dim", 0, DIMS),
-        ("page_size", 8, "16, 32, 64, 128, 256"),
-        ("page_size", 512, "16, 32, 64, 128, 256"),
+        ("page_size", 4, "8, 16, 32, 64, 128, 256"),
+        ("page_size", 512, "8, 16, 32, 64, 128, 256"),
         ("dtype", "float64", "float16, bfloat16, float32"),
         ("dtype", torch.bfloat16, "float16, bfloat16, float32"),
         ("layout", "bhdk", "bshd, bhsd"),
         ("head_dim", 128.0, DIMS),
         ("head_dim_v", 72, DIMS),
-        ("page_size", 64.0, "16, 32, 64, 128, 256"),
+        ("page_size", 64.0, "8, 16, 32, 64, 128, 256"),
     ],
 )
 def test_values_out_of_a_list(field, value, expected):
@@ -301,6 +301,8 @@ def test_what_readers_need_not_know():
         dataclasses.replace(SPEC, format="int8"),
         dataclasses.replace(SPEC, format="tq84"),
         dataclasses.replace(SPEC, head_dim=96),
+        dataclasses.replace(SPEC, head_dim=512),
+        dataclasses.replace(SPEC, page_size=8),
         dataclasses.replace(SPEC, head_dim_v=64),
         dataclasses.replace(SPEC, window=16),
         dataclasses.replace(SPEC, dtype="float32"),

@@ -74,6 +74,8 @@ def paged_decode_workspace_size(
     check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm", "decode")
     batch = _check.as_integer(_OP, "batch", batch)
     max_context = _check.as_integer(_OP, "max_context", max_context)
+    if max_tokens is not None:
+        max_tokens = _check.as_integer(_OP, "max_tokens", max_tokens)
     loaded = load("decode", spec, device)
     # A smaller batch gets more parts, and may get another variant.
     floats = (
@@ -92,7 +94,6 @@ def paged_decode_workspace_size(
 def _attend_floats(spec: CacheSpec, max_tokens: int, max_context: int, device: torch.device) -> int:
     """Floats for every call of ``attend``."""
     check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm", "attend")
-    max_tokens = _check.as_integer(_OP, "max_tokens", max_tokens)
     loaded = load("attend", spec, device)
     for variant in loaded.variants:
         _check_launch(loaded, variant, ATTEND_LAUNCH_KEYS)
