@@ -18,6 +18,7 @@ from tq_tvm.splits import workspace_floats
 __all__ = ["paged_decode"]
 
 _OP = "paged_decode"
+_NO_WINDOW = (None, None, None)
 _loaded: dict[tuple, tuple[CacheSpec, LoadedFunction]] = {}
 
 
@@ -171,10 +172,9 @@ def paged_decode(
     q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens = _check.as_tensors(
         _OP, NAMES, (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
     )
-    scales = (
-        _check.as_scale(_OP, "k_scale", k_scale, k_cache.device),
-        _check.as_scale(_OP, "v_scale", v_scale, k_cache.device),
-    )
+    if not (k_scale is v_scale is None):
+        k_scale = _check.as_scale(_OP, "k_scale", k_scale, k_cache.device)
+        v_scale = _check.as_scale(_OP, "v_scale", v_scale, k_cache.device)
     _, codec = _check.codecs_of(_OP, policy)
     result = _new_result(q, v_cache, codec) if out is None else _check.as_tensor(_OP, "out", out)
     if workspace is not None:
@@ -187,7 +187,8 @@ def paged_decode(
         max_seq_len = _check.as_integer(_OP, "max_seq_len", max_seq_len)
     arguments: tuple[Any, ...] = (
         q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, result, workspace,
-        sm_scale, max_seq_len, layout, policy, *scales, *_check.as_window(_OP, window),
+        sm_scale, max_seq_len, layout, policy, k_scale, v_scale,
+        *(_NO_WINDOW if window is None else _check.as_window(_OP, window)),
     )  # fmt: skip
     returned = result if out is None else out
     if (
