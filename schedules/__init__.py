@@ -1,9 +1,10 @@
 """Search spaces: what MetaSchedule may decide about each kernel, and how decisions become code.
 
 ``rotate``, ``fill`` and ``flatten`` are schedulable blocks: a trace found on a function of static
-shape is replayed on the dynamic function that ships. ``decode`` samples the parameters of its
-factory on an anchor function, and the factory makes the kernel. On GPUs the others are made by
-factories as well (`factories`); short rows of ``rotate`` have both designs.
+shape is replayed on the dynamic function that ships. ``decode`` and ``attend`` sample the
+parameters of their factories on anchor functions (`anchors`), and the factory makes the kernel. On
+GPUs the others are made by factories as well (`factories`); short rows of ``rotate`` have both
+designs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tq_tvm.schedules import decode, factories, fill, flatten, rotate
+from tq_tvm.schedules import attend, decode, factories, fill, flatten, rotate
+from tq_tvm.schedules.anchors import anchor, decisions
 from tq_tvm.schedules.decisions import Decide, decided, sampled
 from tq_tvm.schedules.rows import ROW_MULTIPLE
 from tvm.s_tir import Schedule, Trace
@@ -22,6 +24,7 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels import FUNCTIONS
+from tq_tvm.kernels.attend import attend as attend_kernel
 from tq_tvm.kernels.decode import decode as decode_kernel
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
@@ -40,7 +43,16 @@ __all__ = [
     "unscheduled",
 ]
 
-_SPACES: dict[str, Any] = {"rotate": rotate, "fill": fill, "flatten": flatten, "decode": decode}
+_SPACES: dict[str, Any] = {
+    "rotate": rotate,
+    "fill": fill,
+    "flatten": flatten,
+    "decode": decode,
+    "attend": attend,
+}
+
+_ANCHORED: dict[str, Callable[..., PrimFunc]] = {"decode": decode_kernel, "attend": attend_kernel}
+"""Functions whose decisions are sampled on an anchor, and the factories of their kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +81,8 @@ def unscheduled(
     if function in ("flatten", "flatten_unrotated"):
         return flatten_kernel(spec, unrotated=function == "flatten_unrotated", **sizes)
     raise UnsupportedSpecError(
-        f"unscheduled: function must be one of {', '.join(FUNCTIONS)} but decode, got {function!r}"
+        f"unscheduled: function must be one of {', '.join(FUNCTIONS)} but "
+        f"{' and '.join(_ANCHORED)}, got {function!r}"
     )
 
 
@@ -77,7 +90,7 @@ def _identity(function: str, spec: Spec, kind: str, shape: dict[str, int] | None
     if shape is None:  # no workload, so nothing is filed under it
         return f"{function}/{kind}/{spec.label}//"
     sizes = ",".join(f"{k}={v}" for k, v in sorted(shape.items()))
-    return f"{function}/{kind}/{spec.label}/{sizes}/{decode.digest(spec, kind)}"
+    return f"{function}/{kind}/{spec.label}/{sizes}/{_SPACES[function].digest(spec, kind)}"
 
 
 def search_module(
@@ -91,8 +104,8 @@ def search_module(
         The target kind has no kernels of the spec.
     """
     check_target(function, spec, kind, function)
-    if function == "decode":
-        func = decode.anchor(_identity(function, spec, kind, shape))
+    if function in _ANCHORED:
+        func = anchor(_identity(function, spec, kind, shape))
     else:
         func = unscheduled(function, spec, kind, shape)
     return tvm.IRModule({"main": func})
@@ -121,7 +134,8 @@ def _has_both(function: str, spec: Spec, kind: str) -> bool:
 
 
 def _only_a_factory(function: str, spec: Spec, kind: str) -> bool:
-    return kind == "cuda" and function != "decode" and not _has_both(function, spec, kind)
+    made = kind == "cuda" and function not in _ANCHORED
+    return made and not _has_both(function, spec, kind)
 
 
 def _apply_first(sch: Schedule, function: str, spec: Spec, kind: str, decide: Decide) -> None:
@@ -134,14 +148,14 @@ def _apply_first(sch: Schedule, function: str, spec: Spec, kind: str, decide: De
 def has_factory(function: str, spec: Spec, kind: str) -> bool:
     """Whether a point of the space may be a factory's parameters, which loops say nothing of."""
     made = kind == "cuda" and factories.options(function, spec) is not None
-    return function == "decode" or made
+    return function in _ANCHORED or made
 
 
 def default(function: str, spec: Spec, kind: str) -> Callable[[Schedule], None]:
     """The point of the space with the hand-picked decisions, correct on every target."""
     made = _only_a_factory(function, spec, kind)
-    if function == "decode":
-        values = decode.defaults(spec, kind)
+    if function in _ANCHORED:
+        values = _SPACES[function].defaults(spec, kind)
     elif made:
         values = factories.DEFAULTS[function]
     else:
@@ -153,14 +167,14 @@ def default(function: str, spec: Spec, kind: str) -> Callable[[Schedule], None]:
     return apply
 
 
-def _anchored(mod: tvm.IRModule) -> tuple[str, CacheSpec, dict[str, int]] | None:
-    """Kind, spec and decisions of a scheduled anchor; None for any other function."""
+def _anchored(mod: tvm.IRModule) -> tuple[str, str, CacheSpec, dict[str, int]] | None:
+    """Function, kind, spec and decisions of a scheduled anchor; None for any other function."""
     (func,) = mod.functions.values()
     identity = (func.attrs or {}).get("tq_tvm.anchor")
     if identity is None:
         return None
-    _, kind, label, *_ = str(identity).split("/")
-    return kind, CacheSpec.parse(label), decode.decisions(Schedule(mod))
+    function, kind, label, *_ = str(identity).split("/")
+    return function, kind, CacheSpec.parse(label), decisions(Schedule(mod))
 
 
 def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
@@ -168,8 +182,8 @@ def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
     anchored = _anchored(mod)
     if anchored is None:
         return {}
-    kind, spec, config = anchored
-    return decode.launch(spec, kind, config)
+    function, kind, spec, config = anchored
+    return _SPACES[function].launch(spec, kind, config)
 
 
 def candidate(mod: tvm.IRModule) -> tvm.IRModule:
@@ -186,11 +200,11 @@ def candidate(mod: tvm.IRModule) -> tvm.IRModule:
         if found is None:
             return mod
         return tvm.IRModule({"main": factories.make(found.function, found.spec, found.config)})
-    kind, spec, config = anchored
-    reason = decode.rejected(spec, kind, config)
+    function, kind, spec, config = anchored
+    reason = _SPACES[function].rejected(spec, kind, config)
     if reason is not None:
-        raise UnsupportedSpecError(f"decode: decisions {config} must be feasible: {reason}")
-    return tvm.IRModule({"main": decode_kernel(spec, kind, config)})
+        raise UnsupportedSpecError(f"{function}: decisions {config} must be feasible: {reason}")
+    return tvm.IRModule({"main": _ANCHORED[function](spec, kind, config)})
 
 
 def _row_config(trace: Trace, function: str, spec: Spec, kind: str) -> dict[str, int]:
@@ -208,8 +222,8 @@ def _row_config(trace: Trace, function: str, spec: Spec, kind: str) -> dict[str,
 
 def _config(sch: Schedule, function: str, spec: Spec, kind: str) -> dict[str, int]:
     """Names and values of the decisions that a schedule has made."""
-    if function == "decode":
-        return decode.decisions(sch)
+    if function in _ANCHORED:
+        return decisions(sch)
     found = factories.made(sch)
     return _row_config(sch.trace, function, spec, kind) if found is None else found.config
 
@@ -239,9 +253,9 @@ def instantiate(
     else:
         trace.apply_to_schedule(sch, remove_postproc=True)
     config = _config(sch, function, spec, kind)
-    if function == "decode":
-        func = decode_kernel(spec, kind, config)
-        launch = decode.launch(spec, kind, config)
+    if function in _ANCHORED:
+        func = _ANCHORED[function](spec, kind, config)
+        launch = _SPACES[function].launch(spec, kind, config)
     else:
         made = factories.made(sch) is not None
         func = factories.make(function, spec, config) if made else sch.mod["main"]

@@ -38,13 +38,10 @@ lookup            codes of k4v2 become values by AVX2's permutation of a registe
 from __future__ import annotations
 
 import functools
-import hashlib
 
-import tvm_ffi
+from tq_tvm.schedules.anchors import Point, annotate, end_points, hash_points
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
-from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.decode import decode
 from tq_tvm.kernels.decode_cuda import decode_shared_bytes
@@ -54,7 +51,6 @@ from tq_tvm.spec import CacheSpec
 __all__ = [
     "DEFAULTS",
     "OPTIONS",
-    "anchor",
     "apply",
     "defaults",
     "digest",
@@ -93,8 +89,6 @@ DEFAULTS = {
     "llvm": {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0},
 }
 
-_BLOCK = "decisions"
-_PREFIX = "tq_"
 _STATIC_SHARED = 48 * 1024
 _THREADS = 512
 
@@ -111,25 +105,6 @@ def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
     return values
 
 
-def anchor(identity: str) -> PrimFunc:
-    """A function that stands for one workload; its block carries the sampled decisions.
-
-    ``identity`` (function, kind, spec, sizes and `digest`) makes anchors of different workloads
-    different.
-    """
-
-    @T.prim_func(s_tir=True)
-    def main(a: T.Buffer((1,), "float32")):
-        # MetaSchedule adds the attribute that is missing, and then finds no record again.
-        T.func_attr({"tirx.noalias": True, "tq_tvm.anchor": identity})
-        with T.sblock("decisions"):
-            T.reads()
-            T.writes(a[0])
-            a[0] = T.float32(0)
-
-    return main
-
-
 def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
     """What each decision may be for a spec."""
     fmt = spec.cache_format
@@ -142,37 +117,18 @@ def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
 
 
 def digest(spec: CacheSpec, kind: str) -> str:
-    """Tell the TensorIR of the factory from what it once was, as a body does for other kernels.
-
-    The two kernels with each decision at the first and at the last of its options, so that both
-    sides of a branch count. Names, formatting and comments do not.
-    """
-    points = tuple(
-        tuple((name, values[end]) for name, values in options(spec, kind).items())
-        for end in (0, -1)
-    )
-    return _digest(spec, kind, points)
+    """What the kernels of today are, see `anchors.hash_points`."""
+    return _digest(spec, kind, end_points(options(spec, kind)))
 
 
 @functools.lru_cache(maxsize=64)
-def _digest(spec: CacheSpec, kind: str, points: tuple[tuple[tuple[str, int], ...], ...]) -> str:
-    hashes = [tvm_ffi.structural_hash(decode(spec, kind, dict(point))) for point in points]
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
+def _digest(spec: CacheSpec, kind: str, points: tuple[Point, ...]) -> str:
+    return hash_points(lambda point: decode(spec, kind, point), points)
 
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
     """Write every decision onto the anchor's block."""
-    block = sch.get_sblock(_BLOCK)
-    for name, values in options(spec, kind).items():
-        sch.annotate(block, _PREFIX + name, decide(name, values))
-
-
-def decisions(sch: Schedule) -> dict[str, int]:
-    """Read the decisions back."""
-    annotations = sch.get(sch.get_sblock(_BLOCK)).annotations
-    return {
-        k.removeprefix(_PREFIX): int(v) for k, v in annotations.items() if k.startswith(_PREFIX)
-    }
+    annotate(sch, options(spec, kind), decide)
 
 
 def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:

@@ -43,6 +43,7 @@ def test_build_writes_a_library_with_every_function(built):
         "flatten",
         "flatten_unrotated",
         "decode",
+        "attend",
     }
     assert manifest.versions["apache-tvm"]
 

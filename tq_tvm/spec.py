@@ -36,6 +36,7 @@ __all__ = [
     "FORMATS",
     "FUNCTIONS",
     "GPU_HEAD_DIMS",
+    "GPU_PAGE_SIZES",
     "HEAD_DIMS",
     "K4V2",
     "LAYOUTS",
@@ -55,10 +56,11 @@ __all__ = [
     "parse_spec",
 ]
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 576)
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576)
 ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
 GPU_HEAD_DIMS = (64, 128, 256)
-PAGE_SIZES = (16, 32, 64, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+GPU_PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_WINDOW = 256
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("bshd", "bhsd")
@@ -70,6 +72,7 @@ FUNCTIONS = {
     "flatten": "flatten",
     "flatten_unrotated": "flatten",
     "decode": "decode",
+    "attend": "attend",
 }
 """Functions of a library, each with the kernel that it is a form of."""
 
@@ -264,7 +267,7 @@ class CacheSpec:
         """
         if function == "rotate":
             return self.rotation
-        if function == "decode":
+        if function in ("decode", "attend"):
             return self._as_read()
         spec = dataclasses.replace(self, num_q_heads=self.num_kv_heads)
         if function == "fill_table":
@@ -379,11 +382,11 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if isinstance(spec, RotateSpec):
         return spec.functions
     fmt = spec.cache_format
-    plain = spec.head_dim_v is None and spec.window == 0
+    plain = spec.head_dim_v is None and spec.window == 0 and spec.page_size in GPU_PAGE_SIZES
     if not plain or dim not in GPU_HEAD_DIMS or {fmt.key.family, fmt.value.family} != {"lloyd_max"}:
         return ()
-    decodes = fmt.value.bits != 3 or dim >= 128
-    return tuple(name for name in spec.functions if decodes or name != "decode")
+    missing = {"attend"} if fmt.value.bits != 3 or dim >= 128 else {"attend", "decode"}
+    return tuple(name for name in spec.functions if name not in missing)
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:
@@ -408,8 +411,9 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        "V, no window, and a format whose codecs are qjl4, mse2, mse3 or mse4, for decode not "
-        "mse3 for V at head_dim 64; or a rotation of a power of two; float16 or bfloat16), "
+        f"V, pages of {GPU_PAGE_SIZES[0]} tokens or more, no window, and a format whose codecs are "
+        "qjl4, mse2, mse3 or mse4, for decode not mse3 for V at head_dim 64, and none for attend; "
+        "or a rotation of a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )
 

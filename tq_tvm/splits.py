@@ -1,7 +1,7 @@
-"""Into how many parts ``decode`` cuts its work: shapes decide, lengths stay on the device.
+"""Into how many parts ``decode`` and ``attend`` cut their work.
 
-A CPU's kernel splits every context; a GPU's shares out all tokens of the batch among groups of
-CTAs. Launch numbers tell which.
+Shapes decide; lengths stay on the device. A CPU's kernel splits every context; a GPU's ``decode``
+shares out all tokens of the batch among groups of CTAs. Launch numbers tell which.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
+    "ATTEND_LAUNCH_KEYS",
     "WORKSPACE_BYTES",
+    "attend_floats",
+    "attend_parts",
     "launch_keys",
+    "most_attend_floats",
     "num_groups",
     "num_parts",
     "num_splits",
@@ -22,6 +26,10 @@ __all__ = [
 
 WORKSPACE_BYTES = 2 << 20
 """What the workspace of groups may take beside a hundredth of the cache."""
+
+
+ATTEND_LAUNCH_KEYS = ("ctas_per_sm", "split_tokens", "block_tokens")
+"""What a kernel of ``attend`` has to say: as `launch_keys`, and the query tokens of a task."""
 
 
 def launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
@@ -89,3 +97,48 @@ def workspace_floats(spec: CacheSpec, batch: int, parts: int, launch: Mapping[st
     """
     pieces = 2 * parts if "group_tokens" in launch else batch * parts
     return pieces * spec.num_q_heads * (spec.value_dim + 2)
+
+
+def attend_parts(
+    spec: CacheSpec,
+    tokens: int,
+    batch: int,
+    context: int,
+    launch: Mapping[str, int],
+    processors: int,
+    longest: int | None = None,
+) -> int:
+    """The number of splits that ``attend`` is called with: as `num_splits`, of blocks of queries.
+
+    Parameters
+    ----------
+    tokens, batch, context
+        T, B and an upper bound of the lengths.
+    longest
+        An upper bound of the query tokens of a sequence; None if there is none but T.
+    """
+    block = launch["block_tokens"]
+    blocks = tokens // block + batch
+    if longest is not None:
+        # Not fewer than T tokens have, whatever the caller believes.
+        blocks = min(blocks, max(batch * -(-longest // block), -(-tokens // block)))
+    return num_splits(spec, max(blocks, 1), context, launch, processors)
+
+
+def attend_floats(spec: CacheSpec, tokens: int, parts: int, launch: Mapping[str, int]) -> int:
+    """float32 values of workspace of ``attend``: as `workspace_floats`, none for one part."""
+    return workspace_floats(spec, tokens, parts, launch) if parts > 1 else 0
+
+
+def most_attend_floats(
+    spec: CacheSpec, tokens: int, context: int, launch: Mapping[str, int], processors: int
+) -> int:
+    """`attend_floats` that serve every call of at most ``tokens`` and ``context``, of any batch."""
+    most, parts = 0, attend_parts(spec, 1, 1, context, launch, processors, 1)
+    for count in range(2, parts + 1):
+        # Where there are so many parts, blocks are few, and so are tokens.
+        blocks = launch["ctas_per_sm"] * processors // (spec.num_kv_heads * count)
+        most = max(
+            most, attend_floats(spec, min(tokens, blocks * launch["block_tokens"]), count, launch)
+        )
+    return most

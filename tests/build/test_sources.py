@@ -9,7 +9,7 @@ import pytest
 
 from tq_tvm.artifacts.manifest import ABI
 from tq_tvm.build import sources
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import CacheSpec, functions_on
 
 SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 
@@ -27,6 +27,11 @@ ARGUMENTS = {
         "bfloat16[*, 32, 128]", *CACHES, *TABLE, "float32[*]", "bfloat16[*, 32, 128]",
         "int32", "float32",
     ],
+    "attend": [
+        "bfloat16[*, 32, 128]", *CACHES, *TABLE, "int32[*]", "float32[*]", "float32[*]",
+        "float32[*]", "bfloat16[*, 32, 128]", "float32[*, *]",
+        "int32", "float32", "float32", "int32", "int32",
+    ],
 }  # fmt: skip
 
 
@@ -37,8 +42,10 @@ def described(param):
     return f"{param.ty.dtype}[{', '.join(extents)}]"
 
 
-@pytest.mark.parametrize("kind", ["llvm", "cuda"])
-@pytest.mark.parametrize("function", ARGUMENTS)
+@pytest.mark.parametrize(
+    ("function", "kind"),
+    [(function, kind) for kind in ("llvm", "cuda") for function in functions_on(SPEC, kind)],
+)
 def test_arguments_are_those_of_the_abi(function, kind):
     """Who changes arguments gives ``ABI`` another number, and this table what goes with it."""
     pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")

@@ -30,7 +30,7 @@ SPECS = [
     CacheSpec(128, 2, 1, 16, "float32", "bhsd"),
 ]
 LONG = [RotateSpec(512, "float16"), RotateSpec(1024), RotateSpec(4096), RotateSpec(4096, "float32")]
-ROW_KERNELS = [name for name in FUNCTIONS if name != "decode"]
+ROW_KERNELS = [name for name in FUNCTIONS if name not in ("decode", "attend")]
 LENGTHS = [5, 0, 1, 16, 33]
 
 # Distance from a decision, in standard deviations, below which float32 programs may disagree.
@@ -200,7 +200,7 @@ def test_strided_pages_and_rows(program):
         assert bool((buffer[:, -32:] == 0).all())
 
 
-@pytest.mark.parametrize("function", ["decode", "rotat"])
+@pytest.mark.parametrize("function", ["decode", "attend", "rotat"])
 def test_only_row_kernels_have_one(function):
     with pytest.raises(UnsupportedSpecError, match="function must be one of"):
         schedules.unscheduled(function, SPECS[0], "llvm")

@@ -397,7 +397,7 @@ def test_rotation_without_a_kernel(arguments, dim):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("head_dim", [32, 72, 512])
+@pytest.mark.parametrize("head_dim", [32, 72, 1024])
 def test_head_dim_without_a_kernel(arguments, head_dim):
     q = torch.zeros(B, HQ, head_dim, dtype=torch.float16)
     refuse(arguments, "paged_decode", UnsupportedSpecError, "head_dim", str(head_dim), q=q)

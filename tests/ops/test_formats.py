@@ -10,7 +10,8 @@ import dataclasses
 import pytest
 import torch
 from rows import rows
-from specs import by_slot, make_batch
+from specs import FORMAT_SPECS as SPECS
+from specs import SERVED, by_slot, make_batch, scales_of
 
 from tq_tvm import (
     ArgumentTypeError,
@@ -25,28 +26,7 @@ from tq_tvm import (
 )
 from tq_tvm.spec import functions_on
 
-# Every codec on every side that it has, every rotation and rule, and every head_dim that is no
-# power of two; windows shorter than a page, longer than some sequences, and none.
-SPECS = [
-    CacheSpec(128, 4, 2, 16, "bfloat16", "bshd", "tq42", window=40),
-    CacheSpec(80, 4, 2, 16, "float16", "bhsd", "mse3-mse4-plain-leastsquares"),
-    CacheSpec(64, 2, 2, 16, "float32", "bshd", "qjl4-mse3-signed-unbiased", window=7),
-    CacheSpec(112, 4, 1, 16, "float16", "bshd", "int4-int8", 96),
-    CacheSpec(192, 4, 2, 32, "bfloat16", "bhsd", "int8-int4-plain", 64),
-    CacheSpec(64, 4, 2, 16, "bfloat16", "bshd", "fp8-none", window=3),
-    CacheSpec(96, 2, 1, 16, "float32", "bshd", "none-fp8-signed"),
-    CacheSpec(576, 2, 1, 16, "float16", "bshd", "mse2-mse2-signed-norm", 192),
-]
-# What GPUs serve.
-SERVED = [
-    CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42"),
-    CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"),
-    CacheSpec(256, 4, 2, 32, "bfloat16", "bshd", "mse3-mse4-plain-unbiased"),
-    CacheSpec(64, 8, 1, 64, "float16", "bshd", "qjl4-mse2-signed-leastsquares"),
-    CacheSpec(128, 4, 2, 64, "bfloat16", "bhsd", "tq22"),
-]
 LENGTHS = [5, 0, 1, 16, 33]
-SCALES = {"k_scale": 0.5, "v_scale": 0.25}
 
 # Distance from a decision below which float32 programs may disagree; a value of fp8 or of a
 # rounded row may be its neighbour then.
@@ -85,12 +65,6 @@ def new_rows(spec, tokens, seed=1):
         rows("gaussian", tokens, spec.num_kv_heads, dim, seed=s).to(dtype)
         for dim, s in ((spec.head_dim, seed), (spec.value_dim, seed + 1))
     ]
-
-
-def scales_of(spec):
-    fmt = spec.cache_format
-    pairs = zip(SCALES.items(), (fmt.key, fmt.value), strict=True)
-    return {name: value for (name, value), codec in pairs if codec.tensor_scale}
 
 
 def rings(spec):

@@ -11,6 +11,7 @@ from rows import rows
 from specs import SPECS, make_batch
 
 from tq_tvm import fill_kv_cache, flatten_kv_cache, hadamard_rotate, paged_decode, reference
+from tq_tvm.spec import functions_on
 
 SPEC = SPECS[1]  # of a dtype that numpy has
 CACHES = ("k_cache", "v_cache", "k_meta", "v_meta")
@@ -80,6 +81,21 @@ def _decode(batch, k, v):
     return Case(paged_decode, tensors, {"layout": SPEC.layout}, (torch.empty_like(q),))
 
 
+def _attend(batch, k, v):
+    """Several tokens a sequence, with every feature."""
+    reference.fill_kv_cache(SPEC, k, v, *batch.caches, slot_mapping=batch.slots)
+    heads = SPEC.num_q_heads
+    q = rows("gaussian", 6, heads, SPEC.head_dim, seed=3).to(k)
+    sinks, slopes = (rows("gaussian", heads, seed=s).abs().to(k.device) for s in (4, 5))
+    starts = torch.tensor([0, 0, 1, 4, 6], dtype=torch.int32, device=k.device)
+    tensors = {
+        "q": q, **_caches(batch), **_table(batch), "cu_seqlens_q": starts, "sinks": sinks,
+        "alibi_slopes": slopes, "lse": torch.empty(6, heads, device=k.device),
+    }  # fmt: skip
+    options = {"layout": SPEC.layout, "max_seqlen_q": 3, "window_left": 40, "kept_tokens": 2}
+    return Case(paged_decode, tensors, {**options, "soft_cap": 5.0}, (torch.empty_like(q),))
+
+
 def _caches(batch):
     return dict(zip(CACHES, batch.caches, strict=True))
 
@@ -95,11 +111,14 @@ CASES = {
     "flatten": _flatten,
     "flatten_unrotated": _flatten_unrotated,
     "decode": _decode,
+    "attend": _attend,
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
 
 def make_case(name, device) -> Case:
+    if device.type == "cuda" and name not in functions_on(SPEC, "cuda"):
+        pytest.skip(f"GPUs have no kernel of {name}")
     batch = make_batch(SPEC, device, [0, 1, 63, 130])
     for tensor in batch.caches:
         tensor.zero_()  # a NaN would differ from itself
@@ -172,6 +191,11 @@ def registered_arguments(name, case):
     if name == "decode":
         scale = SPEC.head_dim**-0.5
         return [*tensors.values(), *case.out, None, scale, None, *options, *window]
+    if name == "attend":
+        extra = [tensors.pop(n) for n in ("cu_seqlens_q", "sinks", "alibi_slopes", "lse")]
+        scale = SPEC.head_dim**-0.5
+        first = [*tensors.values(), *case.out, None, scale, None, *options, *window]
+        return [*first, extra[0], 3, 40, 2, 5.0, *extra[1:]]
     if name == "flatten":
         lens = tensors["seq_lens"]
         start_loc = (lens.cumsum(0) - lens).int()
@@ -179,7 +203,7 @@ def registered_arguments(name, case):
     return [*tensors.values(), *options, *(window if name == "fill_table" else ())]
 
 
-OPS = ("rotate", "fill_slots", "fill_table", "flatten", "decode")
+OPS = ("rotate", "fill_slots", "fill_table", "flatten", "decode", "attend")
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -18,7 +18,7 @@ pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed"
 
 import tvm
 import tvm_ffi
-from tq_tvm.schedules import decode, factories, fill, flatten, rotate, rows
+from tq_tvm.schedules import attend, decode, factories, fill, flatten, rotate, rows
 from tq_tvm.schedules.decisions import sampled
 from tvm import tirx
 from tvm.backend.cuda import export_cuda_host
@@ -30,7 +30,7 @@ from tq_tvm.build.occupancy import KernelResources, with_occupancy
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels import decode_cpu
-from tq_tvm.spec import FUNCTIONS, GPU_HEAD_DIMS, CacheSpec
+from tq_tvm.spec import FUNCTIONS, GPU_HEAD_DIMS, CacheSpec, functions_on
 from tq_tvm.targets import detect, get_target
 from tq_tvm.tuning.inputs import make_case
 from tq_tvm.tuning.workloads import Workload
@@ -38,13 +38,23 @@ from tq_tvm.tuning.workloads import Workload
 SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
 OTHER = CacheSpec(64, 8, 2, 32, "float16", "bhsd")
 KINDS = ("llvm", "cuda")
-ROW_KERNELS = [name for name in FUNCTIONS if name != "decode"]
+ATTENTION = ("decode", "attend")
+ROW_KERNELS = [name for name in FUNCTIONS if name not in ATTENTION]
 # A GPU's fill and flatten are made by a factory, see test_factories.py.
 SCHEDULED = [*((name, "llvm") for name in ROW_KERNELS), ("rotate", "cuda")]
-MODULES = {"rotate": rotate, "fill": fill, "flatten": flatten, "decode": decode}
+MODULES = {
+    "rotate": rotate,
+    "fill": fill,
+    "flatten": flatten,
+    "decode": decode,
+    "attend": attend,
+}
 # Samples of every function of SPEC, and one more of some functions of OTHER.
 SEEDS = (1, 2, 3)
-OF_OTHER = ["rotate", "fill_table", "flatten_unrotated", "decode"]
+OF_OTHER = ["rotate", "fill_table", "flatten_unrotated", "decode", "attend"]
+ON_GPU = functions_on(SPEC, "cuda")
+ON_KIND = [*((name, "llvm") for name in FUNCTIONS), *((name, "cuda") for name in ON_GPU)]
+ANCHORED = [(name, kind) for name, kind in ON_KIND if name in ATTENTION]
 
 
 def shape(function, spec, sequences=2, width=3):
@@ -55,6 +65,7 @@ def shape(function, spec, sequences=2, width=3):
         "rotate": {"n": tokens + 5},
         "fill_slots": {"tokens": tokens - 5, "pages": pages["pages"]},
         "decode": pages,
+        "attend": {"tokens": sequences * 11, **pages},
     }.get(function, {"tokens": tokens, **pages})
 
 
@@ -200,20 +211,22 @@ def test_names_of_decisions_on_a_cpu(function, seed):
     assert str(tasks).endswith(rounding) or config["chunk"] == 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("function", "kind"), ANCHORED)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_an_anchor_becomes_the_kernel_of_its_decisions(kind, seed):
+def test_an_anchor_becomes_the_kernel_of_its_decisions(function, kind, seed):
     """What the builder compiles in a search is what ships."""
-    sch = sample("decode", SPEC, kind, seed)
-    instance = schedules.instantiate("decode", SPEC, kind, sch.trace)
+    sch = sample(function, SPEC, kind, seed)
+    instance = schedules.instantiate(function, SPEC, kind, sch.trace)
     used = {"f_kernel": KernelResources(registers=128, shared_bytes=0)}
-    offered = options("decode", SPEC, kind)
-    assert list(instance.config) == list(offered) == list(decode.DEFAULTS[kind])
+    offered = options(function, SPEC, kind)
+    module = MODULES[function]
+    assert list(instance.config) == list(offered) == list(module.DEFAULTS[kind])
     assert all(value in offered[name] for name, value in instance.config.items())
     assert instance.launch == schedules.candidate_launch(sch.mod)
     launch = with_occupancy(instance.launch, "f", "sm_90a", used)
-    assert set(launch) == set(splits.launch_keys(launch))
-    if decode.rejected(SPEC, kind, instance.config) is None:
+    wanted = splits.launch_keys(launch)
+    assert set(launch) == set(splits.ATTEND_LAUNCH_KEYS if function == "attend" else wanted)
+    if module.rejected(SPEC, kind, instance.config) is None:
         built = schedules.candidate(sch.mod)["main"]
         assert tvm_ffi.structural_equal(built.with_attr("global_symbol", "main"), instance.func)
 
@@ -227,13 +240,13 @@ def test_a_row_kernel_is_its_own_candidate():
 def test_anchors_of_different_workloads_differ():
     """MetaSchedule files records under the module's structure."""
     modules = [
-        schedules.search_module("decode", spec, kind, shape("decode", spec, sequences))
+        schedules.search_module(function, spec, kind, shape(function, spec, sequences))
+        for function, kind in ANCHORED[::-1]
         for spec in (SPEC, OTHER)
-        for kind in KINDS
         for sequences in (1, 2)
     ]
     assert not any(tvm_ffi.structural_equal(a, b) for a, b in itertools.combinations(modules, 2))
-    again = schedules.search_module("decode", OTHER, "cuda", shape("decode", OTHER, 2))
+    again = schedules.search_module("decode", OTHER, "llvm", shape("decode", OTHER, 2))
     assert tvm_ffi.structural_equal(again, modules[-1])
 
 
@@ -293,8 +306,8 @@ def test_code_changes_a_digest(rewritten):
     want = decode.digest(SPEC, "llvm")
 
     def changed(source):
-        assert "T.exp2" in source
-        return source.replace("T.exp2", "T.exp")
+        assert "tile + 1" in source
+        return source.replace("tile + 1", "tile + 2")
 
     assert rewritten(changed) != want
 
@@ -319,7 +332,7 @@ def test_code_of_a_decision_that_the_default_leaves_out_changes_a_digest(monkeyp
         decode._digest.cache_clear()
 
 
-@pytest.mark.parametrize("function", ["rotate", "decode"])
+@pytest.mark.parametrize("function", ["rotate", "decode", "attend"])
 def test_a_trace_keeps_its_values_when_the_options_change(function):
     """An index of today's table would say something else."""
     sch = Schedule(schedules.search_module(function, SPEC, "llvm", shape(function, SPEC)))
@@ -339,8 +352,7 @@ def test_a_trace_keeps_its_values_when_the_options_change(function):
 
 
 @pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("function", "kind"), ON_KIND)
 def test_defaults_are_points_of_the_space(function, kind, head_dim):
     spec = dataclasses.replace(SPEC, head_dim=head_dim)
     instance = schedules.instantiate(function, spec, kind, None)
@@ -349,7 +361,7 @@ def test_defaults_are_points_of_the_space(function, kind, head_dim):
     assert list(instance.config) == list(offered)
     assert all(value in offered[name] for name, value in instance.config.items())
     kernel = FUNCTIONS[function]
-    made = (function, kind) not in SCHEDULED and function != "decode"
+    made = (function, kind) not in SCHEDULED and function not in ATTENTION
     named = factories.DEFAULTS[function] if made else MODULES[kernel].DEFAULTS[kind]
     assert instance.config == named, "no value was replaced"
 
@@ -448,14 +460,14 @@ def check_source(function, spec, instance, source):
 
 
 @pytest.mark.parametrize("spec", [OTHER, CacheSpec(256, 2, 1)], ids=lambda s: s.label)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", ON_GPU)
 def test_cuda_source_of_defaults(function, spec):
     instance = schedules.instantiate(function, spec, "cuda", None)
     check_source(function, spec, instance, cuda_source(instance.func))
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", ON_GPU)
 def test_cuda_source_of_samples(function, seed):
     """Of every design."""
     mod = schedules.search_module(function, SPEC, "cuda", shape(function, SPEC))

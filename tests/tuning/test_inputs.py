@@ -15,7 +15,7 @@ SPECS = [
     CacheSpec(128, 8, 2, 32, "bfloat16", "bhsd"),
 ]
 CPU = torch.device("cpu")
-LAUNCH = {"ctas_per_sm": 1, "split_tokens": 16}
+LAUNCH = {"ctas_per_sm": 1, "split_tokens": 16, "block_tokens": 4}
 OUTPUTS = {
     "rotate": [1],
     "fill_slots": [2, 3, 4, 5],
@@ -23,6 +23,7 @@ OUTPUTS = {
     "flatten": [7, 8],
     "flatten_unrotated": [7, 8],
     "decode": [8],
+    "attend": [11, 12],
 }
 """Positions of the arguments that a function writes."""
 
@@ -34,6 +35,7 @@ def workload(function, spec) -> Workload:
         "rotate": {"n": 9},
         "fill_slots": {"tokens": 20, "pages": 8},
         "decode": pages,
+        "attend": {"tokens": 6, **pages},
     }.get(function, {"tokens": tokens, **pages})
     return Workload(function, spec, shape, "a test")
 
@@ -51,6 +53,12 @@ def compute(function, spec, arguments) -> None:
         )
     elif function == "decode":
         arguments[8].copy_(reference.paged_decode(spec, *arguments[:7], sm_scale=arguments[10]))
+    elif function == "attend":
+        results = reference.paged_attend(
+            spec, *arguments[:7], cu_seqlens_q=arguments[7], sm_scale=arguments[14]
+        )
+        for out, rows in zip(arguments[11:13], results, strict=True):
+            out.copy_(rows)
     else:
         rows = reference.flatten_kv_cache(
             spec, *arguments[:6], rotate_back=function == "flatten_unrotated"
@@ -176,7 +184,7 @@ def test_page_tables_are_permutations(spec):
 
 
 def test_decode_has_room_for_its_splits(spec):
-    for launch in (LAUNCH, {"ctas_per_sm": 8, "split_tokens": 16}):
+    for launch in (LAUNCH, {**LAUNCH, "ctas_per_sm": 8}):
         arguments = make_case(workload("decode", spec), CPU).arguments(launch)
         workspace, splits = arguments[7], arguments[9]
         assert workspace.numel() == 2 * spec.num_q_heads * splits * (spec.head_dim + 2)

@@ -24,13 +24,19 @@ from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, spa
 
 SPEC = CacheSpec(128, 8, 2, 16, "bfloat16", "bshd")
 PAGES = {"batch": 1, "pages": 2, "table_width": 2}
-SHAPES = {"rotate": {"n": 128}, "flatten": {"tokens": 32, **PAGES}, "decode": PAGES}
+SHAPES = {
+    "rotate": {"n": 128},
+    "flatten": {"tokens": 32, **PAGES},
+    "decode": PAGES,
+    "attend": {"tokens": 8, **PAGES},
+}
 TARGETS = {"llvm": get_target("x86_64"), "cuda": get_target("nvidia_h200")}
-# Points by the tables of options: on a CPU 4 x 3 x 3 and 3 x 3 x 2 x 2, on a GPU at head_dim 128
-# 2 vectors x 3 x 4 x 2, 3 x 3 x 3 x 3 and 4 x 3 x 2 x 3 x 2 x 2 x 3 x 2 x 3.
+# Points by the tables of options: on a CPU 4 x 3 x 3, 3 x 3 x 2 x 2 and 3 x 3 x 3 x 2, on a GPU at
+# head_dim 128 2 vectors x 3 x 4 x 2, 3 x 3 x 3 x 3 and 4 x 3 x 2 x 3 x 2 x 2 x 3 x 2 x 3.
 POINTS = {
     ("rotate", "llvm"): 36,
     ("decode", "llvm"): 36,
+    ("attend", "llvm"): 54,
     ("rotate", "cuda"): 48,
     ("flatten", "cuda"): 81,
     ("decode", "cuda"): 5184,

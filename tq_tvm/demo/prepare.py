@@ -18,7 +18,7 @@ import torch
 from tq_tvm import artifacts, env, ops
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError, BuildError, TQError
-from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.spec import CacheSpec, functions_on
 from tq_tvm.targets import TargetInfo, detect
 
 __all__ = ["find_library", "prepare"]
@@ -26,13 +26,16 @@ __all__ = ["find_library", "prepare"]
 _SECONDS = 60.0
 
 # What a minute does not reach keeps the default schedule, so attention comes first.
-_ORDER = ("decode", "flatten", "rotate", "fill_slots", "fill_table", "flatten_unrotated")
+_ORDER = ("decode", "flatten", "rotate", "fill_slots", "fill_table", "flatten_unrotated", "attend")
 
 
 def find_library(spec: CacheSpec, target: TargetInfo) -> list[Path] | None:
     """Directories that serve the functions of a spec; None if a function has none."""
     try:
-        found = [artifacts.locate(f, spec.relevant_to(f), target)[0] for f in FUNCTIONS]
+        found = [
+            artifacts.locate(f, spec.relevant_to(f), target)[0]
+            for f in functions_on(spec, target.kind)
+        ]
     except (ArtifactCorruptError, ArtifactNotFoundError):
         return None
     return list(dict.fromkeys(found))
@@ -74,12 +77,13 @@ def prepare(spec: CacheSpec, device: torch.device, *, retune: bool = False, seed
     from tq_tvm.tuning.database import find_records, logs_root
 
     logs = logs_root()
-    missing = [f for f in FUNCTIONS if not find_records(f, spec, target, logs)]
+    served = functions_on(spec, target.kind)
+    missing = [f for f in served if not find_records(f, spec, target, logs)]
     if retune or (missing and target.kind == "llvm"):
-        chosen = list(FUNCTIONS) if retune else missing
+        chosen = list(served) if retune else missing
         why = "asked for" if retune else f"the tuning log has no records of {', '.join(missing)}"
         _say("Tuning", f"about a minute ({why}); Ctrl-C goes on with what was found")
-        logs = _own_logs(target, logs, keep=len(missing) < len(FUNCTIONS))
+        logs = _own_logs(target, logs, keep=len(missing) < len(served))
         _tune(spec, target, device, chosen, seed, logs)
     begin = time.monotonic()
     directory = build_library(spec, target, env.user_artifact_dir(), logs=logs)

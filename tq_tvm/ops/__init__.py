@@ -1,7 +1,7 @@
 """The torch calls: checks, registration with torch.library, and the kernels behind them."""
 
 from tq_tvm import artifacts
-from tq_tvm.ops import decode, fill, flatten, rotate, workspace
+from tq_tvm.ops import attend, decode, fill, flatten, rotate, workspace
 from tq_tvm.ops.cache import PagedKVCache
 from tq_tvm.ops.decode import paged_decode
 from tq_tvm.ops.fill import fill_kv_cache
@@ -28,7 +28,8 @@ __all__ = [
 
 def clear_cache() -> None:
     """Forget which libraries serve which call, so that the search path is read again."""
-    for module in (decode, fill, flatten, rotate):
+    for module in (attend, decode, fill, flatten, rotate):
         module._loaded.clear()
     workspace.choose_launch.cache_clear()
+    workspace.choose_attend_launch.cache_clear()
     artifacts.clear_cache()

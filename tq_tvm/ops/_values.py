@@ -12,6 +12,7 @@ from tq_tvm.ops._check import fail
 
 __all__ = [
     "check_lengths",
+    "check_new_tokens",
     "check_query_starts",
     "check_rings",
     "check_slots",
@@ -59,18 +60,34 @@ def check_table(
         )
 
 
-def check_query_starts(op: str, q_start_loc: torch.Tensor, tokens: int) -> torch.Tensor:
+def check_query_starts(
+    op: str, starts: torch.Tensor, tokens: int, name: str = "q_start_loc"
+) -> torch.Tensor:
     """Check that starts rise from 0 to at most T; return the new tokens of each sequence."""
-    counts = q_start_loc.diff()
-    if q_start_loc[0] != 0 or (counts < 0).any() or q_start_loc[-1] > tokens:
+    counts = starts.diff()
+    if starts[0] != 0 or (counts < 0).any() or starts[-1] > tokens:
         fail(
             op,
-            "q_start_loc",
+            name,
             f"cumulative from 0 to at most T = {tokens}",
-            q_start_loc.tolist(),
+            starts.tolist(),
             "pass the cumulative sums of new tokens, with a leading 0",
         )
     return counts
+
+
+def check_new_tokens(op: str, counts: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Check that sequences have as many tokens as are new; empty ones may have any number."""
+    short = (counts > seq_lens) & (seq_lens > 0)
+    if short.any():
+        b = int(short.nonzero()[0])
+        fail(
+            op,
+            f"seq_lens[{b}]",
+            f"at least the {int(counts[b])} tokens that cu_seqlens_q gives the sequence, or 0",
+            int(seq_lens[b]),
+            "count the new tokens in seq_lens",
+        )
 
 
 def check_rings(op: str, window: tuple[torch.Tensor, ...]) -> None:

@@ -215,6 +215,15 @@ class PagedKVCache:
         window_slots: Any = None,
         sm_scale: float | None = None,
         max_seq_len: int | None = None,
+        cu_seqlens_q: Any = None,
+        max_seqlen_q: int | None = None,
+        window_left: int | None = None,
+        kept_tokens: int = 0,
+        soft_cap: float | None = None,
+        sinks: Any = None,
+        alibi_slopes: Any = None,
+        return_lse: bool = False,
+        lse: Any = None,
         out: Any = None,
         workspace: Any = None,
     ) -> Any:
@@ -227,6 +236,15 @@ class PagedKVCache:
             seq_lens,
             sm_scale=sm_scale,
             max_seq_len=max_seq_len,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            window_left=window_left,
+            kept_tokens=kept_tokens,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            return_lse=return_lse,
+            lse=lse,
             layout=self.spec.layout,
             policy=self.specs[layer].format,
             k_scale=kept.scales[0],
@@ -258,10 +276,12 @@ class PagedKVCache:
             _check.fail(op, "window_slots", expected, actual, "pass the ring of each sequence")
         return None if layer.window is None else (*layer.window, slots)
 
-    def workspace_size(self, batch: int, max_context: int) -> int:
+    def workspace_size(self, batch: int, max_context: int, *, max_tokens: int | None = None) -> int:
         """`paged_decode_workspace_size` for any layer of this cache, in bytes."""
         return max(
-            paged_decode_workspace_size(spec, batch, max_context, self.device)
+            paged_decode_workspace_size(
+                spec, batch, max_context, self.device, max_tokens=max_tokens
+            )
             for spec in dict.fromkeys(self.specs)
         )
 

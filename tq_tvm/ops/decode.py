@@ -8,15 +8,17 @@ import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _values
+from tq_tvm.ops._attention import NAMES, check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.ops.workspace import choose_launch
+from tq_tvm.ops.attend import Features, attend
+from tq_tvm.ops.workspace import as_scratch, choose_launch
 from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy
 from tq_tvm.splits import workspace_floats
 
 __all__ = ["paged_decode"]
 
 _OP = "paged_decode"
-_NAMES = ("q", *_check.CACHE_NAMES, "block_table", "seq_lens")
+_NO_WINDOW = (None, None, None)
 _loaded: dict[tuple, tuple[CacheSpec, LoadedFunction]] = {}
 
 
@@ -31,6 +33,15 @@ def paged_decode(
     *,
     sm_scale: float | None = None,
     max_seq_len: int | None = None,
+    cu_seqlens_q: Any = None,
+    max_seqlen_q: int | None = None,
+    window_left: int | None = None,
+    kept_tokens: int = 0,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+    alibi_slopes: Any = None,
+    return_lse: bool = False,
+    lse: Any = None,
     layout: str = "bshd",
     policy: int | str | CacheFormat = QuantPolicy.TURBO_QUANT,
     k_scale: Any = None,
@@ -39,15 +50,22 @@ def paged_decode(
     out: Any = None,
     workspace: Any = None,
 ) -> Any:
-    """Attention of one new query a sequence over its packed pages.
+    """Attention of the newest tokens of each sequence over its packed pages.
 
-    The query is rotated, the context is split over the device, and the merged output is rotated
+    Queries are rotated, the context is split over the device, and merged outputs are rotated
     back: queries and outputs are in the original domain.
+
+    One query token a sequence is decoding. With ``cu_seqlens_q`` a sequence has any number n of
+    them, its newest tokens, whose own keys and values are in the cache already: speculative
+    decoding, a chunk of prefill over a packed past, or new tokens after a prefix that is reused.
+    Token i of them is at position p = seq_lens - n + i and attends to positions j <= p. With
+    z = sm_scale q k the logit of j is soft_cap tanh(z / soft_cap) + alibi_slopes[h] (j - p).
 
     Parameters
     ----------
     q
-        ``[B, HQ, D]``, contiguous, float16 or bfloat16 (on the CPU also float32).
+        ``[B, HQ, D]``, contiguous, float16 or bfloat16 (on the CPU also float32). With
+        ``cu_seqlens_q`` ``[T, HQ, D]``, the tokens of one sequence after those of another.
     k_cache, v_cache
         ``[P, PS, HK, BK]`` and ``[P, PS, HK, BV]``: bytes of codes, uint8, or the
         model's dtype where a codec is ``none``; D/2 and D/4 bytes in ``k4v2``. The page stride is
@@ -58,13 +76,38 @@ def paged_decode(
     block_table
         ``[B, MB]`` int32: pages of each sequence.
     seq_lens
-        ``[B]`` int32: tokens to attend to, with the query's own. The output of an empty sequence
-        is zero.
+        ``[B]`` int32: tokens of each sequence, with those of its queries. The output of an empty
+        sequence is zero.
     sm_scale
         Factor of the logits; None is 1/sqrt(D).
     max_seq_len
         Upper bound of ``seq_lens`` that the host knows; None is MB * PS. It chooses the number of
         splits, so a bound that is wrong costs time, not correctness.
+    cu_seqlens_q
+        ``[B + 1]`` int32, from 0: the query tokens of sequence b are rows ``cu_seqlens_q[b]`` to
+        ``cu_seqlens_q[b + 1]``. Rows past the last are left alone. None: one token a sequence.
+    max_seqlen_q
+        Upper bound of the query tokens of a sequence that the host knows, with ``cu_seqlens_q``;
+        None is T. Like ``max_seq_len`` it is a matter of time alone.
+    window_left
+        A query at position p attends to positions j >= p - window_left only, beside the kept ones;
+        None or -1: to all. Pages that no query attends to may have been freed: their entries of
+        ``block_table`` are not read.
+    kept_tokens
+        First tokens of every sequence to which queries attend in spite of the window.
+    soft_cap
+        Bound of the scaled logits, see above; None or 0: none.
+    sinks
+        ``[HQ]`` float32: a logit of each query head that takes part in the softmax with a value of
+        zero.
+    alibi_slopes
+        ``[HQ]`` float32: slope of each query head's linear bias, see above.
+    return_lse
+        Return ``(out, lse)``. lse is the natural logarithm of the sum of exponentials of all
+        logits, sink included: what `tq_tvm.merge_attention_states` takes. -inf where a token
+        attends to nothing.
+    lse
+        ``[T, HQ]`` float32, contiguous, where lse is written; None allocates it if it is returned.
     layout
         ``"bshd"``, or ``"bhsd"`` for pages ``[HK, PS, ...]``.
     policy
@@ -77,14 +120,14 @@ def paged_decode(
         newest N tokens of each sequence are attended from there, the others from the cache. On the
         CPU.
     out
-        ``[B, HQ, DV]``, contiguous, dtype of ``q``; it must not overlap ``q``.
+        ``[B, HQ, DV]``, or ``[T, HQ, DV]``, contiguous, dtype of ``q``; it must not overlap ``q``.
     workspace
         Contiguous tensor of at least `paged_decode_workspace_size` bytes, of any dtype. None
         allocates it with torch. Concurrent calls need one each.
 
     Returns
     -------
-    ``out``, or a new tensor.
+    ``out``, or a new tensor; with ``return_lse`` that and lse.
 
     Raises
     ------
@@ -92,7 +135,9 @@ def paged_decode(
         A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device, or too small
         a workspace.
     UnsupportedSpecError
-        No kernel is generated for this format and these shapes, or not for this device.
+        No kernel is generated for this format and these shapes, or not for this device, or not of
+        what was asked for: calls with any of ``cu_seqlens_q`` to ``lse`` need the function
+        ``attend`` of a library, others ``decode``.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -100,24 +145,36 @@ def paged_decode(
     -----
     At most two launches on torch's current stream. It can be captured in a CUDA graph after one
     call outside of it; with ``out`` and ``workspace`` nothing is allocated. A graph keeps the
-    splits of its shapes, so replays may have any lengths that the table holds. There is no
-    gradient. Tensors may be any objects with ``__dlpack__``.
+    splits of its shapes, so replays may have any lengths that the table holds, and any
+    ``cu_seqlens_q`` of its T and B. There is no gradient. Tensors may be any objects with
+    ``__dlpack__``. With features but without ``cu_seqlens_q`` one more launch makes it.
+
+    With a spec's ``window`` of unquantised rows, those are the newest of the sequence at the time
+    of the call: all its queries read them so.
 
     On a GPU the weights of V have 15 bits, from the largest softmax weight times the largest norm
     of V: where norms differ by less than 30 times, the error is that of rounding the output.
 
-    Page numbers and lengths have to be inside the cache and the table. On the CPU they are checked;
-    on a GPU they cannot be without waiting for it, and a wrong one reads out of bounds.
+    Page numbers and lengths have to be inside the cache and the table, ``cu_seqlens_q`` must not
+    fall, and a sequence must have as many tokens as queries, or none. On the CPU this is checked;
+    on a GPU it cannot be without waiting for it, and a wrong number reads out of bounds.
+
+    Examples
+    --------
+    A chunk of 70 new tokens after 300 that are in the cache, and its merge with a shared prefix::
+
+        starts = torch.tensor([0, 70], dtype=torch.int32, device="cuda")
+        out, lse = paged_decode(q, *cache, table, lens, cu_seqlens_q=starts, return_lse=True)
+        out, lse = merge_attention_states(out, lse, *prefix)
     """
     _check.check_layout(_OP, layout)
     policy = _check.as_policy(_OP, policy)
     q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens = _check.as_tensors(
-        _OP, _NAMES, (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
+        _OP, NAMES, (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
     )
-    scales = (
-        _check.as_scale(_OP, "k_scale", k_scale, k_cache.device),
-        _check.as_scale(_OP, "v_scale", v_scale, k_cache.device),
-    )
+    if not (k_scale is v_scale is None):
+        k_scale = _check.as_scale(_OP, "k_scale", k_scale, k_cache.device)
+        v_scale = _check.as_scale(_OP, "v_scale", v_scale, k_cache.device)
     _, codec = _check.codecs_of(_OP, policy)
     result = _new_result(q, v_cache, codec) if out is None else _check.as_tensor(_OP, "out", out)
     if workspace is not None:
@@ -128,11 +185,29 @@ def paged_decode(
         sm_scale = _check.as_number(_OP, "sm_scale", sm_scale)
     if max_seq_len is not None:
         max_seq_len = _check.as_integer(_OP, "max_seq_len", max_seq_len)
-    _decode(
+    arguments: tuple[Any, ...] = (
         q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, result, workspace,
-        sm_scale, max_seq_len, layout, policy, *scales, *_check.as_window(_OP, window),
+        sm_scale, max_seq_len, layout, policy, k_scale, v_scale,
+        *(_NO_WINDOW if window is None else _check.as_window(_OP, window)),
     )  # fmt: skip
-    return result if out is None else out
+    returned = result if out is None else out
+    if (
+        cu_seqlens_q is max_seqlen_q is window_left is soft_cap is sinks is alibi_slopes is lse
+        is None and kept_tokens == 0 and return_lse is False
+    ):  # fmt: skip
+        _decode(*arguments)
+        return returned
+    features = Features.of(
+        q, cu_seqlens_q, max_seqlen_q, window_left, kept_tokens, soft_cap, sinks, alibi_slopes,
+        return_lse, lse,
+    )  # fmt: skip
+    if features.plain:
+        _decode(*arguments)
+    else:
+        attend(*(arguments + features))
+    if not return_lse:
+        return returned
+    return returned, features.lse if lse is None else lse
 
 
 def _new_result(q: torch.Tensor, v_cache: torch.Tensor, codec: Codec) -> torch.Tensor:
@@ -197,7 +272,7 @@ def _decode(
     if workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
     else:
-        scratch = _as_scratch(workspace, floats, q.device)
+        scratch = as_scratch(_OP, workspace, floats, q.device)
     call_kernel(
         loaded,
         variant,
@@ -211,33 +286,6 @@ def _decode(
     )
 
 
-def _as_scratch(workspace: torch.Tensor, floats: int, device: torch.device) -> torch.Tensor:
-    """View the workspace as the kernel's float32 vector, which may be longer than it needs."""
-    size = workspace.numel() * workspace.element_size()
-    if (
-        workspace.ndim == 1
-        and workspace.device == device
-        and workspace.is_contiguous()
-        and size >= 4 * floats
-        and not (size & 3 or workspace.data_ptr() & 15)
-    ):
-        return workspace if workspace.dtype == torch.float32 else workspace.view(torch.float32)
-    if workspace.device != device:
-        _check.fail(_OP, "workspace", f"on {device} like q", workspace.device, "move it there")
-    _check.check_strided(_OP, "workspace", workspace)
-    _check.check_compact(_OP, "workspace", workspace)
-    _check.check_alignment(_OP, "workspace", workspace, 16)
-    if size < 4 * floats:
-        _check.fail(
-            _OP,
-            "workspace",
-            f"at least {4 * floats} bytes",
-            f"{size} bytes",
-            "allocate paged_decode_workspace_size(...) bytes",
-        )
-    return workspace.view(-1).view(torch.uint8)[: 4 * floats].view(torch.float32)
-
-
 def _check_arguments(
     tensors: tuple[torch.Tensor, ...],
     layout: str,
@@ -246,37 +294,11 @@ def _check_arguments(
     window: dict[str, torch.Tensor],
 ) -> tuple[CacheSpec, tuple[torch.Tensor, ...]]:
     """Check everything but the workspace; return the spec and the kernel's input tensors."""
-    q, k_cache, v_cache, k_meta, v_meta, table, lens, out = tensors
-    scaled = _check.given(_check.SCALE_NAMES, scales)
-    named = dict(zip((*_NAMES, "out"), tensors, strict=True)) | scaled | window
-    device = _check.check_device(_OP, named)
-    _check.check_model_dtype(_OP, "q", q)
-    if q.ndim != 3:
-        _check.check_shape(_OP, "q", q, "[B, HQ, D]", (None,) * 3)
-    batch, num_q_heads, head_dim = q.shape
-    dims = (head_dim, out.shape[-1] if out.ndim else head_dim)
-    spec = _check.cache_spec(
-        _OP, "decode", k_cache, dims, num_q_heads, q.dtype, layout, policy,
-        window.get("k_window"),
-    )  # fmt: skip
-    _check.check_scales(_OP, scaled)
-    caches = _check.check_caches(_OP, spec, (k_cache, v_cache, k_meta, v_meta))
-    _check.check_dtype(_OP, "out", out, q.dtype)
-    value_symbol = "D" if spec.head_dim_v is None else "DV"
-    for name, tensor, symbol, dim in (
-        ("q", q, "D", head_dim),
-        ("out", out, value_symbol, spec.value_dim),
-    ):
-        shape = (batch, num_q_heads, dim)
-        _check.check_shape(_OP, name, tensor, f"[B, HQ, {symbol}]", shape)
-        _check.check_compact(_OP, name, tensor)
-        _check.check_alignment(_OP, name, tensor, 16)
-    _check.check_apart(_OP, {"q": q, "out": out})
-    _check.check_table_arguments(_OP, table, lens, batch)
-    rings = _check.check_window(_OP, spec, window, batch)
-    if device.type == "cpu" and batch:
+    spec, inputs = check_attention(_OP, "decode", tensors, layout, policy, scales, window)
+    q, k_cache, table, lens = tensors[0], tensors[1], tensors[5], tensors[6]
+    if q.device.type == "cpu" and len(q):
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)
         first = torch.zeros_like(lens)
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
-        _values.check_rings(_OP, rings)
-    return spec, (q, *_check.kernel_caches(caches, scales), table, lens, *rings)
+        _values.check_rings(_OP, inputs[7:])
+    return spec, inputs

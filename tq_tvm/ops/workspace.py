@@ -1,4 +1,4 @@
-"""Into how many parts ``decode`` cuts its work, and the workspace that they need."""
+"""Into how many parts attention cuts its work, and the workspace that they need."""
 
 from __future__ import annotations
 
@@ -10,16 +10,34 @@ from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
 from tq_tvm.spec import CacheSpec, check_target
-from tq_tvm.splits import launch_keys, num_parts, workspace_floats
+from tq_tvm.splits import (
+    ATTEND_LAUNCH_KEYS,
+    attend_parts,
+    launch_keys,
+    most_attend_floats,
+    num_parts,
+    workspace_floats,
+)
 from tq_tvm.targets import as_device
 
-__all__ = ["choose_launch", "count_parts", "paged_decode_workspace_size"]
+__all__ = [
+    "as_scratch",
+    "choose_attend_launch",
+    "choose_launch",
+    "count_parts",
+    "paged_decode_workspace_size",
+]
 
 _OP = "paged_decode_workspace_size"
 
 
 def paged_decode_workspace_size(
-    spec: CacheSpec, batch: int, max_context: int, device: torch.device | str
+    spec: CacheSpec,
+    batch: int,
+    max_context: int,
+    device: torch.device | str,
+    *,
+    max_tokens: int | None = None,
 ) -> int:
     """Bytes of workspace that serve every `paged_decode` of a size.
 
@@ -34,10 +52,13 @@ def paged_decode_workspace_size(
         ``max_seq_len`` where that is always passed.
     device
         Where `paged_decode` will run; its library says into how many parts work is cut.
+    max_tokens
+        Largest T of calls with several query tokens a sequence, or with any other feature (of
+        those with one token a sequence, B). None: there are no such calls.
 
     Returns
     -------
-    Bytes, enough for each smaller batch and context too.
+    Bytes, enough for each smaller batch, context and T too.
 
     Raises
     ------
@@ -53,6 +74,8 @@ def paged_decode_workspace_size(
     check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm", "decode")
     batch = _check.as_integer(_OP, "batch", batch)
     max_context = _check.as_integer(_OP, "max_context", max_context)
+    if max_tokens is not None:
+        max_tokens = _check.as_integer(_OP, "max_tokens", max_tokens)
     loaded = load("decode", spec, device)
     # A smaller batch gets more parts, and may get another variant.
     floats = (
@@ -62,7 +85,22 @@ def paged_decode_workspace_size(
         for variant in loaded.variants
         for b in range(1, batch + 1)
     )
-    return 4 * max(floats, default=0)
+    most = max(floats, default=0)
+    if max_tokens is not None:
+        most = max(most, _attend_floats(spec, max_tokens, max_context, device))
+    return 4 * most
+
+
+def _attend_floats(spec: CacheSpec, max_tokens: int, max_context: int, device: torch.device) -> int:
+    """Floats for every call of ``attend``."""
+    check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm", "attend")
+    loaded = load("attend", spec, device)
+    for variant in loaded.variants:
+        _check_launch(loaded, variant, ATTEND_LAUNCH_KEYS)
+    return max(
+        most_attend_floats(spec, max_tokens, max_context, variant.launch, loaded.processors)
+        for variant in loaded.variants
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,11 +116,59 @@ def count_parts(
     loaded: LoadedFunction, variant: LoadedVariant, spec: CacheSpec, batch: int, context: int
 ) -> int:
     """`num_parts` of a variant on the device that it is loaded for."""
-    missing = [name for name in launch_keys(variant.launch) if variant.launch.get(name, 0) < 1]
+    _check_launch(loaded, variant, launch_keys(variant.launch))
+    return num_parts(spec, batch, context, variant.launch, loaded.processors)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_attend_launch(
+    loaded: LoadedFunction,
+    spec: CacheSpec,
+    tokens: int,
+    batch: int,
+    context: int,
+    longest: int | None,
+) -> tuple[LoadedVariant, int]:
+    """Choose the variant of ``attend`` for a problem, and the number of parts."""
+    variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
+    _check_launch(loaded, variant, ATTEND_LAUNCH_KEYS)
+    parts = attend_parts(spec, tokens, batch, context, variant.launch, loaded.processors, longest)
+    return variant, parts
+
+
+def _check_launch(loaded: LoadedFunction, variant: LoadedVariant, keys: tuple[str, ...]) -> None:
+    """Refuse a manifest that does not say what the number of parts depends on."""
+    missing = [name for name in keys if variant.launch.get(name, 0) < 1]
     if missing:
         raise ArtifactCorruptError(
             f"load: launch of {variant.symbol} in {loaded.directory} must have positive "
             f"{', '.join(missing)}, got {dict(variant.launch)}; "
             f"run `{loaded.manifest.build_command}` to build it again"
         )
-    return num_parts(spec, batch, context, variant.launch, loaded.processors)
+
+
+def as_scratch(op: str, workspace: torch.Tensor, floats: int, device: torch.device) -> torch.Tensor:
+    """View the workspace as the kernel's float32 vector, which may be longer than it needs."""
+    size = workspace.numel() * workspace.element_size()
+    if (
+        workspace.ndim == 1
+        and workspace.device == device
+        and workspace.is_contiguous()
+        and size >= 4 * floats
+        and not (size & 3 or workspace.data_ptr() & 15)
+    ):
+        return workspace if workspace.dtype == torch.float32 else workspace.view(torch.float32)
+    if workspace.device != device:
+        _check.fail(op, "workspace", f"on {device} like q", workspace.device, "move it there")
+    _check.check_strided(op, "workspace", workspace)
+    _check.check_compact(op, "workspace", workspace)
+    _check.check_alignment(op, "workspace", workspace, 16)
+    if size < 4 * floats:
+        _check.fail(
+            op,
+            "workspace",
+            f"at least {4 * floats} bytes",
+            f"{size} bytes",
+            "allocate paged_decode_workspace_size(...) bytes",
+        )
+    return workspace.view(-1).view(torch.uint8)[: 4 * floats].view(torch.float32)

@@ -14,7 +14,7 @@ import torch
 from tq_tvm import reference
 from tq_tvm.errors import TQError
 from tq_tvm.spec import CacheSpec
-from tq_tvm.splits import num_parts, workspace_floats
+from tq_tvm.splits import attend_floats, attend_parts, num_parts, workspace_floats
 from tq_tvm.targets import processors
 from tq_tvm.tuning.workloads import Workload
 
@@ -121,7 +121,13 @@ def _table(workload: Workload, device: torch.device) -> tuple[torch.Tensor, torc
 def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
     """Inputs of a workload on a device."""
     torch.manual_seed(seed)
-    makers = {"rotate": _rotate, "fill": _fill, "flatten": _flatten, "decode": _decode}
+    makers = {
+        "rotate": _rotate,
+        "fill": _fill,
+        "flatten": _flatten,
+        "decode": _decode,
+        "attend": _attend,
+    }
     return makers[workload.kernel](workload, device)
 
 
@@ -258,5 +264,53 @@ def _decode(workload: Workload, device: torch.device) -> Case:
 
     def poison() -> None:
         out.fill_(float("nan"))
+
+    return Case(arguments, poison, check)
+
+
+def _attend(workload: Workload, device: torch.device) -> Case:
+    """As many new tokens of each sequence; no feature is asked for but lse."""
+    spec, batch, tokens = workload.cache_spec, workload.shape["batch"], workload.shape["tokens"]
+    dtype = getattr(torch, spec.dtype)
+    caches = _random_caches(spec, workload.shape["pages"], device)
+    table, lengths = _table(workload, device)
+    q = torch.randn(tokens, spec.num_q_heads, spec.head_dim, device=device).to(dtype)
+    new = tokens // batch
+    starts = (torch.arange(batch + 1, device=device) * new).int()
+    out = torch.empty(tokens, spec.num_q_heads, spec.value_dim, dtype=dtype, device=device)
+    lse = torch.empty(tokens, spec.num_q_heads, device=device)
+    none = torch.empty(0, device=device)
+    window = _window(spec, batch, device)
+    scale = spec.head_dim**-0.5
+    context = int(lengths[0])
+
+    def arguments(launch: dict[str, int]) -> list:
+        parts = attend_parts(spec, tokens, batch, context, launch, processors(device), new)
+        floats = attend_floats(spec, tokens, parts, launch)
+        workspace = torch.full((floats,), float("nan"), device=device)
+        inputs = [q, *_arguments(spec, caches), table, lengths, starts, none, none, *window]
+        return [*inputs, workspace, out, lse, parts, scale, 0.0, -1, 0]
+
+    def check() -> float:
+        worst = 0.0
+        for b in sorted({0, batch - 1})[:_CHECKED_SEQUENCES]:
+            own = slice(b * new, (b + 1) * new)
+            want, want_lse = reference.paged_attend(
+                spec, q[own], *caches, table[b : b + 1], lengths[b : b + 1], sm_scale=scale,
+                cu_seqlens_q=starts[:2],
+                window=(window[0], window[1], window[2][b : b + 1]) if window else None,
+            )  # fmt: skip
+            worst = max(worst, _relative("attend", out[own], want))
+            # An error of lse is one of all weights.
+            off = (lse[own] - want_lse).abs().max().item()
+            if not off <= _tolerance(dtype):
+                raise WrongResultError(
+                    f"attend: error of lse must be at most {_tolerance(dtype)}, got {off}"
+                )
+        return worst
+
+    def poison() -> None:
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
 
     return Case(arguments, poison, check)

@@ -49,9 +49,10 @@ class Workload:
         if self.function == "rotate":
             return self.shape["n"] * self.spec.rotation.dim
         heads, dim = self.cache_spec.num_kv_heads, self.cache_spec.head_dim
-        if self.function == "decode":
+        if self.function in ("decode", "attend"):
             context = self.shape["table_width"] * self.cache_spec.page_size
-            return self.shape["batch"] * heads * context * dim
+            queries = self.shape["batch" if self.function == "decode" else "tokens"]
+            return queries * heads * context * dim
         return self.shape["tokens"] * heads * dim
 
 
@@ -91,9 +92,11 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             (1, 8192, "one sequence: splits, latency and the merge"),
             (1, 1024, "one short sequence: launches"),
         ]
+        chunks: list[tuple[int, int, int, str]] = []
     else:
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
+        chunks = [(2, 64, 512, "chunks of prefill over a packed past")]
     served = functions_on(spec, target.kind)
     every = [
         *rotations,
@@ -107,5 +110,9 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         Workload("flatten", spec, _tokens(spec, *gather), "prefill over a packed past"),
         Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
         *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
+        *(
+            Workload("attend", spec, {"tokens": b * n, **_batch(spec, b, c)}, why)
+            for b, n, c, why in chunks
+        ),
     ]
     return [w for w in every if w.function in served]
