@@ -1,8 +1,9 @@
-"""Tiles of K and V of ``prefill_cuda``: packed rows on their way, and rows in the model's dtype.
+"""Tiles of K and V for ``attend`` and ``prefill`` on GPUs: packed rows, then the model's dtype.
 
-While one tile is attended to, ``cp.async`` brings the codes of the next into shared memory, and its
-scales into registers. Between the two, `Tile.decode` turns them into rows of the model's dtype, as
-``flatten`` writes them, eight lanes a row.
+Threads that work together, a CTA's or a warp's, have a tile of tokens in shared memory. While it is
+decoded and attended to, ``cp.async`` brings the codes of the next one, and their scales come into
+registers. `Tiles.decode` makes rows of the model's dtype of them, as ``flatten`` writes them, eight
+lanes a row.
 
 A row is in chunks of 16 bytes; chunk c of row r is where chunk c ^ (r % 8) would be, so that the
 eight rows of a matrix of ``ldmatrix`` are in different banks.
@@ -16,60 +17,23 @@ import math
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.device import let, local, ptx, shared_dynamic, store, when
+from tq_tvm.kernels.device import i32, let, local, ptx, store, when
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
 
-__all__ = ["PrefillConfig", "PrefillMemory", "PrefillShape", "Tile"]
+__all__ = ["TileMemory", "TileShape", "Tiles"]
 
 _LANES = 8
 """Lanes that decode a row."""
 
-_REGISTERS = 65536
-"""Registers of an SM."""
-
 
 @dataclasses.dataclass(frozen=True)
-class PrefillConfig:
-    """The decisions of one kernel; ``schedules/prefill.py`` says what each one trades."""
-
-    warps: int
-    row_tiles: int
-    tile: int
-    registers: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillShape:
-    """Static sizes."""
+class TileShape:
+    """Static sizes: ``tile`` tokens, and the threads that work on them."""
 
     spec: CacheSpec
-    config: PrefillConfig
-
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA."""
-        return 32 * self.config.warps
-
-    @property
-    def ctas_per_sm(self) -> int:
-        """CTAs that hold an SM to the decided number of registers."""
-        return max(1, _REGISTERS // (self.threads * self.config.registers))
-
-    @property
-    def warp_rows(self) -> int:
-        """Rows of a warp: pairs of a query token and a head of the group."""
-        return 16 * self.config.row_tiles
-
-    @property
-    def rows(self) -> int:
-        """Rows of a CTA."""
-        return self.config.warps * self.warp_rows
-
-    @property
-    def row_values(self) -> int:
-        """Values of a row that a warp shares."""
-        return self.spec.head_dim // 32
+    tile: int
+    threads: int
 
     @property
     def row_words(self) -> int:
@@ -83,37 +47,44 @@ class PrefillShape:
         return fmt.key, fmt.value
 
     @property
-    def code_words(self) -> int:
-        """Words of the codes of a tile, K's and V's."""
-        return sum(self.config.tile * c.packed_bytes(self.spec.head_dim) // 4 for c in self.sides)
+    def code_words(self) -> tuple[int, int]:
+        """Words of the codes of K and of V."""
+        key, value = (self.tile * c.packed_bytes(self.spec.head_dim) // 4 for c in self.sides)
+        return key, value
 
     @property
-    def memory_words(self) -> int:
-        """Words of dynamic shared memory; at the end queries, K and V make room for the output."""
-        dense = (self.rows + 2 * self.config.tile) * self.row_words
-        dense = max(dense, self.rows * self.spec.head_dim)
-        return dense + self.code_words + 2 * self.config.tile
+    def packed_words(self) -> int:
+        """Words of codes and scales of a tile."""
+        return sum(self.code_words) + 2 * self.tile
+
+    @property
+    def dense_words(self) -> int:
+        """Words of K and V of the model's dtype."""
+        return 2 * self.tile * self.row_words
 
 
-class PrefillMemory:
-    """Dynamic shared memory of a CTA: queries, K and V in the model's dtype, codes, scales."""
+class TileMemory:
+    """Where the threads' tiles are in dynamic shared memory.
 
-    def __init__(self, shape: PrefillShape) -> None:
-        tile = shape.config.tile
-        self.words = shared_dynamic(shape.memory_words, "uint32")
-        self.queries = 0
-        self.dense = [(shape.rows + side * tile) * shape.row_words for side in range(2)]
-        first = shape.memory_words - shape.code_words - 2 * tile
-        behind = tile * shape.sides[0].packed_bytes(shape.spec.head_dim) // 4
-        self.codes = [first, first + behind]
-        self.metas = [shape.memory_words - (2 - side) * tile for side in range(2)]
+    From ``dense`` on K, then V, of the model's dtype: it has to be a multiple of a row's words.
+    From ``packed`` on codes and scales of two tiles.
+    """
+
+    def __init__(self, shape: TileShape, words, dense, packed) -> None:
+        key, both = shape.code_words[0], sum(shape.code_words)
+        self.words = words
+        self.dense = [dense, dense + shape.tile * shape.row_words]
+        self.codes = [packed, packed + key]
+        self.metas = [packed + both, packed + (both + shape.tile)]
 
 
 class _Side:
     """K or V of the tiles: addresses of one thread."""
 
-    def __init__(self, shape: PrefillShape, memory, number: int, cache, meta, head, thread) -> None:
-        spec, tile = shape.spec, shape.config.tile
+    def __init__(
+        self, shape: TileShape, memory: TileMemory, number: int, cache, meta, head, thread
+    ) -> None:
+        spec, tile = shape.spec, shape.tile
         self._shape, self._memory, self._thread = shape, memory, thread
         self._number, self.codec = number, shape.sides[number]
         self._head = head
@@ -141,9 +112,9 @@ class _Side:
         place = offset * spec.num_kv_heads + self._head if bshd else self._head * size + offset
         return page * T.cast(stride[0], "int64") + T.cast(place * elements, "int64")
 
-    def ask(self, table, sequence, first, seq_len) -> None:
+    def ask(self, table, sequence, first, seq_len, packed) -> None:
         """Begin to copy the rows from token ``first`` on; those past the end are the last one."""
-        shape, tile = self._shape, self._shape.config.tile
+        shape, tile = self._shape, self._shape.tile
         chunks = self._bytes // self._chunk
         cached = "cg" if self._chunk == 16 else "ca"
         for turn in range(-(-tile * chunks // shape.threads)):
@@ -154,7 +125,7 @@ class _Side:
                 token = let(T.min(first + row, seq_len - 1))
                 source = self._row(table, sequence, token, self._bytes, self._code_stride)
                 source = source + T.cast(chunk * self._chunk, "int64")
-                to = self._memory.codes[self._number] + piece * (self._chunk // 4)
+                to = self._memory.codes[self._number] + packed + piece * (self._chunk // 4)
                 operands = [self._memory.words.ptr_to([to]), self._codes.ptr_to([source])]
                 ptx(f"cp.async.{cached}.shared.global", *operands, self._chunk)
 
@@ -175,31 +146,29 @@ class _Side:
                 ptx("ld.global.nc.u16", short[0], at)
                 store(self._meta, T.cast(short[0], "uint32"))
 
-    def leave_metas(self) -> None:
+    def leave_metas(self, packed) -> None:
         """Put the scales where `decode` reads them."""
-        with when(self._own < self._shape.config.tile):
-            to = self._memory.metas[self._number] + self._own
+        with when(self._own < self._shape.tile):
+            to = self._memory.metas[self._number] + packed + self._own
             ptx("st.shared.u32", self._memory.words.ptr_to([to]), self._meta[0])
 
-    def decode(self) -> None:
+    def decode(self, packed) -> None:
         """Rows of the model's dtype from codes and scales."""
         shape, memory = self._shape, self._memory
         words, begin = memory.words, memory.dense[self._number]
         abreast = shape.threads // _LANES
         part = let(self._thread % _LANES)
-        for turn in range(shape.config.tile // abreast):
+        for turn in range(shape.tile // abreast):
             row = let(turn * abreast + self._thread // _LANES)
             coded = CodedRow(shape.spec.head_dim, shape.spec.dtype, self.codec, _LANES, "ld.shared")
-            codes = memory.codes[self._number] + row * (self._bytes // 4)
+            codes = let(memory.codes[self._number] + packed + row * (self._bytes // 4))
             # Words are the unit of the buffer; codes may begin inside one.
-            view = T.decl_buffer(
-                (4 * shape.memory_words,), "uint8", data=words.data, scope="shared.dyn"
-            )
+            view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
             coded.read_codes(
                 lambda at, codes=codes, view=view: view.ptr_to([4 * codes + T.cast(at, "int32")]),
                 part,
             )
-            at = memory.metas[self._number] + row
+            at = memory.metas[self._number] + packed + row
             ptx("ld.shared.u32", coded.meta[0], words.ptr_to([at]))
             for first, line in coded.lines(part):
                 self._write(begin, row, first, line)
@@ -217,10 +186,13 @@ class _Side:
             ptx(f"st.shared.{kind}", words.ptr_to([let(at)]), *pieces)
 
 
-class Tile:
-    """K and V of ``tile`` tokens of one sequence and KV head."""
+class Tiles:
+    """K and V of one sequence and KV head, ``tile`` tokens at a time.
 
-    def __init__(self, shape: PrefillShape, memory, caches, head, thread, lane) -> None:
+    Of each tile in turn: `arrive`, a barrier, `ask` for the next, `decode`, a barrier, and reads.
+    """
+
+    def __init__(self, shape: TileShape, memory: TileMemory, caches, head, thread, lane) -> None:
         k, v, k_meta, v_meta = caches
         self._shape, self._memory = shape, memory
         self._sides = [
@@ -235,38 +207,48 @@ class Tile:
             row = lane % 8 + 8 * octet
             moved = T.bitwise_xor(lane % 8, other) * 4
             self._from.append(let(memory.dense[side] + row * shape.row_words + moved))
+        # Of two places for codes and scales: the one asked for last, and the one that is decoded.
+        self._asked, self._arrived = local(1, "int32"), local(1, "int32")
+        self.start()
+
+    def start(self) -> None:
+        """No tile is on its way."""
+        store(self._asked, i32(0))
+        store(self._arrived, i32(self._shape.packed_words))
+
+    def _turn(self, place) -> None:
+        store(place, self._shape.packed_words - place[0])
 
     def ask(self, table, sequence, first, seq_len) -> None:
         """Begin to copy a tile."""
         for side in self._sides:
-            side.ask(table, sequence, first, seq_len)
+            side.ask(table, sequence, first, seq_len, self._asked[0])
         ptx("cp.async.commit_group")
+        self._turn(self._asked)
 
     def arrive(self) -> None:
         """Wait for the thread's own part; the caller puts a barrier behind it."""
         ptx("cp.async.wait_group", 0)
+        self._turn(self._arrived)
         for side in self._sides:
-            side.leave_metas()
+            side.leave_metas(self._arrived[0])
 
     def decode(self) -> None:
         """Make rows of what arrived; barriers go around this."""
         for side in self._sides:
-            side.decode()
+            side.decode(self._arrived[0])
 
     def keys(self, block: int, step: int):
         """Operands of 16 tokens and 16 coordinates: ``[octet of tokens][half of coordinates]``."""
-        words = local(4, "uint32")
-        at = T.bitwise_xor(self._from[0], 8 * step) + 16 * block * self._shape.row_words
-        self._read("", words, at)
-        return [[words[0], words[1]], [words[2], words[3]]]
+        return self._read(0, "", block, step)
 
     def values(self, block: int, step: int):
         """Operands of 16 tokens and 16 coordinates: ``[octet of coordinates][half of tokens]``."""
-        words = local(4, "uint32")
-        at = T.bitwise_xor(self._from[1], 8 * step) + 16 * block * self._shape.row_words
-        self._read(".trans", words, at)
-        return [[words[0], words[1]], [words[2], words[3]]]
+        return self._read(1, ".trans", block, step)
 
-    def _read(self, kind: str, words, at) -> None:
+    def _read(self, side: int, kind: str, block: int, step: int):
+        words = local(4, "uint32")
+        at = T.bitwise_xor(self._from[side], 8 * step) + 16 * block * self._shape.row_words
         name = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16"
         ptx(name, *[words[i] for i in range(4)], self._memory.words.ptr_to([at]))
+        return [[words[0], words[1]], [words[2], words[3]]]

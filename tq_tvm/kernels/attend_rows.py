@@ -1,0 +1,337 @@
+"""Query rows of ``attend`` and ``prefill`` on GPUs: scores, softmax with its features, and output.
+
+A row is a query token and a head of the group. A warp has ``16 row_tiles`` of them: scores by
+``mma.m16n8k16``, queries on the M side and K's rows on the N side; softmax in float32; output with
+the weights, as the scores left them, on the M side and V's rows on the N side.
+
+A row's bound moves only where a logit exceeds it by more than `_SLACK` powers of two, so that the
+output is seldom rescaled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+
+from tq_tvm.kernels.attend_tiles import Tiles
+from tq_tvm.kernels.decode_query import rotate_row, turn_signs
+from tq_tvm.kernels.device import (
+    FULL_WARP,
+    PAIR,
+    as_float,
+    f32,
+    i32,
+    let,
+    local,
+    mma,
+    ptx,
+    shuffle_xor,
+    store,
+    u32,
+    when,
+)
+from tq_tvm.kernels.hadamard_cuda import PRODUCTS
+from tq_tvm.spec import CacheSpec
+
+__all__ = [
+    "LOWEST",
+    "Options",
+    "RowBlock",
+    "RowShape",
+    "Softmax",
+    "attend_tile",
+    "finish_row",
+    "load_queries",
+]
+
+LOWEST = -1e30
+"""A bound of logits before the first tile."""
+
+_MASKED = -3e38
+"""Logit of a token that is not attended to."""
+
+_SLACK = 6.0
+_MINUS_INFINITY = 0xFF800000
+_LOG2E = math.log2(math.e)
+_NO_WINDOW = -(2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Features of a call: arguments of the kernel."""
+
+    sinks: Any
+    alibi_slopes: Any
+    sm_scale: Any
+    soft_cap: Any
+    window_left: Any
+    kept_tokens: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """Static sizes of a warp's rows and of the tile that they attend to."""
+
+    spec: CacheSpec
+    row_tiles: int
+    tile: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a warp."""
+        return 16 * self.row_tiles
+
+    @property
+    def row_values(self) -> int:
+        """Values of a row that a warp shares."""
+        return self.spec.head_dim // 32
+
+    @property
+    def row_words(self) -> int:
+        """Words of a row of the model's dtype."""
+        return self.spec.head_dim // 2
+
+
+class RowBlock:
+    """``size`` rows of a sequence and KV head, token by token: which tokens and heads they are."""
+
+    def __init__(
+        self, spec: CacheSpec, size: int, sequence, block, seq_lens, starts, kv_head
+    ) -> None:
+        group = spec.group_size
+        self._group = group
+        self.start = let(starts[sequence])
+        count = let(starts[sequence + 1] - self.start)
+        self.seq_len = let(seq_lens[sequence])
+        self._past = let(self.seq_len - count)
+        self._first = let(block * size)
+        self._total = let(count * group)
+        self._head = let(kv_head * group)
+        self.first_position = let(self._past + T.truncdiv(self._first, group))
+        last = T.min(self._first + size, self._total) - 1
+        self.last_position = let(self._past + T.truncdiv(last, group))
+
+    def exists(self, row):
+        """Whether there is such a row."""
+        return self._first + row < self._total
+
+    def token(self, row):
+        """Index of its token among all."""
+        return self.start + T.truncdiv(self._first + row, self._group)
+
+    def head(self, row):
+        """Its query head."""
+        return self._head + T.truncmod(self._first + row, self._group)
+
+    def position(self, row):
+        """The last position that it attends to."""
+        return self._past + T.truncdiv(self._first + row, self._group)
+
+
+class Softmax:
+    """State of a lane's rows, g and g + 8 of each row tile, and their output."""
+
+    def __init__(self, shape: RowShape, g, t, options: Options) -> None:
+        self._shape, self._g, self._t, self._options = shape, g, t, options
+        tiles = shape.row_tiles
+        self.places = [(tile, half) for tile in range(tiles) for half in range(2)]
+        self.bound, self.total, self._slope = (local((tiles, 2), "float32") for _ in range(3))
+        self._limit, self._low = (local((tiles, 2), "int32") for _ in range(2))
+        self.output = local((tiles, shape.spec.head_dim // 8, 4), "float32")
+        self._sloped = let(T.cast(options.alibi_slopes.shape[0], "int32") > 0)
+        self._featured = let(T.Or(self._sloped, options.soft_cap > f32(0)))
+
+    def start(self, rows: RowBlock, first) -> None:
+        """No tokens yet, for the rows of a block from ``first`` on."""
+        window = self._options.window_left
+        for at in self.places:
+            tile, half = at
+            row = let(first + (16 * tile + 8 * half) + self._g)
+            store(self.bound, f32(LOWEST), *at)
+            store(self.total, f32(0), *at)
+            store(self._slope, f32(0), *at)
+            store(self._limit, T.Select(rows.exists(row), rows.position(row), i32(-1)), *at)
+            low = self._limit[at] - window
+            store(self._low, T.Select(window < 0, i32(_NO_WINDOW), low), *at)
+            with when(T.And(self._sloped, rows.exists(row))):
+                slope = self._options.alibi_slopes[rows.head(row)]
+                store(self._slope, slope * f32(_LOG2E), *at)
+        for tile in range(self._shape.row_tiles):
+            for octet in range(self._shape.spec.head_dim // 8):
+                for e in range(4):
+                    store(self.output, f32(0), tile, octet, e)
+
+    def weigh(self, scores, first, masked) -> None:
+        """Scores, in units of log2, become weights; ``masked`` says if any are not attended to."""
+        shape, bound = self._shape, self.bound
+        octets = shape.tile // 8
+        with when(self._featured):
+            self._bend(scores, first, octets)
+        with when(masked):
+            for tile, half in self.places:
+                for octet in range(octets):
+                    for e in range(2):
+                        token = let(first + (8 * octet + e) + 2 * self._t)
+                        near = T.Or(
+                            token >= self._low[tile, half], token < self._options.kept_tokens
+                        )
+                        seen = T.And(token <= self._limit[tile, half], near)
+                        index = (tile, octet, 2 * half + e)
+                        value = T.Select(seen, scores[index], f32(_MASKED))
+                        store(scores, value, *index)
+        top = local((shape.row_tiles, 2), "float32")
+        above = T.bool(False)
+        for at in self.places:
+            tile, half = at
+            values = [
+                scores[tile, octet, 2 * half + e] for octet in range(octets) for e in range(2)
+            ]
+            store(top, _highest(values), *at)
+            above = T.Or(above, top[at] > bound[at] + f32(_SLACK))
+        with when(T.cuda.any_sync(u32(FULL_WARP), T.cast(above, "int32")) != 0):
+            self._raise(top)
+        for tile, half in self.places:
+            for octet in range(octets):
+                for e in range(2):
+                    index = (tile, octet, 2 * half + e)
+                    store(scores, T.exp2(scores[index] - bound[tile, half]), *index)
+                    store(self.total, self.total[tile, half] + scores[index], tile, half)
+
+    def _bend(self, scores, first, octets: int) -> None:
+        """Soft cap and ALiBi."""
+        cap = let(self._options.soft_cap * f32(_LOG2E))
+        inverse = let(T.Select(cap > f32(0), f32(1) / cap, f32(0)))
+        value = local(1, "float32")
+        for tile, half in self.places:
+            for octet in range(octets):
+                for e in range(2):
+                    index = (tile, octet, 2 * half + e)
+                    store(value, scores[index])
+                    with when(cap > f32(0)):
+                        # tanh x = 1 - 2 / (1 + e^2x)
+                        grown = T.exp2(value[0] * inverse * f32(2 * _LOG2E)) + f32(1)
+                        store(value, cap - cap * (f32(2) / grown))
+                    token = first + (8 * octet + e) + 2 * self._t
+                    apart = T.cast(token - self._limit[tile, half], "float32")
+                    store(scores, value[0] + self._slope[tile, half] * apart, *index)
+
+    def _raise(self, top) -> None:
+        """Move the bounds up to what was found, and the output with them."""
+        for at in self.places:
+            tile, half = at
+            for mask in (1, 2):
+                store(top, T.max(top[at], shuffle_xor(top[at], mask)), *at)
+            store(top, T.max(top[at], self.bound[at]), *at)
+            shrink = let(T.exp2(self.bound[at] - top[at]))
+            store(self.bound, top[at], *at)
+            store(self.total, self.total[at] * shrink, *at)
+            for octet in range(self._shape.spec.head_dim // 8):
+                for e in range(2):
+                    index = (tile, octet, 2 * half + e)
+                    store(self.output, self.output[index] * shrink, *index)
+
+
+def _highest(values):
+    highest = values[0]
+    for value in values[1:]:
+        highest = T.max(highest, value)
+    return highest
+
+
+def load_queries(shape: RowShape, words, place, q, rows: RowBlock, first, count, lane, sm_scale):
+    """Rotate ``count`` rows of a block from ``first`` on, scaled for logits in units of log2.
+
+    They go to shared memory from word ``place`` on; rows that do not exist are zeros.
+    """
+    spec, values = shape.spec, shape.row_values
+    x, word = local(values, "float32"), local(1, "uint32")
+    rotated = spec.cache_format.rotation != "none"
+    factor = let(sm_scale * f32(_LOG2E * (spec.head_dim**-0.5 if rotated else 1.0)))
+    with I.serial(0, count) as turn:
+        row = let(first + turn)
+        for i in range(values):
+            store(x, f32(0), i)
+        with when(rows.exists(row)):
+            token, head = let(rows.token(row)), let(rows.head(row))
+            for i in range(values):
+                store(x, T.cast(q[token, head, lane * values + i], "float32"), i)
+        if rotated:
+            turn_signs(shape, x, lane)
+            rotate_row(shape, x, lane)
+        for i in range(0, values, 2):
+            ptx(PAIR[spec.dtype], word[0], *[x[i + e] * factor for e in (1, 0)])
+            at = let(T.truncdiv(lane * values + i, 2))
+            chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
+            to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
+            ptx("st.shared.u32", words.ptr_to([let(to)]), word[0])
+
+
+def attend_tile(
+    shape: RowShape, words, place, tiles: Tiles, softmax: Softmax, first_row, lane, first, masked
+) -> None:
+    """Scores, weights and output of a tile that begins with token ``first``."""
+    product = PRODUCTS[shape.spec.dtype]
+    blocks, steps = shape.tile // 16, shape.spec.head_dim // 16
+    scores = local((shape.row_tiles, shape.tile // 8, 4), "float32")
+    row = let(first_row + lane % 16)
+    begin = let(place + row * shape.row_words + T.bitwise_xor(lane % 8, lane // 16) * 4)
+    for k in range(steps):
+        a = []
+        for m in range(shape.row_tiles):
+            operand = local(4, "uint32")
+            at = T.bitwise_xor(begin, 8 * k) + 16 * m * shape.row_words
+            registers = [operand[i] for i in range(4)]
+            ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, words.ptr_to([at]))
+            a.append(registers)
+        for block in range(blocks):
+            for octet, b in enumerate(tiles.keys(block, k)):
+                for m in range(shape.row_tiles):
+                    result = [scores[m, 2 * block + octet, e] for e in range(4)]
+                    mma(product, result, a[m], b, result if k else [f32(0)] * 4)
+    softmax.weigh(scores, first, masked)
+    weights = local((shape.row_tiles, 4), "uint32")
+    for block in range(blocks):
+        for m in range(shape.row_tiles):
+            for i in range(4):
+                pair = [scores[m, 2 * block + i // 2, 2 * (i % 2) + e] for e in (1, 0)]
+                ptx(PAIR[shape.spec.dtype], weights[m, i], *pair)
+        for k in range(steps):
+            for octet, b in enumerate(tiles.values(block, k)):
+                for m in range(shape.row_tiles):
+                    result = [softmax.output[m, 2 * k + octet, e] for e in range(4)]
+                    mma(product, result, [weights[m, i] for i in range(4)], b, result)
+
+
+def finish_row(shape: RowShape, x, top, total, place, options: Options, out, lse, lane) -> None:
+    """Divide a row that a warp shares, rotate it back, and write it and its lse.
+
+    ``top`` and ``total`` are its bound and its sum of weights; ``place`` is its token and head.
+    """
+    spec, values = shape.spec, shape.row_values
+    token, head = place
+    rotated = spec.cache_format.rotation != "none"
+    bound, sum_, shrink = (local(1, "float32") for _ in range(3))
+    store(bound, top)
+    store(sum_, total)
+    store(shrink, f32(1))
+    with when(T.cast(options.sinks.shape[0], "int32") > 0):
+        sink = let(options.sinks[head] * f32(_LOG2E))
+        store(bound, T.max(top, sink))
+        store(shrink, T.exp2(top - bound[0]))
+        store(sum_, total * shrink[0] + T.exp2(sink - bound[0]))
+    unit = spec.head_dim**-0.5 if rotated else 1.0
+    factor = let(T.Select(sum_[0] > f32(0), shrink[0] * f32(unit) / sum_[0], f32(0)))
+    for i in range(values):
+        store(x, x[i] * factor, i)
+    if rotated:
+        rotate_row(shape, x, lane)
+        turn_signs(shape, x, lane)
+    for i in range(values):
+        store(out, T.cast(x[i], spec.dtype), token, head, lane * values + i)
+    with when(T.And(T.cast(lse.shape[1], "int32") > 0, lane == 0)):
+        units = (T.log2(sum_[0]) + bound[0]) * f32(math.log(2))
+        store(lse, T.Select(sum_[0] > f32(0), units, as_float(u32(_MINUS_INFINITY))), token, head)
