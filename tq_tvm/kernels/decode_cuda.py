@@ -66,7 +66,13 @@ from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_values import SumMemory, Values
-from tq_tvm.kernels.decode_work import find_place, share_out, tiles_of, unknown_zero
+from tq_tvm.kernels.decode_work import (
+    find_place,
+    share_out,
+    tiles_by_length,
+    tiles_of,
+    unknown_zero,
+)
 from tq_tvm.kernels.device import (
     barrier,
     i32,
@@ -167,8 +173,9 @@ def _attend(
         _prefetch(argument, at)
     query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
     merged = MergedMemory.allocate(shape)
-    shares = share_out(shape, seq_lens, batch, lane, groups)
-    place = find_place(shape, shares, seq_lens, batch, lane, group)
+    tiles = tiles_by_length(shape, seq_lens)
+    shares = share_out(shape, tiles, batch, lane, groups)
+    place = find_place(shares, tiles, batch, lane, group)
     zero = let(unknown_zero(shares))
     table = key_table(shape, zero)
     if shape.config.overlap:

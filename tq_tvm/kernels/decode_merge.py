@@ -11,7 +11,7 @@ from tvm.script.ir_builder import tirx as I
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.decode_values import LOWEST, WEIGHT_TOP, SumMemory
-from tq_tvm.kernels.decode_work import share_out, tiles_of
+from tq_tvm.kernels.decode_work import share_out, tiles_by_length, tiles_of
 from tq_tvm.kernels.device import (
     barrier,
     f32,
@@ -181,7 +181,8 @@ def merge_pieces(shape: Shape, seq_lens, workspace, out, batch, head, sequence, 
     count, dim, heads = shape.row_values, shape.spec.head_dim, shape.spec.num_q_heads
     warp, lane = let(thread // 32), let(thread % 32)
     stats = let(stats_start(shape, groups))
-    shares = share_out(shape, seq_lens, batch, lane, groups, sequence)
+    tiles = tiles_by_length(shape, seq_lens)
+    shares = share_out(shape, tiles, batch, lane, groups, sequence)
     own = let(tiles_of(shape, seq_lens[sequence]))
     first, last = local(1, "int32"), local(1, "int32")
     store(first, T.truncdiv(shares.before[0], shares.size[0]))

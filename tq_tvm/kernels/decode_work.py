@@ -1,4 +1,4 @@
-"""Which tokens a CTA of ``decode_cuda`` attends to: equal shares, whatever the lengths.
+"""Which tokens a CTA of ``decode`` or ``attend`` attends to: equal shares, whatever the lengths.
 
 The tiles of all sequences, one after another, are cut into ``groups`` equal shares, which cross
 sequences.
@@ -7,6 +7,7 @@ sequences.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -26,7 +27,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 
-__all__ = ["Place", "Shares", "find_place", "share_out"]
+__all__ = ["Place", "Shares", "find_place", "share_out", "tiles_by_length", "tiles_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +50,26 @@ class Place:
 
 
 def tiles_of(shape: Shape, length):
-    """Tiles of a sequence."""
+    """Tiles of a sequence of a length."""
     return (length + (shape.config.tile - 1)) // shape.config.tile
 
 
-def share_out(shape: Shape, seq_lens, batch, lane, groups, sequence=None) -> Shares:
-    """Add up the tiles; every lane gets the sums. ``before`` counts up to ``sequence``."""
+def tiles_by_length(shape: Shape, seq_lens) -> Callable[[Any], Any]:
+    """`tiles_of` a sequence, by its number."""
+    return lambda sequence: tiles_of(shape, seq_lens[sequence])
+
+
+def share_out(shape, tiles_of_sequence, batch, lane, groups, sequence=None) -> Shares:
+    """Add up the tiles; every lane gets the sums. ``before`` counts up to ``sequence``.
+
+    ``tiles_of_sequence`` tells how many a sequence has; ``shape.least_tiles`` are a group's.
+    """
     total, before, at, tiles = (local(1, "int32") for _ in range(4))
     store(total, i32(0))
     store(before, i32(0))
     store(at, lane)
     with loop(at[0] < batch):
-        store(tiles, tiles_of(shape, seq_lens[at[0]]))
+        store(tiles, tiles_of_sequence(at[0]))
         store(total, total[0] + tiles[0])
         if sequence is not None:
             store(before, before[0] + T.Select(at[0] < sequence, tiles[0], i32(0)))
@@ -74,7 +83,7 @@ def share_out(shape: Shape, seq_lens, batch, lane, groups, sequence=None) -> Sha
     return Shares(total, size, before)
 
 
-def find_place(shape: Shape, shares: Shares, seq_lens, batch, lane, group) -> Place:
+def find_place(shares: Shares, tiles_of_sequence, batch, lane, group) -> Place:
     """Find the sequence in which the share of a group begins, 32 sequences at a time."""
     tile, end, sequence, offset = (local(1, "int32") for _ in range(4))
     store(tile, group * shares.size[0])
@@ -90,7 +99,7 @@ def find_place(shape: Shape, shares: Shares, seq_lens, batch, lane, group) -> Pl
         at = let(base[0] + lane)
         store(tiles, i32(0))
         with when(at < batch):
-            store(tiles, tiles_of(shape, seq_lens[at]))
+            store(tiles, tiles_of_sequence(at))
         store(sums, tiles[0])
         for step in (1, 2, 4, 8, 16):
             lower = let(T.cuda.__shfl_up_sync(u32(FULL_WARP), sums[0], step, 32))

@@ -1,7 +1,7 @@
 r"""``prefill`` on NVIDIA GPUs: the threads of ``kernels.prefill``'s equation.
 
-One launch. A CTA has ``16 row_tiles warps`` rows of a sequence and KV head, see `attend_rows`, those
-of the newest tokens first, since they attend to most. It walks the tokens that any of its rows
+One launch. A CTA has ``16 row_tiles warps`` rows of a sequence and KV head, see `attend_rows`, of
+the newest tokens first, since they attend to most. It walks the tokens that any of its rows
 attends to, ``tile`` at a time: codes that have arrived become rows of the model's dtype in shared
 memory, once for all warps (`attend_tiles`), while the next tile is on its way; then every warp
 attends to them.

@@ -1,0 +1,90 @@
+"""``attend`` for GPUs, run by the emulator, against float32 attention over the same cache."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+
+from emulator import compile_functions
+from emulator.attend_batches import FEATURES, LIMIT, Problem, close
+from emulator.guarded import Guarded
+from tq_tvm.kernels.attend_cuda import attend_cuda
+from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
+from tq_tvm.spec import CacheSpec
+
+WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, registers=168, reach=1, overlap=0)
+TALL = AttendConfig(warps=2, row_tiles=2, tile=16, registers=255, reach=2, overlap=1)
+CASES = {
+    "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
+    "group6_half": (CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"), TALL),
+    "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), WIDE),
+    "head256": (CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "tq44"), WIDE),
+}
+FEW = {"lengths": [300, 3, 200, 0, 65, 40, 0], "queries": [4, 1, 8, 0, 2, 0, 1]}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Kernels of a case, compiled once."""
+    directory = tmp_path_factory.mktemp("attend")
+
+    @functools.cache
+    def module(case):
+        return compile_functions({"attend": attend_cuda(*CASES[case])}, directory)
+
+    return module
+
+
+def run(module, case, features, *, parts=3, descending=False, **options):
+    spec, config = CASES[case]
+    problem = Problem(spec, FEATURES[features], **{**FEW, **options})
+    shape = AttendShape(spec, config)
+    slots = 2 * parts * spec.num_kv_heads * shape.rows.rows
+    workspace = Guarded((slots * (spec.head_dim + 2),), torch.float32)
+    module["attend"](*problem.arguments(workspace.tensor, parts), descending=descending)
+    workspace.check()
+    return problem
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("features", ["plain", "all"])
+def test_equals_reference(compiled, case, features):
+    run(compiled(case), case, features).check()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 40])
+def test_merges_pieces(compiled, parts):
+    run(compiled("group4"), "group4", "all", parts=parts).check()
+
+
+@pytest.mark.parametrize("features", [f for f in FEATURES if f not in ("plain", "all")])
+def test_each_feature(compiled, features):
+    run(compiled("group4"), "group4", features).check()
+
+
+def test_many_query_tokens(compiled):
+    run(compiled("group6_half"), "group6_half", "all", queries=[70, 3, 5, 0, 65, 0, 0]).check()
+
+
+def test_large_logits(compiled):
+    """Of standard deviation 30: a row's bound has to follow."""
+    problem = run(compiled("group6_half"), "group6_half", "plain", scale=30.0)
+    assert close(problem.out, problem.want, 2 * LIMIT[torch.float16])
+
+
+def test_rows_past_the_last_sequence_are_left_alone(compiled):
+    problem = run(compiled("group4"), "group4", "plain", padding=50)
+    problem.check()
+    assert problem.out[problem.tokens :].isnan().all()
+    assert problem.lse[problem.tokens :].isnan().all()
+
+
+def test_threads_in_the_other_order_and_without_lse(compiled):
+    one = run(compiled("group4"), "group4", "all")
+    other = run(compiled("group4"), "group4", "all", want_lse=False, descending=True)
+    assert torch.equal(one.out, other.out)
+    assert other.lse.numel() == 0

@@ -1,0 +1,207 @@
+r"""``attend`` on NVIDIA GPUs: the threads of ``kernels.attend``'s equation, for few query tokens.
+
+Two launches. Rows of a sequence and KV head, pairs of a query token and a head of the group, are in
+blocks of ``16 row_tiles``. A sequence has as many times its tiles of tokens as it has blocks; those
+of all sequences are shared out equally (`decode_work`) among groups of CTAs, one a KV head. A CTA
+takes its piece of one block after the other:
+
+1. rotates the block's queries into shared memory (`attend_rows`);
+2. lets every warp walk its own tiles: codes become rows of the model's dtype (`attend_tiles`), then
+   scores, softmax and output by tensor cores. Nothing in that loop synchronises warps;
+3. merges the warps. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
+   sum of w) goes to the workspace.
+
+The second launch, a CTA a query row, merges pieces (`attend_merge`). With ``overlap`` it begins
+before the first is done, and waits for it where it needs its results.
+
+Tiles that lie between the kept tokens and the window of a sequence's first query are nobody's. What
+only some rows of a block see, is masked.
+
+The workspace is ``2 groups HK rows (D + 2)`` floats: only the first and the last piece of a group
+can be parts of a block.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.attend_merge import (
+    MERGE_THREADS,
+    WarpMemory,
+    finish_block,
+    leave_warp,
+    merge_rows,
+)
+from tq_tvm.kernels.attend_rows import (
+    Options,
+    Softmax,
+    attend_tile,
+    load_queries,
+)
+from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape, Extent
+from tq_tvm.kernels.attend_tiles import TileMemory, Tiles
+from tq_tvm.kernels.decode_work import find_place, share_out
+from tq_tvm.kernels.device import (
+    barrier,
+    i32,
+    let,
+    let_next_launch_begin,
+    local,
+    loop,
+    shared_dynamic,
+    store,
+    warp_barrier,
+    when,
+)
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["attend_cuda"]
+
+
+def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
+    """The TensorIR for one configuration, all sizes dynamic."""
+    shape = AttendShape(spec, config)
+    dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
+
+    @T.prim_func(s_tir=True)
+    def main(
+        q: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        cu_seqlens_q: T.handle,
+        sinks: T.handle,
+        alibi_slopes: T.handle,
+        workspace: T.handle,
+        out: T.handle,
+        lse: T.handle,
+        num_groups: T.int32,
+        sm_scale: T.float32,
+        soft_cap: T.float32,
+        window_left: T.int32,
+        kept_tokens: T.int32,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        n = T.int64()
+        b = T.int64()
+        w = T.int64()
+        p = T.int64()
+        hs = T.int64()
+        ha = T.int64()
+        hl = T.int64()
+        ws = T.int64()
+        Q = T.match_buffer(q, (n, heads, dim), dtype, align=16)
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
+        SK = T.match_buffer(sinks, (hs,), "float32", align=4)
+        AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
+        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+        OUT = T.match_buffer(out, (n, heads, dim), dtype, align=16)
+        LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
+        options = T.meta_var(Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens))
+        extent = T.meta_var(Extent(shape, SL, CU, options))
+        for by in T.thread_binding(num_groups, thread="blockIdx.y"):
+            for bx in T.thread_binding(spec.num_kv_heads, thread="blockIdx.x"):
+                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                    _attend(shape, Q, caches, BT, extent, WS, OUT, LSE, b, bx, by, tx, num_groups)
+        for by2 in T.thread_binding(n, thread="blockIdx.y"):
+            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                    merge_rows(shape, extent, WS, OUT, LSE, b, bx2, by2, tx2, num_groups)
+
+    return main
+
+
+def _attend(
+    shape: AttendShape, q, caches, block_table, extent: Extent, workspace, out, lse, batch, kv_head,
+    group, thread, groups,
+) -> None:  # fmt: skip
+    """One CTA of the first launch."""
+    config, options = shape.config, extent.options
+    warp, lane = let(thread // 32), let(thread % 32)
+    g, t = let(lane // 4), let(lane % 4)
+    shares = share_out(shape, extent.tiles, batch, lane, groups)
+    place = find_place(shares, extent.tiles, batch, lane, group)
+    if config.overlap:
+        let_next_launch_begin()
+    words = shared_dynamic(shape.memory_words, "uint32")
+    memory = WarpMemory.allocate(shape, words)
+    own = TileMemory(
+        shape.tiles,
+        words,
+        shape.queries + warp * shape.tiles.dense_words,
+        shape.queries + shape.config.warps * shape.tiles.dense_words
+        + warp * (2 * shape.tiles.packed_words),
+    )  # fmt: skip
+    tiles = Tiles(shape.tiles, own, caches, kv_head, lane, lane)
+    softmax = Softmax(shape.rows, g, t, options)
+    now, ahead, last = (local(1, "int32") for _ in range(3))
+    with loop(place.tile[0] < place.end[0]):
+        sequence = place.sequence[0]
+        span = extent.of(sequence)
+        left = let(span.blocks * span.width - place.offset[0])
+        count = local(1, "int32")
+        store(count, i32(0))
+        with when(left > 0):
+            block = let(T.truncdiv(place.offset[0], span.width))
+            inside = let(place.offset[0] - block * span.width)
+            store(count, T.min(span.width - inside, place.end[0] - place.tile[0]))
+            rows = RowBlock(
+                shape.spec,
+                shape.rows.rows,
+                sequence,
+                block,
+                extent.seq_lens,
+                extent.starts,
+                kv_head,
+            )
+            store(now, inside + warp)
+            store(last, inside + count[0])
+            with when(now[0] < last[0]):
+                tiles.ask(block_table, sequence, span.first_token(now[0]), rows.seq_len)
+            turns = -(-shape.rows.rows // config.warps)
+            load_queries(
+                shape.rows, words, 0, q, rows, let(warp * turns), turns, lane, options.sm_scale
+            )
+            softmax.start(rows, i32(0))
+            barrier()
+            with loop(now[0] < last[0]):
+                tiles.arrive()
+                warp_barrier()
+                store(ahead, now[0] + config.warps)
+                with when(ahead[0] < last[0]):
+                    tiles.ask(block_table, sequence, span.first_token(ahead[0]), rows.seq_len)
+                tiles.decode()
+                warp_barrier()
+                first = let(span.first_token(now[0]))
+                late = first + (config.tile - 1) > rows.first_position
+                far = first < rows.last_position - options.window_left
+                masked = T.Or(late, T.And(options.window_left >= 0, far))
+                attend_tile(shape.rows, words, 0, tiles, softmax, i32(0), lane, first, masked)
+                warp_barrier()
+                store(now, ahead[0])
+            leave_warp(shape, memory, softmax, warp, g, t)
+            barrier()
+            with I.If(count[0] == span.width):
+                with I.Then():
+                    finish_block(shape, memory, rows, options, out, lse, None, warp, lane)
+                with I.Else():
+                    later = place.tile[0] > group * shares.size[0]
+                    slot = let(2 * group + T.Select(later, i32(1), i32(0)))
+                    piece = (workspace, groups, slot * shape.spec.num_kv_heads + kv_head)
+                    finish_block(shape, memory, rows, options, out, lse, piece, warp, lane)
+            barrier()
+        store(place.tile, place.tile[0] + count[0])
+        store(place.offset, place.offset[0] + count[0])
+        with when(count[0] == left):
+            store(place.sequence, sequence + 1)
+            store(place.offset, i32(0))

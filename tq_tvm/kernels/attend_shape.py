@@ -1,0 +1,125 @@
+"""The numbers that an ``attend`` kernel of GPUs is made of, and what of a batch it has to read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels.attend_rows import Options, RowBlock, RowShape
+from tq_tvm.kernels.attend_tiles import TileShape
+from tq_tvm.kernels.decode_shape import REGISTERS
+from tq_tvm.kernels.device import i32, let
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["AttendConfig", "AttendShape", "Extent", "Span"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendConfig:
+    """The decisions of one kernel; ``schedules/attend.py`` says what each one trades."""
+
+    warps: int
+    row_tiles: int
+    tile: int
+    registers: int
+    reach: int
+    overlap: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendShape:
+    """Static sizes."""
+
+    spec: CacheSpec
+    config: AttendConfig
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return 32 * self.config.warps
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """CTAs that hold an SM to the decided number of registers."""
+        return max(1, REGISTERS // (self.threads * self.config.registers))
+
+    @property
+    def rows(self) -> RowShape:
+        """Rows of a block, which are every warp's."""
+        return RowShape(self.spec, self.config.row_tiles, self.config.tile)
+
+    @property
+    def tiles(self) -> TileShape:
+        """Tiles, a warp's."""
+        return TileShape(self.spec, self.config.tile, 32)
+
+    @property
+    def least_tiles(self) -> int:
+        """Tiles of a group, at least."""
+        return self.config.warps * self.config.reach
+
+    @property
+    def queries(self) -> int:
+        """Words of the queries, which lie in front."""
+        return self.rows.rows * self.rows.row_words
+
+    @property
+    def memory_words(self) -> int:
+        """Words of dynamic shared memory; at the end of a piece tiles make room for the output."""
+        warp = self.tiles.dense_words + 2 * self.tiles.packed_words
+        output = self.rows.rows * (self.spec.head_dim + 2)
+        return self.queries + self.config.warps * max(warp, output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Blocks of a sequence's rows, and what they read: ``width`` tiles each.
+
+    ``skipped`` tiles, behind the ``kept`` ones, are left out.
+    """
+
+    blocks: Any
+    width: Any
+    kept: Any
+    skipped: Any
+    tile: int
+
+    def first_token(self, index):
+        """First token of a tile, by its number among those that are read."""
+        return (index + T.Select(index >= self.kept, self.skipped, i32(0))) * self.tile
+
+
+class Extent:
+    """How many tiles sequences have."""
+
+    def __init__(self, shape: AttendShape, seq_lens, starts, options: Options) -> None:
+        self._shape = shape
+        self.seq_lens, self.starts, self.options = seq_lens, starts, options
+
+    def of(self, sequence) -> Span:
+        """The span of a sequence."""
+        shape, tile = self._shape, self._shape.config.tile
+        rows = shape.rows.rows
+        count = let(self.starts[sequence + 1] - self.starts[sequence])
+        length = let(self.seq_lens[sequence])
+        blocks = T.truncdiv(count * shape.spec.group_size + (rows - 1), rows)
+        window = self.options.window_left
+        oldest = T.truncdiv(T.max(length - count - window, i32(0)), tile)
+        kept = let(T.truncdiv(self.options.kept_tokens + (tile - 1), tile))
+        skipped = let(T.Select(window < 0, i32(0), T.max(oldest - kept, i32(0))))
+        width = T.truncdiv(length + (tile - 1), tile) - skipped
+        return Span(let(blocks), let(T.max(width, i32(0))), kept, skipped, tile)
+
+    def rows(self, sequence, block, kv_head) -> RowBlock:
+        """The rows of a block."""
+        shape = self._shape
+        return RowBlock(
+            shape.spec, shape.rows.rows, sequence, block, self.seq_lens, self.starts, kv_head
+        )
+
+    def tiles(self, sequence):
+        """Tiles of a sequence."""
+        span = self.of(sequence)
+        return span.blocks * span.width
