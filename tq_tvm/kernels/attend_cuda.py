@@ -155,15 +155,7 @@ def _attend(
             block = let(T.truncdiv(place.offset[0], span.width))
             inside = let(place.offset[0] - block * span.width)
             store(count, T.min(span.width - inside, place.end[0] - place.tile[0]))
-            rows = RowBlock(
-                shape.spec,
-                shape.rows.rows,
-                sequence,
-                block,
-                extent.seq_lens,
-                extent.starts,
-                kv_head,
-            )
+            rows = extent.rows(sequence, block, kv_head)
             store(now, inside + warp)
             store(last, inside + count[0])
             with when(now[0] < last[0]):
