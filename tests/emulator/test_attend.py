@@ -16,8 +16,8 @@ from tq_tvm.kernels.attend_cuda import attend_cuda
 from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
 from tq_tvm.spec import CacheSpec
 
-WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, registers=168, reach=1, overlap=0)
-TALL = AttendConfig(warps=2, row_tiles=2, tile=16, registers=255, reach=2, overlap=1)
+WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, lanes=2, registers=168, reach=1, overlap=0)
+TALL = AttendConfig(warps=2, row_tiles=2, tile=16, lanes=4, registers=255, reach=2, overlap=1)
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
     "group6_half": (CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"), TALL),

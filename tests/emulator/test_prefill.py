@@ -14,8 +14,8 @@ from emulator.attend_batches import FEATURES, LIMIT, Problem, close
 from tq_tvm.kernels.prefill import prefill
 from tq_tvm.spec import CacheSpec
 
-TALL = {"warps": 4, "row_tiles": 2, "tile": 64, "registers": 255}
-FLAT = {"warps": 2, "row_tiles": 1, "tile": 32, "registers": 255}
+TALL = {"warps": 4, "row_tiles": 2, "tile": 64, "lanes": 4, "registers": 255}
+FLAT = {"warps": 2, "row_tiles": 1, "tile": 32, "lanes": 8, "registers": 255}
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), TALL),
     "group6_half": (CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"), FLAT),

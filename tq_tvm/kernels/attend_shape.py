@@ -23,6 +23,7 @@ class AttendConfig:
     warps: int
     row_tiles: int
     tile: int
+    lanes: int
     registers: int
     reach: int
     overlap: int
@@ -53,7 +54,7 @@ class AttendShape:
     @property
     def tiles(self) -> TileShape:
         """Tiles, a warp's."""
-        return TileShape(self.spec, self.config.tile, 32)
+        return TileShape(self.spec, self.config.tile, 32, self.config.lanes)
 
     @property
     def least_tiles(self) -> int:

@@ -2,7 +2,7 @@
 
 Threads that work together, a CTA's or a warp's, have a tile of tokens in shared memory. While it is
 decoded and attended to, ``cp.async`` brings the codes of the next one, and their scales come into
-registers. `Tiles.decode` makes rows of the model's dtype of them, as ``flatten`` writes them, eight
+registers. `Tiles.decode` makes rows of the model's dtype of them, as ``flatten`` writes them, some
 lanes a row.
 
 A row is in chunks of 16 bytes; chunk c of row r is where chunk c ^ (r % 8) would be, so that the
@@ -17,23 +17,21 @@ import math
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.device import i32, let, local, ptx, store, when
+from tq_tvm.kernels.device import i32, let, local, ptx, store, u32, when
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["TileMemory", "TileShape", "Tiles"]
 
-_LANES = 8
-"""Lanes that decode a row."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TileShape:
-    """Static sizes: ``tile`` tokens, and the threads that work on them."""
+    """Static sizes: ``tile`` tokens, the threads that work on them, and lanes that decode a row."""
 
     spec: CacheSpec
     tile: int
     threads: int
+    lanes: int
 
     @property
     def row_words(self) -> int:
@@ -102,31 +100,54 @@ class _Side:
         store(stride, T.cast(argument.buffer.strides[0], "int32"))
         return stride
 
-    def _row(self, table, sequence, token, elements: int, stride):
-        """First element of the row of a token."""
+    def _base(self, page, offset, elements: int, stride):
+        """First element of the row of this head at an offset of a page."""
         spec = self._shape.spec
-        size = spec.page_size
-        page = T.cast(table[sequence, T.truncdiv(token, size)], "int64")
-        offset = T.truncmod(token, size)
         bshd = spec.layout == "bshd"
-        place = offset * spec.num_kv_heads + self._head if bshd else self._head * size + offset
-        return page * T.cast(stride[0], "int64") + T.cast(place * elements, "int64")
+        first = self._head if bshd else self._head * spec.page_size
+        inside = first * elements + offset * (self._apart * elements)
+        return T.cast(page, "int64") * T.cast(stride[0], "int64") + T.cast(inside, "int64")
+
+    @property
+    def _apart(self) -> int:
+        """Rows from a token of a page to the next."""
+        spec = self._shape.spec
+        return spec.num_kv_heads if spec.layout == "bshd" else 1
 
     def ask(self, table, sequence, first, seq_len, packed) -> None:
-        """Begin to copy the rows from token ``first`` on; those past the end are the last one."""
-        shape, tile = self._shape, self._shape.tile
+        """Begin to copy the rows from token ``first`` on.
+
+        Past the end codes are whatever the last page has, and scales are zeros.
+        """
+        shape, tile, size = self._shape, self._shape.tile, self._shape.spec.page_size
+        shift = size.bit_length() - 1
         chunks = self._bytes // self._chunk
         cached = "cg" if self._chunk == 16 else "ca"
+        count = len(self.codec.meta)
+        strides = ((self._bytes, self._code_stride), (count, self._meta_stride))
+        if tile <= size:
+            page = let(table[sequence, T.shift_right(first, shift)])
+            offset = let(T.bitwise_and(first, size - 1))
+            codes, metas = (let(self._base(page, offset, n, stride)) for n, stride in strides)
+
+            def source(row, side: int, elements: int):
+                inside = row * (self._apart * elements)
+                return (codes, metas)[side] + T.cast(inside, "int64")
+        else:
+
+            def source(row, side: int, elements: int):
+                token = let(T.min(first + row, seq_len - 1))
+                page = table[sequence, T.shift_right(token, shift)]
+                return self._base(page, T.bitwise_and(token, size - 1), *strides[side])
+
         for turn in range(-(-tile * chunks // shape.threads)):
             piece = let(turn * shape.threads + self._thread)
 
             def copy(piece=piece):
                 row, chunk = T.truncdiv(piece, chunks), T.truncmod(piece, chunks)
-                token = let(T.min(first + row, seq_len - 1))
-                source = self._row(table, sequence, token, self._bytes, self._code_stride)
-                source = source + T.cast(chunk * self._chunk, "int64")
+                at = source(row, 0, self._bytes) + T.cast(chunk * self._chunk, "int64")
                 to = self._memory.codes[self._number] + packed + piece * (self._chunk // 4)
-                operands = [self._memory.words.ptr_to([to]), self._codes.ptr_to([source])]
+                operands = [self._memory.words.ptr_to([to]), self._codes.ptr_to([at])]
                 ptx(f"cp.async.{cached}.shared.global", *operands, self._chunk)
 
             if (turn + 1) * shape.threads <= tile * chunks:
@@ -134,11 +155,9 @@ class _Side:
             else:
                 with when(piece < tile * chunks):
                     copy()
-        with when(self._own < tile):
-            count = len(self.codec.meta)
-            token = let(T.min(first + self._own, seq_len - 1))
-            source = self._row(table, sequence, token, count, self._meta_stride)
-            at = self._metas.ptr_to([source])
+        store(self._meta, u32(0))
+        with when(T.And(self._own < tile, first + self._own < seq_len)):
+            at = self._metas.ptr_to([source(self._own, 1, count)])
             if count == 2:
                 ptx("ld.global.nc.u32", self._meta[0], at)
             else:
@@ -156,11 +175,13 @@ class _Side:
         """Rows of the model's dtype from codes and scales."""
         shape, memory = self._shape, self._memory
         words, begin = memory.words, memory.dense[self._number]
-        abreast = shape.threads // _LANES
-        part = let(self._thread % _LANES)
+        abreast = shape.threads // shape.lanes
+        part = let(self._thread % shape.lanes)
         for turn in range(shape.tile // abreast):
-            row = let(turn * abreast + self._thread // _LANES)
-            coded = CodedRow(shape.spec.head_dim, shape.spec.dtype, self.codec, _LANES, "ld.shared")
+            row = let(turn * abreast + self._thread // shape.lanes)
+            coded = CodedRow(
+                shape.spec.head_dim, shape.spec.dtype, self.codec, shape.lanes, "ld.shared"
+            )
             codes = let(memory.codes[self._number] + packed + row * (self._bytes // 4))
             # Words are the unit of the buffer; codes may begin inside one.
             view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")

@@ -117,6 +117,7 @@ class CodedRow:
         self.field = codec.plane_bits[0]
         self.plane = dim * self.field // 8
         self.bytes = self.plane // lanes
+        self._lanes = lanes
         self.codes = local(max(1, self.bytes // 4), "uint32")
         self.meta = local(1, "uint32")
         if self.planes > 1:
@@ -134,20 +135,23 @@ class CodedRow:
 
     def read_codes(self, pointer: Callable[[Any], Any], part) -> None:
         """Read the codes of lane ``part``; ``pointer`` is of a byte of the row."""
-        self._read(self.codes, pointer(T.cast(part * self.bytes, "int64")))
+        self._read(self.codes, pointer, T.cast(part * self.bytes, "int64"))
         if self.planes > 1:
             # Lanes of both halves of the first plane have the same bytes of the second.
-            inside = T.cast(part % 4 * self.bytes + self.plane, "int64")
-            self._read(self.third, pointer(inside))
-            self._align(range(max(1, self.bytes // 4)), part // 4)
+            half = self._lanes // 2
+            inside = T.cast(part % half * self.bytes + self.plane, "int64")
+            self._read(self.third, pointer, inside)
+            self._align(range(max(1, self.bytes // 4)), part // half)
 
-    def _read(self, words, at) -> None:
-        if self.bytes < 4:
+    def _read(self, words, pointer: Callable[[Any], Any], at) -> None:
+        count = self.bytes // 4
+        if count == 0:
             short = local(1, "uint16")
-            ptx(f"{self._space}.u16", short[0], at)
+            ptx(f"{self._space}.u16", short[0], pointer(at))
             store(words, T.cast(short[0], "uint32"))
-        else:
-            access(self.wide, words, 0, self.bytes // 4, at)
+        for first in range(0, count, 4):
+            place = pointer(at + T.int64(4 * first) if first else at)
+            access(self.wide, words, first, min(4, count - first), place)
 
     def _align(self, which, half) -> None:
         """Shift bytes of the second plane to the codes of a half of the first."""

@@ -64,6 +64,7 @@ class PrefillConfig:
     warps: int
     row_tiles: int
     tile: int
+    lanes: int
     registers: int
 
 
@@ -92,7 +93,7 @@ class PrefillShape:
     @property
     def tiles(self) -> TileShape:
         """Tiles, a CTA's."""
-        return TileShape(self.spec, self.config.tile, self.threads)
+        return TileShape(self.spec, self.config.tile, self.threads, self.config.lanes)
 
     @property
     def rows(self) -> int:
