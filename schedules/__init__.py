@@ -1,10 +1,9 @@
 """Search spaces: what MetaSchedule may decide about each kernel, and how decisions become code.
 
 ``rotate``, ``fill`` and ``flatten`` are schedulable blocks: a trace found on a function of static
-shape is replayed on the dynamic function that ships. ``decode`` and ``attend`` sample the
-parameters of their factories on anchor functions (`anchors`), and the factory makes the kernel. On
-GPUs the others are made by factories as well (`factories`); short rows of ``rotate`` have both
-designs.
+shape is replayed on the dynamic function that ships. ``decode``, ``attend`` and ``prefill`` sample
+the parameters of their factories on anchors (`anchors`), and the factory makes the kernel. On GPUs
+the others are made by factories as well (`factories`); short rows of ``rotate`` have both designs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tq_tvm.schedules import attend, decode, factories, fill, flatten, rotate
+from tq_tvm.schedules import attend, decode, factories, fill, flatten, prefill, rotate
 from tq_tvm.schedules.anchors import anchor, decisions
 from tq_tvm.schedules.decisions import Decide, decided, sampled
 from tq_tvm.schedules.rows import ROW_MULTIPLE
@@ -28,6 +27,7 @@ from tq_tvm.kernels.attend import attend as attend_kernel
 from tq_tvm.kernels.decode import decode as decode_kernel
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
+from tq_tvm.kernels.prefill import prefill as prefill_kernel
 from tq_tvm.kernels.rotate import rotate as rotate_kernel
 from tq_tvm.spec import GPU_HEAD_DIMS, CacheSpec, Spec, check_target
 
@@ -49,9 +49,14 @@ _SPACES: dict[str, Any] = {
     "flatten": flatten,
     "decode": decode,
     "attend": attend,
+    "prefill": prefill,
 }
 
-_ANCHORED: dict[str, Callable[..., PrimFunc]] = {"decode": decode_kernel, "attend": attend_kernel}
+_ANCHORED: dict[str, Callable[..., PrimFunc]] = {
+    "decode": decode_kernel,
+    "attend": attend_kernel,
+    "prefill": prefill_kernel,
+}
 """Functions whose decisions are sampled on an anchor, and the factories of their kernels."""
 
 

@@ -11,6 +11,22 @@ block             query tokens of a task, as far as their heads are at most 128:
                   queries see, and cache footprint
 lookup            as of ``decode``
 ================  ==================================================================
+
+================  ==================================================================
+decision (CUDA)   what it trades
+================  ==================================================================
+warps             tiles of a CTA in parallel, each with shared memory of its own, against
+                  the merge at the end of each piece
+row_tiles         pairs of a query token and a head, by 16, of a block: tokens decoded less
+                  often, against registers, and rows that a call does not have
+tile              tokens a warp decodes and attends to at a time: fewer votes and bounds,
+                  against shared memory
+lanes             lanes that decode a row: registers, against tables of levels made anew
+registers         the most a thread may have: more CTAs on an SM, against spills
+reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to merge,
+                  against parallel work
+overlap           the second launch begins before the first is done
+================  ==================================================================
 """
 
 from __future__ import annotations
@@ -24,26 +40,69 @@ from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.attend import attend
 from tq_tvm.kernels.attend_cpu import AttendCpuConfig, block_tokens
+from tq_tvm.kernels.attend_rows import RowShape
+from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
+from tq_tvm.kernels.attend_tiles import TileShape
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["DEFAULTS", "OPTIONS", "apply", "defaults", "digest", "launch", "options", "rejected"]
+__all__ = [
+    "DEFAULTS",
+    "OPTIONS",
+    "apply",
+    "defaults",
+    "digest",
+    "launch",
+    "options",
+    "rejected",
+    "unfit",
+]
+
+_SHARED = 227 * 1024
+_OUTPUT = 2 * 256
+"""Row tiles times head_dim: twice that many registers of a lane are its output."""
 
 OPTIONS = {
+    "cuda": {
+        "warps": [2, 4, 8],
+        "row_tiles": [1, 2],
+        "tile": [16, 32, 64],
+        "lanes": [2, 4, 8],
+        "registers": [128, 168, 255],
+        "reach": [1, 2, 4],
+        "overlap": [0, 1],
+    },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "block": [4, 8, 16], "lookup": [0, 1]},
 }
 
 DEFAULTS = {
+    "cuda": {
+        "warps": 4,
+        "row_tiles": 1,
+        "tile": 32,
+        "lanes": 2,
+        "registers": 168,
+        "reach": 1,
+        "overlap": 1,
+    },
     "llvm": {"tile": 32, "vector": 16, "block": 8, "lookup": 0},
 }
 
 
 def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
-    """The hand-picked decisions of a spec."""
-    return dict(DEFAULTS[kind])
+    """The hand-picked decisions of a spec: `DEFAULTS`, but for rows and tiles of some on GPUs."""
+    values = dict(DEFAULTS[kind])
+    if kind == "cuda" and spec.head_dim > 128:
+        # 32 rows of 256 values would not fit a lane's registers, nor 32 tokens of them two CTAs.
+        values.update(tile=16, registers=255)
+    elif kind == "cuda" and spec.group_size > 16:
+        values.update(row_tiles=2, registers=255)
+    return values
 
 
 def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
     """What each decision may be for a spec."""
+    if kind == "cuda":
+        return dict(OPTIONS[kind])
     shared = decode.options(spec, kind)
     return {
         name: shared[name] if name == "lookup" else values for name, values in OPTIONS[kind].items()
@@ -66,11 +125,34 @@ def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Deci
 
 
 def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
-    """Why a point of the space is not worth compiling: none is not."""
-    return None
+    """Why a point of the space is not worth compiling, or None."""
+    if kind != "cuda":
+        return None
+    shape = AttendShape(spec, AttendConfig(**config))
+    return unfit(shape.tiles, 4 * shape.memory_words, shape.rows)
 
 
 def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:
     """What the caller needs to choose a number of parts, see `tq_tvm.splits`."""
+    if kind == "cuda":
+        shape = AttendShape(spec, AttendConfig(**config))
+        return {
+            "threads": shape.threads,
+            "shared_bytes": 4 * shape.memory_words,
+            "units": spec.num_kv_heads,
+            "rows": shape.rows.rows,
+            "group_tokens": config["tile"] * config["warps"] * config["reach"],
+        }
     tokens = block_tokens(spec, AttendCpuConfig(**config))
     return {"ctas_per_sm": 1, "split_tokens": 64, "block_tokens": tokens}
+
+
+def unfit(tiles: TileShape, shared_bytes: int, rows: RowShape) -> str | None:
+    """Why a tensor-core kernel over decoded tiles cannot be, or None."""
+    if shared_bytes > _SHARED:
+        return f"{shared_bytes} bytes of shared memory exceed {_SHARED}"
+    if rows.row_tiles * tiles.spec.head_dim >= _OUTPUT:
+        return f"{rows.rows} rows of {tiles.spec.head_dim} values exceed a lane's registers"
+    if tiles.tile * tiles.lanes < tiles.threads:
+        return f"{tiles.threads} threads exceed {tiles.lanes} lanes for each of {tiles.tile} rows"
+    return None

@@ -17,12 +17,13 @@ from tq_tvm.demo import __main__ as demo
 from tq_tvm.demo import prepare
 from tq_tvm.errors import BuildError, TQError, TuningLogError
 from tq_tvm.quality.theory import expected_distortion
-from tq_tvm.spec import FUNCTIONS, K4V2, CacheSpec
+from tq_tvm.spec import K4V2, CacheSpec, functions_on
 
 LENGTHS = (1, 17, 65, 130)
 """The newest token of the third opens a page; 1600 rows of each kind are enough for 2 %."""
 
 SMALL = CacheSpec(head_dim=64, num_q_heads=8, num_kv_heads=4, page_size=16, dtype="float32")
+ON_CPU = functions_on(SMALL, "llvm")
 
 
 def paper(bits):
@@ -160,7 +161,7 @@ def search(empty, monkeypatch, tmp_path):
 
 
 def test_records_are_built_without_a_search(search, capsys):
-    search.records = tuple(FUNCTIONS)
+    search.records = ON_CPU
     prepare.prepare(SMALL, torch.device("cpu"))
     assert search.searched == []
     assert search.logs.name == "committed"
@@ -170,12 +171,12 @@ def test_records_are_built_without_a_search(search, capsys):
 @pytest.fixture
 def described(search, monkeypatch, tmp_path):
     """A library that serves every function, by its manifest: ``described(sources)``."""
-    search.records = tuple(FUNCTIONS)
+    search.records = ON_CPU
 
     def describe(sources):
         target = targets.detect("cpu")
         directory = tmp_path / "artifacts" / target.name / SMALL.label
-        variants = {f: [Variant(symbol=f, size=1, tuned=True)] for f in FUNCTIONS}
+        variants = {f: [Variant(symbol=f, size=1, tuned=True)] for f in ON_CPU}
         files = {"kernels.so": FileRecord(sha256="0" * 64, bytes=0)}
         Manifest(SMALL.label, target, files, variants, sources=sources).write(directory)
 
@@ -217,7 +218,7 @@ def test_functions_without_records_are_searched_attention_first(search, capsys):
     search.records = ("rotate", "flatten")
     prepare.prepare(SMALL, torch.device("cpu"))
     assert search.searched[0] == "decode"
-    assert set(search.searched) == set(FUNCTIONS) - set(search.records)
+    assert set(search.searched) == set(ON_CPU) - set(search.records)
     assert search.logs == env.cache_dir() / "demo" / "tuning_logs"
     # Those that are not searched keep their records.
     assert (search.logs / targets.detect("cpu").name / "kept").is_dir()
@@ -225,9 +226,9 @@ def test_functions_without_records_are_searched_attention_first(search, capsys):
 
 
 def test_retune_searches_in_spite_of_records(search):
-    search.records = tuple(FUNCTIONS)
+    search.records = ON_CPU
     prepare.prepare(SMALL, torch.device("cpu"), retune=True)
-    assert set(search.searched) == set(FUNCTIONS)
+    assert set(search.searched) == set(ON_CPU)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError(), TuningLogError()])
@@ -255,7 +256,7 @@ def test_a_failed_search_is_told_and_the_others_go_on(search, capsys):
 
     search.outcome = fail_decode
     prepare.prepare(SMALL, torch.device("cpu"))
-    assert set(search.searched) == set(FUNCTIONS)
+    assert set(search.searched) == set(ON_CPU)
     told = capsys.readouterr().err
     assert "keeps the default schedule: no candidate is right" in told
 

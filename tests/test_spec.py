@@ -290,7 +290,7 @@ def test_what_readers_need_not_know():
     """A scale rule is decided when filling: other functions are the same for all of them."""
     for rule in ("unbiased", "matched", "leastsquares"):
         spec = dataclasses.replace(SPEC, format=f"qjl4-mse2-plain-{rule}")
-        for function in ("decode", "attend", "flatten", "flatten_unrotated", "rotate"):
+        for function in ("decode", "attend", "prefill", "flatten", "flatten_unrotated", "rotate"):
             assert spec.relevant_to(function) == SPEC.relevant_to(function)
         assert spec.relevant_to("fill_slots") != SPEC.relevant_to("fill_slots")
 
@@ -316,14 +316,14 @@ def test_gpus_refuse_what_they_have_no_kernel_of(spec):
     check_target("op", spec, "llvm")
     for served in (SPEC, dataclasses.replace(SPEC, head_dim=256), RotateSpec(4096)):
         check_target("op", served, "cuda")
-        assert set(served.functions) - set(functions_on(served, "cuda")) <= {"attend"}
+        assert functions_on(served, "cuda") == served.functions
 
 
 def test_gpus_have_some_functions_of_other_formats():
     """What there is not is refused by name."""
     spec = dataclasses.replace(SPEC, format="tq43", head_dim=64)
-    missing = set(functions_on(spec, "llvm")) - set(functions_on(spec, "cuda"))
-    assert missing - {"attend"} == {"decode"}
+    assert set(functions_on(spec, "llvm")) - set(functions_on(spec, "cuda")) == {"decode"}
+    assert set(functions_on(spec, "cuda")) - set(functions_on(spec, "llvm")) == {"prefill"}
     check_target("op", spec, "cuda")
     check_target("op", spec, "cuda", "fill_slots")
     with pytest.raises(UnsupportedSpecError, match=f"op: spec .* got {spec.label} for decode;"):

@@ -73,6 +73,7 @@ FUNCTIONS = {
     "flatten_unrotated": "flatten",
     "decode": "decode",
     "attend": "attend",
+    "prefill": "prefill",
 }
 """Functions of a library, each with the kernel that it is a form of."""
 
@@ -247,7 +248,7 @@ class CacheSpec:
 
     @property
     def functions(self) -> tuple[str, ...]:
-        """Functions of a library of this spec."""
+        """Functions of a library of this spec, on some target or other: see `functions_on`."""
         return tuple(FUNCTIONS)
 
     @property
@@ -267,7 +268,7 @@ class CacheSpec:
         """
         if function == "rotate":
             return self.rotation
-        if function in ("decode", "attend"):
+        if function in ("decode", "attend", "prefill"):
             return self._as_read()
         spec = dataclasses.replace(self, num_q_heads=self.num_kv_heads)
         if function == "fill_table":
@@ -367,7 +368,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     Parameters
     ----------
     kind
-        ``"cuda"`` or ``"llvm"``; a CPU has them all. A library for the target has just these.
+        ``"cuda"`` or ``"llvm"``; a CPU has all but ``prefill``. A library for the target has just
+        these.
 
     Examples
     --------
@@ -375,7 +377,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     ()
     """
     if kind != "cuda":
-        return spec.functions
+        # CPUs attend to chunks as to a few tokens.
+        return tuple(name for name in spec.functions if name != "prefill")
     dim = spec.rotation.dim
     if spec.dtype == "float32" or dim & (dim - 1):
         return ()
@@ -385,8 +388,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     plain = spec.head_dim_v is None and spec.window == 0 and spec.page_size in GPU_PAGE_SIZES
     if not plain or dim not in GPU_HEAD_DIMS or {fmt.key.family, fmt.value.family} != {"lloyd_max"}:
         return ()
-    missing = {"attend"} if fmt.value.bits != 3 or dim >= 128 else {"attend", "decode"}
-    return tuple(name for name in spec.functions if name not in missing)
+    decodes = fmt.value.bits != 3 or dim >= 128
+    return tuple(name for name in spec.functions if decodes or name != "decode")
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:
@@ -412,7 +415,7 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
         f"V, pages of {GPU_PAGE_SIZES[0]} tokens or more, no window, and a format whose codecs are "
-        "qjl4, mse2, mse3 or mse4, for decode not mse3 for V at head_dim 64, and none for attend; "
+        "qjl4, mse2, mse3 or mse4, for decode not mse3 for V at head_dim 64; "
         "or a rotation of a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
-    "ATTEND_LAUNCH_KEYS",
     "WORKSPACE_BYTES",
     "attend_floats",
+    "attend_launch_keys",
     "attend_parts",
     "launch_keys",
     "most_attend_floats",
@@ -26,10 +26,6 @@ __all__ = [
 
 WORKSPACE_BYTES = 2 << 20
 """What the workspace of groups may take beside a hundredth of the cache."""
-
-
-ATTEND_LAUNCH_KEYS = ("ctas_per_sm", "split_tokens", "block_tokens")
-"""What a kernel of ``attend`` has to say: as `launch_keys`, and the query tokens of a task."""
 
 
 def launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
@@ -99,6 +95,25 @@ def workspace_floats(spec: CacheSpec, batch: int, parts: int, launch: Mapping[st
     return pieces * spec.num_q_heads * (spec.value_dim + 2)
 
 
+def attend_launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
+    """What a kernel of ``attend`` has to say: as `launch_keys`, and the rows of a block of queries.
+
+    ``block_tokens`` are query tokens; ``rows`` pairs of a query token and a head of a group.
+    """
+    if "group_tokens" in launch:
+        return ("ctas_per_sm", "units", "group_tokens", "rows")
+    return ("ctas_per_sm", "split_tokens", "block_tokens")
+
+
+def _blocks(tokens: int, batch: int, block: int, longest: int | None) -> int:
+    """Most blocks that T rows of B sequences are in."""
+    blocks = tokens // block + batch
+    if longest is not None:
+        # Not fewer than T tokens have, whatever the caller believes.
+        blocks = min(blocks, max(batch * -(-longest // block), -(-tokens // block)))
+    return max(blocks, 1)
+
+
 def attend_parts(
     spec: CacheSpec,
     tokens: int,
@@ -108,7 +123,9 @@ def attend_parts(
     processors: int,
     longest: int | None = None,
 ) -> int:
-    """The number of splits that ``attend`` is called with: as `num_splits`, of blocks of queries.
+    """The number that ``attend`` is called with: splits, or groups of CTAs.
+
+    As `num_splits` and `num_groups`, of blocks of queries.
 
     Parameters
     ----------
@@ -117,16 +134,22 @@ def attend_parts(
     longest
         An upper bound of the query tokens of a sequence; None if there is none but T.
     """
-    block = launch["block_tokens"]
-    blocks = tokens // block + batch
-    if longest is not None:
-        # Not fewer than T tokens have, whatever the caller believes.
-        blocks = min(blocks, max(batch * -(-longest // block), -(-tokens // block)))
-    return num_splits(spec, max(blocks, 1), context, launch, processors)
+    if "group_tokens" in launch:
+        group = spec.group_size
+        rows = None if longest is None else longest * group
+        read = _blocks(tokens * group, batch, launch["rows"], rows) * context
+        resident = launch["ctas_per_sm"] * processors // launch["units"]
+        budget = WORKSPACE_BYTES + read * spec.bytes_per_token // 100
+        affordable = budget // (4 * attend_floats(spec, tokens, 1, launch))
+        return max(1, min(resident, affordable, -(-read // launch["group_tokens"])))
+    blocks = _blocks(tokens, batch, launch["block_tokens"], longest)
+    return num_splits(spec, blocks, context, launch, processors)
 
 
 def attend_floats(spec: CacheSpec, tokens: int, parts: int, launch: Mapping[str, int]) -> int:
-    """float32 values of workspace of ``attend``: as `workspace_floats`, none for one part."""
+    """float32 values of workspace of ``attend``: as `workspace_floats`, none for one split."""
+    if "group_tokens" in launch:
+        return 2 * parts * spec.num_kv_heads * launch["rows"] * (spec.value_dim + 2)
     return workspace_floats(spec, tokens, parts, launch) if parts > 1 else 0
 
 
@@ -134,6 +157,9 @@ def most_attend_floats(
     spec: CacheSpec, tokens: int, context: int, launch: Mapping[str, int], processors: int
 ) -> int:
     """`attend_floats` that serve every call of at most ``tokens`` and ``context``, of any batch."""
+    if "group_tokens" in launch:
+        parts = attend_parts(spec, tokens, tokens, context, launch, processors)
+        return attend_floats(spec, tokens, parts, launch)
     most, parts = 0, attend_parts(spec, 1, 1, context, launch, processors, 1)
     for count in range(2, parts + 1):
         # Where there are so many parts, blocks are few, and so are tokens.

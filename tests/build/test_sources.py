@@ -32,6 +32,11 @@ ARGUMENTS = {
         "float32[*]", "bfloat16[*, 32, 128]", "float32[*, *]",
         "int32", "float32", "float32", "int32", "int32",
     ],
+    "prefill": [
+        "bfloat16[*, 32, 128]", *CACHES, *TABLE, "int32[*]", "float32[*]", "float32[*]",
+        "bfloat16[*, 32, 128]", "float32[*, *]",
+        "float32", "float32", "int32", "int32",
+    ],
 }  # fmt: skip
 
 

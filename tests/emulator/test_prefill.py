@@ -32,7 +32,7 @@ def compiled(tmp_path_factory):
     @functools.cache
     def module(case):
         spec, config = CASES[case]
-        return compile_functions({"prefill": prefill(spec, config)}, directory)
+        return compile_functions({"prefill": prefill(spec, "cuda", config)}, directory)
 
     return module
 

@@ -18,7 +18,7 @@ pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed"
 
 import tvm
 import tvm_ffi
-from tq_tvm.schedules import attend, decode, factories, fill, flatten, rotate, rows
+from tq_tvm.schedules import attend, decode, factories, fill, flatten, prefill, rotate, rows
 from tq_tvm.schedules.decisions import sampled
 from tvm import tirx
 from tvm.backend.cuda import export_cuda_host
@@ -38,7 +38,7 @@ from tq_tvm.tuning.workloads import Workload
 SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
 OTHER = CacheSpec(64, 8, 2, 32, "float16", "bhsd")
 KINDS = ("llvm", "cuda")
-ATTENTION = ("decode", "attend")
+ATTENTION = ("decode", "attend", "prefill")
 ROW_KERNELS = [name for name in FUNCTIONS if name not in ATTENTION]
 # A GPU's fill and flatten are made by a factory, see test_factories.py.
 SCHEDULED = [*((name, "llvm") for name in ROW_KERNELS), ("rotate", "cuda")]
@@ -48,12 +48,14 @@ MODULES = {
     "flatten": flatten,
     "decode": decode,
     "attend": attend,
+    "prefill": prefill,
 }
 # Samples of every function of SPEC, and one more of some functions of OTHER.
 SEEDS = (1, 2, 3)
 OF_OTHER = ["rotate", "fill_table", "flatten_unrotated", "decode", "attend"]
 ON_GPU = functions_on(SPEC, "cuda")
-ON_KIND = [*((name, "llvm") for name in FUNCTIONS), *((name, "cuda") for name in ON_GPU)]
+ON_CPU = functions_on(SPEC, "llvm")
+ON_KIND = [*((name, "llvm") for name in ON_CPU), *((name, "cuda") for name in ON_GPU)]
 ANCHORED = [(name, kind) for name, kind in ON_KIND if name in ATTENTION]
 
 
@@ -125,7 +127,7 @@ def loop_extents(func) -> dict[str, set]:
 def cpu_samples(tmp_path_factory):
     """One library of every sample, on functions of dynamic shape; kernels that are equal, once."""
     functions, found = {}, {}
-    points = [*itertools.product(FUNCTIONS, [SPEC], SEEDS), *((f, OTHER, 9) for f in OF_OTHER)]
+    points = [*itertools.product(ON_CPU, [SPEC], SEEDS), *((f, OTHER, 9) for f in OF_OTHER)]
     for function, spec, seed in points:
         instance = replay(function, spec, "llvm", seed)
         name = f"{function}_{spec.head_dim}_" + "_".join(map(str, instance.config.values()))
@@ -142,7 +144,7 @@ def cpu_samples(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("spec", "function"),
-    [*((SPEC, f) for f in FUNCTIONS), *((OTHER, f) for f in OF_OTHER)],
+    [*((SPEC, f) for f in ON_CPU), *((OTHER, f) for f in OF_OTHER)],
     ids=lambda p: getattr(p, "label", p),
 )
 def test_cpu_samples_are_right(cpu_samples, function, spec):

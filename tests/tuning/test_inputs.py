@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tq_tvm import reference
-from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.spec import CacheSpec, functions_on
 from tq_tvm.tuning.inputs import Case, WrongResultError, make_case
 from tq_tvm.tuning.workloads import Workload
 
@@ -72,7 +72,7 @@ def spec(request) -> CacheSpec:
     return request.param
 
 
-@pytest.fixture(params=FUNCTIONS)
+@pytest.fixture(params=functions_on(SPECS[0], "llvm"))
 def function(request) -> str:
     return request.param
 

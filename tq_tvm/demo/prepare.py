@@ -26,7 +26,16 @@ __all__ = ["find_library", "prepare"]
 _SECONDS = 60.0
 
 # What a minute does not reach keeps the default schedule, so attention comes first.
-_ORDER = ("decode", "flatten", "rotate", "fill_slots", "fill_table", "flatten_unrotated", "attend")
+_ORDER = (
+    "decode",
+    "flatten",
+    "rotate",
+    "fill_slots",
+    "fill_table",
+    "flatten_unrotated",
+    "attend",
+    "prefill",
+)
 
 
 def find_library(spec: CacheSpec, target: TargetInfo) -> list[Path] | None:

@@ -52,8 +52,12 @@ Numerics
     float32 softmax in units of log2, m of no token is -1e30. A row of K or V that is not finite
     reaches only the queries that see it.
 
+    On a GPU rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype,
+    sums are float32, and a row's bound lags behind its largest logit by up to 6 powers of two.
+
 Cost of one token and KV head: the bytes of ``decode`` for every block of query tokens (a CPU's
-``block``), and 2 (D + DV) float32 operations a query row.
+``block``; on a GPU 16 ``row_tiles`` pairs of a token and a head), and 2 (D + DV) operations a query
+row.
 
 A factory as ``decode`` is; a search samples its parameters on an anchor (``schedules/attend.py``).
 """
@@ -65,6 +69,8 @@ from collections.abc import Mapping
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.attend_cpu import AttendCpuConfig, attend_cpu
+from tq_tvm.kernels.attend_cuda import attend_cuda
+from tq_tvm.kernels.attend_shape import AttendConfig
 from tq_tvm.spec import CacheSpec, check_target
 
 __all__ = ["attend"]
@@ -73,4 +79,6 @@ __all__ = ["attend"]
 def attend(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``attend`` for a target kind and one value of each decision."""
     check_target("attend", spec, kind, "attend")
+    if kind == "cuda":
+        return attend_cuda(spec, AttendConfig(**decisions))
     return attend_cpu(spec, AttendCpuConfig(**decisions))

@@ -53,11 +53,12 @@ from collections.abc import Mapping
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.prefill_cuda import PrefillConfig, prefill_cuda
-from tq_tvm.spec import CacheSpec
+from tq_tvm.spec import CacheSpec, check_target
 
 __all__ = ["prefill"]
 
 
-def prefill(spec: CacheSpec, decisions: Mapping[str, int]) -> PrimFunc:
-    """The TensorIR of ``prefill`` for one value of each decision."""
+def prefill(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
+    """The TensorIR of ``prefill`` for a target kind and one value of each decision."""
+    check_target("prefill", spec, kind, "prefill")
     return prefill_cuda(spec, PrefillConfig(**decisions))

@@ -11,7 +11,7 @@ from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _values
 from tq_tvm.ops._attention import check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.ops.workspace import as_scratch, choose_attend_launch
+from tq_tvm.ops.workspace import as_scratch, choose_attend_launch, choose_prefill
 from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import attend_floats
 
@@ -163,19 +163,30 @@ def attend(
         return
     if max_seq_len is not None:
         context = max(min(context, max_seq_len), 1)
-    variant, parts = choose_attend_launch(loaded, spec, tokens, batch, context, max_seqlen_q)
-    floats = attend_floats(spec, tokens, parts, variant.launch)
-    if workspace is None:
-        scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
-    else:
-        scratch = as_scratch(_OP, workspace, floats, q.device)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
     features = (
         starts,
         none if sinks is None else sinks,
         none if alibi_slopes is None else alibi_slopes,
     )
-    written = (scratch, out, none.expand(tokens, 0) if lse is None else lse)
+    written: tuple[torch.Tensor, ...] = (out, none.expand(tokens, 0) if lse is None else lse)
+    numbers: tuple[float | int, ...] = (sm_scale, soft_cap, window_left, kept_tokens)
+    chunk = None
+    if q.is_cuda and starts is cu_seqlens_q:
+        # Without a bound, chunks are taken to be alike.
+        longest = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
+        prefill = load("prefill", spec, q.device)
+        chunk = choose_prefill(prefill, spec, tokens, batch, context, longest)
+    if chunk is not None:
+        loaded, variant = prefill, chunk
+    else:
+        variant, parts = choose_attend_launch(loaded, spec, tokens, batch, context, max_seqlen_q)
+        floats = attend_floats(spec, tokens, parts, variant.launch)
+        if workspace is None:
+            scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
+        else:
+            scratch = as_scratch(_OP, workspace, floats, q.device)
+        written, numbers = (scratch, *written), (parts, *numbers)
 
     def ordered(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (*inputs[:7], *features, *inputs[7:], *written)
@@ -184,7 +195,7 @@ def attend(
         loaded,
         variant,
         ordered(inputs),
-        (parts, sm_scale, soft_cap, window_left, kept_tokens),
+        numbers,
         lambda: ordered(check()[1]),
     )
 

@@ -11,7 +11,7 @@ from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
 from tq_tvm.spec import CacheSpec, check_target
 from tq_tvm.splits import (
-    ATTEND_LAUNCH_KEYS,
+    attend_launch_keys,
     attend_parts,
     launch_keys,
     most_attend_floats,
@@ -24,6 +24,7 @@ __all__ = [
     "as_scratch",
     "choose_attend_launch",
     "choose_launch",
+    "choose_prefill",
     "count_parts",
     "paged_decode_workspace_size",
 ]
@@ -96,7 +97,7 @@ def _attend_floats(spec: CacheSpec, max_tokens: int, max_context: int, device: t
     check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm", "attend")
     loaded = load("attend", spec, device)
     for variant in loaded.variants:
-        _check_launch(loaded, variant, ATTEND_LAUNCH_KEYS)
+        _check_launch(loaded, variant, attend_launch_keys(variant.launch))
     return max(
         most_attend_floats(spec, max_tokens, max_context, variant.launch, loaded.processors)
         for variant in loaded.variants
@@ -131,9 +132,22 @@ def choose_attend_launch(
 ) -> tuple[LoadedVariant, int]:
     """Choose the variant of ``attend`` for a problem, and the number of parts."""
     variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
-    _check_launch(loaded, variant, ATTEND_LAUNCH_KEYS)
+    _check_launch(loaded, variant, attend_launch_keys(variant.launch))
     parts = attend_parts(spec, tokens, batch, context, variant.launch, loaded.processors, longest)
     return variant, parts
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_prefill(
+    loaded: LoadedFunction, spec: CacheSpec, tokens: int, batch: int, context: int, longest: int
+) -> LoadedVariant | None:
+    """Choose the variant of ``prefill`` for a problem; None where ``attend`` serves it better.
+
+    ``prefill`` decodes a tile for all rows of a CTA, and does not split the context.
+    """
+    variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
+    _check_launch(loaded, variant, ("rows",))
+    return variant if longest * spec.group_size >= variant.launch["rows"] else None
 
 
 def _check_launch(loaded: LoadedFunction, variant: LoadedVariant, keys: tuple[str, ...]) -> None:

@@ -201,14 +201,14 @@ def _kind(function: str, spec: Spec) -> tuple[object, ...]:
     if isinstance(spec, RotateSpec):
         return (spec.dim, spec.dtype)
     kind = (spec.format, spec.head_dim, spec.dtype)
-    return (*kind, spec.group_size) if function in ("decode", "attend") else kind
+    return (*kind, spec.group_size) if function in ("decode", "attend", "prefill") else kind
 
 
 def _chosen(function: str, spec: Spec, found: list[Entry]) -> list[Entry]:
     """Records of the spec itself; else of the first one that its decisions carry over from.
 
     Page size and layout change addresses, not what a lane does, and the number of heads neither,
-    but for the group in ``decode`` and ``attend``, which changes the registers that it takes.
+    but for the group in attention, which changes the registers that it takes.
     """
     groups: dict[Spec, list[Entry]] = {}
     for entry in found:

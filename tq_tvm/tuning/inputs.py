@@ -25,6 +25,7 @@ _TIE = 1e-4
 
 _CHECKED_SEQUENCES = 2
 _CHECKED_TOKENS = 1024
+_CHECKED_QUERIES = 64
 _SENTINEL = 0xCD
 
 _Caches = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -127,6 +128,7 @@ def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
         "flatten": _flatten,
         "decode": _decode,
         "attend": _attend,
+        "prefill": _attend,
     }
     return makers[workload.kernel](workload, device)
 
@@ -285,27 +287,33 @@ def _attend(workload: Workload, device: torch.device) -> Case:
     context = int(lengths[0])
 
     def arguments(launch: dict[str, int]) -> list:
+        inputs = [q, *_arguments(spec, caches), table, lengths, starts, none, none, *window]
+        numbers = [scale, 0.0, -1, 0]
+        if workload.function == "prefill":
+            return [*inputs, out, lse, *numbers]
         parts = attend_parts(spec, tokens, batch, context, launch, processors(device), new)
         floats = attend_floats(spec, tokens, parts, launch)
         workspace = torch.full((floats,), float("nan"), device=device)
-        inputs = [q, *_arguments(spec, caches), table, lengths, starts, none, none, *window]
-        return [*inputs, workspace, out, lse, parts, scale, 0.0, -1, 0]
+        return [*inputs, workspace, out, lse, parts, *numbers]
 
     def check() -> float:
         worst = 0.0
         for b in sorted({0, batch - 1})[:_CHECKED_SEQUENCES]:
-            own = slice(b * new, (b + 1) * new)
+            # The newest tokens of a chunk: all logits of a long one would not fit.
+            last = min(new, _CHECKED_QUERIES)
+            own = slice((b + 1) * new - last, (b + 1) * new)
             want, want_lse = reference.paged_attend(
                 spec, q[own], *caches, table[b : b + 1], lengths[b : b + 1], sm_scale=scale,
-                cu_seqlens_q=starts[:2],
+                cu_seqlens_q=starts.new_tensor([0, last]),
                 window=(window[0], window[1], window[2][b : b + 1]) if window else None,
             )  # fmt: skip
-            worst = max(worst, _relative("attend", out[own], want))
+            worst = max(worst, _relative(workload.function, out[own], want))
             # An error of lse is one of all weights.
             off = (lse[own] - want_lse).abs().max().item()
             if not off <= _tolerance(dtype):
                 raise WrongResultError(
-                    f"attend: error of lse must be at most {_tolerance(dtype)}, got {off}"
+                    f"{workload.function}: error of lse must be at most {_tolerance(dtype)}, "
+                    f"got {off}"
                 )
         return worst
 

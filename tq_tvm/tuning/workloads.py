@@ -49,7 +49,7 @@ class Workload:
         if self.function == "rotate":
             return self.shape["n"] * self.spec.rotation.dim
         heads, dim = self.cache_spec.num_kv_heads, self.cache_spec.head_dim
-        if self.function in ("decode", "attend"):
+        if self.function in ("decode", "attend", "prefill"):
             context = self.shape["table_width"] * self.cache_spec.page_size
             queries = self.shape["batch" if self.function == "decode" else "tokens"]
             return queries * heads * context * dim
@@ -92,11 +92,17 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             (1, 8192, "one sequence: splits, latency and the merge"),
             (1, 1024, "one short sequence: launches"),
         ]
-        chunks: list[tuple[int, int, int, str]] = []
+        chunks = [
+            ("attend", 64, 1, 8192, "one token with features"),
+            ("attend", 64, 4, 8192, "several tokens of a draft"),
+            ("attend", 1, 4, 8192, "one sequence: splits and the merge"),
+            ("prefill", 1, 2048, 32768, "a chunk over a long past"),
+            ("prefill", 1, 512, 32768, "fewer CTAs than fill the GPU twice"),
+        ]
     else:
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
-        chunks = [(2, 64, 512, "chunks of prefill over a packed past")]
+        chunks = [("attend", 2, 64, 512, "chunks of prefill over a packed past")]
     served = functions_on(spec, target.kind)
     every = [
         *rotations,
@@ -111,8 +117,8 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
         *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
         *(
-            Workload("attend", spec, {"tokens": b * n, **_batch(spec, b, c)}, why)
-            for b, n, c, why in chunks
+            Workload(function, spec, {"tokens": b * n, **_batch(spec, b, c)}, why)
+            for function, b, n, c, why in chunks
         ),
     ]
     return [w for w in every if w.function in served]
