@@ -270,6 +270,21 @@ def test_a_cascade_is_the_whole(served, device):
     batch.compare(out, lse, *whole)
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_without_any_page(served, device, with_sinks):
+    """No sequence has a token: zeros, and an lse of -inf or the sinks, for queries of sequences."""
+    spec = SPECS[1]
+    served(spec)
+    batch = Batch(spec, device, [1, 1], [1, 1], spare=1)
+    batch.cpu.seq_lens.zero_()
+    batch.cpu.block_table = batch.cpu.block_table[:, :0]
+    options = {"sinks": features_of(spec)["sinks"]} if with_sinks else {}
+    out, lse = batch.check(**options)
+    assert bool((out[:2] == 0).all()) and bool(out[2].isnan().all())
+    want = options.get("sinks", torch.full((spec.num_q_heads,), -INF))
+    assert torch.equal(lse[:2], want.expand(2, -1)) and bool(lse[2].isnan().all())
+
+
 def test_workspace(served, device):
     """The size that is promised is enough for fewer tokens too, and its contents do not matter."""
     spec = CacheSpec(128, 8, 1, 64, "float16", "bshd") if device.type == "cuda" else PLAIN

@@ -226,8 +226,12 @@ def test_an_anchor_becomes_the_kernel_of_its_decisions(function, kind, seed):
     assert all(value in offered[name] for name, value in instance.config.items())
     assert instance.launch == schedules.candidate_launch(sch.mod)
     launch = with_occupancy(instance.launch, "f", "sm_90a", used)
-    wanted = splits.launch_keys(launch)
-    assert set(launch) == set(splits.ATTEND_LAUNCH_KEYS if function == "attend" else wanted)
+    wanted = {
+        "decode": splits.launch_keys,
+        "attend": splits.attend_launch_keys,
+        "prefill": lambda launch: ("rows",),
+    }
+    assert set(launch) == set(wanted[function](launch))
     if module.rejected(SPEC, kind, instance.config) is None:
         built = schedules.candidate(sch.mod)["main"]
         assert tvm_ffi.structural_equal(built.with_attr("global_symbol", "main"), instance.func)
@@ -363,8 +367,12 @@ def test_defaults_are_points_of_the_space(function, kind, head_dim):
     assert list(instance.config) == list(offered)
     assert all(value in offered[name] for name, value in instance.config.items())
     kernel = FUNCTIONS[function]
-    made = (function, kind) not in SCHEDULED and function not in ATTENTION
-    named = factories.DEFAULTS[function] if made else MODULES[kernel].DEFAULTS[kind]
+    if function in ATTENTION:
+        named = MODULES[kernel].defaults(spec, kind)
+        assert MODULES[kernel].rejected(spec, kind, named) is None
+    else:
+        made = (function, kind) not in SCHEDULED
+        named = factories.DEFAULTS[function] if made else MODULES[kernel].DEFAULTS[kind]
     assert instance.config == named, "no value was replaced"
 
 
@@ -456,7 +464,9 @@ def check_source(function, spec, instance, source):
         threads *= min(config["abreast"], spec.num_kv_heads)
         assert threads == instance.launch["threads"]
     bound = (threads, max(1, 65536 // (threads * config["registers"])))
-    assert bound in bounds if function == "decode" else bounds == {bound}
+    # The second launch of two has bounds of its own.
+    two = function in ("decode", "attend")
+    assert bound in bounds if two else bounds == {bound}
     # Tensor cores take rotations and products; in the rotated domain flatten has neither.
     assert ("mma.sync" in source) == (function != "flatten")
 

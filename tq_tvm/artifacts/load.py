@@ -93,7 +93,8 @@ def load(function: str, spec: Spec, device: torch.device) -> LoadedFunction:
     Parameters
     ----------
     function
-        ``rotate``, ``fill_slots``, ``fill_table``, ``flatten``, ``flatten_unrotated``, ``decode``.
+        ``rotate``, ``fill_slots``, ``fill_table``, ``flatten``, ``flatten_unrotated``, ``decode``,
+        ``attend``.
     spec
         Its specialisation.
     device
