@@ -20,6 +20,9 @@ overlap           the second launch begins before the first is done: less waitin
                   CTAs that hold an SM while they wait
 promoted          bytes around a read that L2 fetches with it: whole lines of memory for the
                   heads that follow, against lines that are dropped before
+cluster           0, or the most CTAs of a cluster that merges one sequence in shared memory
+                  (`tq_tvm.kernels.decode_cluster`), in one launch: less latency, against shares
+                  that are equal whatever the lengths; only for short contexts
 ================  ==================================================================
 
 ================  ==================================================================
@@ -195,10 +198,14 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
     """
     if kind != "cuda":
         return {"ctas_per_sm": 1, "split_tokens": 64}
-    shape = Shape(spec, DecodeConfig(**config))
-    return {
+    decided = DecodeConfig(**config)
+    shape = Shape(spec, decided)
+    at_once = decided.tile * decided.warps
+    numbers = {
         "threads": shape.threads,
-        "shared_bytes": decode_shared_bytes(spec, DecodeConfig(**config))[1],
+        "shared_bytes": decode_shared_bytes(spec, decided)[1],
         "units": shape.units,
-        "group_tokens": config["tile"] * config["warps"] * config["reach"],
     }
+    if decided.cluster:
+        return {**numbers, "cluster": decided.cluster, "cta_tokens": at_once}
+    return {**numbers, "group_tokens": at_once * decided.reach}
