@@ -77,7 +77,8 @@ def _identity(function: str, spec: Spec, kind: str, shape: dict[str, int] | None
     if shape is None:  # no workload, so nothing is filed under it
         return f"{function}/{kind}/{spec.label}//"
     sizes = ",".join(f"{k}={v}" for k, v in sorted(shape.items()))
-    return f"{function}/{kind}/{spec.label}/{sizes}/{decode.digest(spec, kind)}"
+    digest = decode.digest(spec, kind, short=decode.is_short(spec, shape))
+    return f"{function}/{kind}/{spec.label}/{sizes}/{digest}"
 
 
 def search_module(
@@ -98,10 +99,16 @@ def search_module(
     return tvm.IRModule({"main": func})
 
 
-def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Schedule]]:
+def space(
+    function: str,
+    spec: Spec,
+    kind: str,
+    shape: dict[str, int] | None = None,
+) -> Callable[[Schedule], list[Schedule]]:
     """The search space of a function: samples every decision, of every design.
 
-    The first design is applied to the schedule itself, others to copies of it.
+    The first design is applied to the schedule itself, others to copies of it. ``shape`` has the
+    sizes of a workload of ``decode`` on a GPU with clusters, which short ones may take.
     """
 
     def apply(sch: Schedule) -> list[Schedule]:
@@ -109,7 +116,7 @@ def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Sch
         if _has_both(function, spec, kind):
             designs.append(sch.copy())
             factories.apply(designs[1], function, spec, sampled(designs[1]))
-        _apply_first(sch, function, spec, kind, sampled(sch))
+        _apply_first(sch, function, spec, kind, sampled(sch), shape)
         return designs
 
     return apply
@@ -124,9 +131,18 @@ def _only_a_factory(function: str, spec: Spec, kind: str) -> bool:
     return kind == "cuda" and function != "decode" and not _has_both(function, spec, kind)
 
 
-def _apply_first(sch: Schedule, function: str, spec: Spec, kind: str, decide: Decide) -> None:
+def _apply_first(
+    sch: Schedule,
+    function: str,
+    spec: Spec,
+    kind: str,
+    decide: Decide,
+    shape: dict[str, int] | None = None,
+) -> None:
     if _only_a_factory(function, spec, kind):
         factories.apply(sch, function, spec, decide)
+    elif function == "decode":
+        decode.apply(sch, function, spec, kind, decide, short=decode.is_short(spec, shape))
     else:
         _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, decide)
 
@@ -137,18 +153,23 @@ def has_factory(function: str, spec: Spec, kind: str) -> bool:
     return function == "decode" or made
 
 
-def default(function: str, spec: Spec, kind: str) -> Callable[[Schedule], None]:
-    """The point of the space with the hand-picked decisions, correct on every target."""
+def default(
+    function: str, spec: Spec, kind: str, shape: dict[str, int] | None = None
+) -> Callable[[Schedule], None]:
+    """The point of the space with the hand-picked decisions, correct on every target.
+
+    With ``shape``, see `space`, those of a size.
+    """
     made = _only_a_factory(function, spec, kind)
     if function == "decode":
-        values = decode.defaults(spec, kind)
+        values = decode.defaults(spec, kind, shape)
     elif made:
         values = factories.DEFAULTS[function]
     else:
         values = _SPACES[FUNCTIONS[function]].DEFAULTS[kind]
 
     def apply(sch: Schedule) -> None:
-        _apply_first(sch, function, spec, kind, sampled(sch, values))
+        _apply_first(sch, function, spec, kind, sampled(sch, values), shape)
 
     return apply
 
@@ -160,7 +181,7 @@ def _anchored(mod: tvm.IRModule) -> tuple[str, CacheSpec, dict[str, int]] | None
     if identity is None:
         return None
     _, kind, label, *_ = str(identity).split("/")
-    return kind, CacheSpec.parse(label), decode.decisions(Schedule(mod))
+    return kind, CacheSpec.parse(label), decode.decisions(Schedule(mod), kind)
 
 
 def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
@@ -209,15 +230,17 @@ def _row_config(trace: Trace, function: str, spec: Spec, kind: str) -> dict[str,
 def _config(sch: Schedule, function: str, spec: Spec, kind: str) -> dict[str, int]:
     """Names and values of the decisions that a schedule has made."""
     if function == "decode":
-        return decode.decisions(sch)
+        return decode.decisions(sch, kind)
     found = factories.made(sch)
     return _row_config(sch.trace, function, spec, kind) if found is None else found.config
 
 
 @functools.lru_cache(maxsize=64)
-def _default_config(function: str, spec: Spec, kind: str) -> dict[str, int]:
+def _default_config(
+    function: str, spec: Spec, kind: str, sizes: tuple[tuple[str, int], ...] | None = None
+) -> dict[str, int]:
     sch = Schedule(search_module(function, spec, kind, None))
-    default(function, spec, kind)(sch)
+    default(function, spec, kind, dict(sizes) if sizes else None)(sch)
     return _config(sch, function, spec, kind)
 
 
@@ -231,20 +254,33 @@ def instantiate(
 ) -> Instance:
     """Turn decisions into a kernel: a record's trace, or the defaults where ``trace`` is None.
 
-    With ``shape`` None the result is the dynamic function that ships.
+    With ``shape`` None the result is the dynamic function that ships. ``decode``'s always is; its
+    shape says which defaults are meant, see `space`.
     """
+    if function == "decode":
+        return _decode_instance(spec, kind, trace, shape, symbol)
     sch = Schedule(search_module(function, spec, kind, shape))
     if trace is None:
         default(function, spec, kind)(sch)
     else:
         trace.apply_to_schedule(sch, remove_postproc=True)
     config = _config(sch, function, spec, kind)
-    if function == "decode":
-        func = decode_kernel(spec, kind, config)
-        launch = decode.launch(spec, kind, config)
-    else:
-        made = factories.made(sch) is not None
-        func = factories.make(function, spec, config) if made else sch.mod["main"]
-        launch = {}
+    made = factories.made(sch) is not None
+    func = factories.make(function, spec, config) if made else sch.mod["main"]
     tuned = config != _default_config(function, spec, kind)
-    return Instance(func.with_attr("global_symbol", symbol), config, launch, tuned)
+    return Instance(func.with_attr("global_symbol", symbol), config, {}, tuned)
+
+
+def _decode_instance(
+    spec: CacheSpec, kind: str, trace: Trace | None, shape: dict[str, int] | None, symbol: str
+) -> Instance:
+    sizes = tuple(sorted(shape.items())) if shape else None
+    default_config = _default_config("decode", spec, kind, sizes)
+    config = default_config
+    if trace is not None:
+        sch = Schedule(search_module("decode", spec, kind, None))
+        trace.apply_to_schedule(sch, remove_postproc=True)
+        config = decode.decisions(sch, kind)
+    func = decode_kernel(spec, kind, config).with_attr("global_symbol", symbol)
+    launch = decode.launch(spec, kind, config)
+    return Instance(func, dict(config), launch, config != default_config)

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 
 import tvm_ffi
 from tq_tvm.schedules.decisions import Decide
@@ -57,10 +58,12 @@ from tq_tvm.spec import CacheSpec
 __all__ = [
     "DEFAULTS",
     "OPTIONS",
+    "SHORT",
     "anchor",
     "apply",
     "defaults",
     "digest",
+    "is_short",
     "launch",
     "options",
     "rejected",
@@ -77,6 +80,7 @@ OPTIONS = {
         "reach": [1, 2, 4],
         "overlap": [0, 1],
         "promoted": [0, 128, 256],
+        "cluster": [0, 8, 16],
     },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1], "lookup": [0, 1]},
 }
@@ -92,9 +96,20 @@ DEFAULTS = {
         "reach": 1,
         "overlap": 1,
         "promoted": 128,
+        "cluster": 0,
     },
     "llvm": {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0},
 }
+
+SHORT = (
+    (1 << 15, {"warps": 8, "tile": 32, "registers": 128, "cluster": 16}),
+    (1 << 16, {"warps": 4, "tile": 32, "registers": 128, "cluster": 16}),
+    (1 << 17, {"warps": 8, "tile": 64, "registers": 256, "cluster": 16}),
+)
+"""Defaults of a batch up to so many tokens on GPUs with clusters, where they are others."""
+
+_YOUNGER = {"cluster": 0}
+"""Decisions that older records lack, and what these had."""
 
 _BLOCK = "decisions"
 _PREFIX = "tq_"
@@ -102,14 +117,32 @@ _STATIC_SHARED = 48 * 1024
 _THREADS = 512
 
 
-def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
+def is_short(spec: CacheSpec, sizes: Mapping[str, int] | None) -> bool:
+    """Whether a workload of these sizes may take clusters; without sizes it may not."""
+    return sizes is not None and _tokens(spec, sizes) <= SHORT[-1][0]
+
+
+def _tokens(spec: CacheSpec, sizes: Mapping[str, int]) -> int:
+    return sizes["batch"] * sizes["table_width"] * spec.page_size
+
+
+def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
     """The hand-picked decisions of a spec: `DEFAULTS`, but for keys of 2 bits on GPUs.
 
     Their rows are one sector each, which two heads of a CTA fetch as lines: 143 us of 195 at
     64 x 8192 of 32/8 heads on an H100; rows of 48 and 64 bytes take 0 to 4 % longer in pairs.
+
+    With ``sizes``, which stand for a GPU that has clusters, those of `SHORT` where they are short.
     """
     values = dict(DEFAULTS[kind])
-    if kind == "cuda" and spec.cache_format.key.bits == 2:
+    if kind != "cuda":
+        return values
+    if sizes is not None and is_short(spec, sizes):
+        tokens = _tokens(spec, sizes)
+        values |= next(other for most, other in SHORT if tokens <= most)
+        while values["warps"] > 1 and rejected(spec, kind, values) is not None:
+            values["warps"] //= 2
+    elif spec.cache_format.key.bits == 2:
         values["abreast"] = 2
     return values
 
@@ -133,25 +166,34 @@ def anchor(identity: str) -> PrimFunc:
     return main
 
 
-def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
-    """What each decision may be for a spec."""
+def options(spec: CacheSpec, kind: str, *, short: bool = False) -> dict[str, list[int]]:
+    """What each decision may be for a spec; clusters are for `is_short` workloads alone."""
     fmt = spec.cache_format
     looked_up = (fmt.key.name, fmt.value.name) == ("qjl4", "mse2") and not spec.window
     whole = spec.head_dim % 32 == 0 and spec.value_dim % 32 == 0
-    return {
-        name: values if (looked_up and whole) or name != "lookup" else [0]
-        for name, values in OPTIONS[kind].items()
-    }
+    left_out = set()
+    if not (looked_up and whole):
+        left_out.add("lookup")
+    if not short:
+        left_out.add("cluster")
+    return {name: [0] if name in left_out else values for name, values in OPTIONS[kind].items()}
 
 
-def digest(spec: CacheSpec, kind: str) -> str:
+def digest(spec: CacheSpec, kind: str, *, short: bool = False) -> str:
     """Tell the TensorIR of the factory from what it once was, as a body does for other kernels.
 
     The two kernels with each decision at the first and at the last of its options, so that both
-    sides of a branch count. Names, formatting and comments do not.
+    sides of a branch count; where clusters are offered, with and without them. Names, formatting
+    and comments do not.
     """
+    offered = options(spec, kind, short=short)
+    clusters = offered.pop("cluster", [0])
     points = tuple(
-        tuple((name, values[end]) for name, values in options(spec, kind).items())
+        (
+            *((name, values[end]) for name, values in offered.items()),
+            *((("cluster", cluster),) if cluster else ()),
+        )
+        for cluster in sorted({clusters[0], clusters[-1]})
         for end in (0, -1)
     )
     return _digest(spec, kind, points)
@@ -163,18 +205,25 @@ def _digest(spec: CacheSpec, kind: str, points: tuple[tuple[tuple[str, int], ...
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
 
 
-def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
-    """Write every decision onto the anchor's block."""
+def apply(
+    sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide, *, short: bool = False
+) -> None:
+    """Write every decision onto the anchor's block; see `options`."""
     block = sch.get_sblock(_BLOCK)
-    for name, values in options(spec, kind).items():
+    for name, values in options(spec, kind, short=short).items():
         sch.annotate(block, _PREFIX + name, decide(name, values))
 
 
-def decisions(sch: Schedule) -> dict[str, int]:
+def decisions(sch: Schedule, kind: str) -> dict[str, int]:
     """Read the decisions back."""
     annotations = sch.get(sch.get_sblock(_BLOCK)).annotations
-    return {
+    found = {
         k.removeprefix(_PREFIX): int(v) for k, v in annotations.items() if k.startswith(_PREFIX)
+    }
+    return found | {
+        name: value
+        for name, value in _YOUNGER.items()
+        if name in OPTIONS[kind] and name not in found
     }
 
 

@@ -10,7 +10,7 @@ import dataclasses
 from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, check_target, functions_on
 from tq_tvm.targets import TargetInfo
 
-__all__ = ["Workload", "workloads"]
+__all__ = ["Workload", "decision_sizes", "workloads"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         prefill, append, gather = (8, 2048), 64, (16, 4096)
         decodes = [
             (64, 8192, "every SM busy: bandwidth and instructions"),
+            (1, 131072, "one long sequence: every SM busy with few heads"),
             (64, 1024, "every SM busy for a short while: prologue and tail"),
             (1, 8192, "one sequence: splits, latency and the merge"),
             (1, 1024, "one short sequence: launches"),
@@ -109,3 +110,13 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
     ]
     return [w for w in every if w.function in served]
+
+
+def decision_sizes(
+    function: str, shape: dict[str, int], target: TargetInfo
+) -> dict[str, int] | None:
+    """Sizes that say which decisions are on offer: of ``decode`` on a GPU with clusters.
+
+    None elsewhere: all sizes have the same.
+    """
+    return shape if function == "decode" and target.has_clusters else None
