@@ -114,9 +114,9 @@ struct ReduxOperands {
 };
 
 // redux.sync: the lanes that are named combine their values.
-template <Redux kOperation, typename T>
-inline void redux(const char* name, T& result, T value, unsigned mask) {
-  ReduxOperands<T> own{value, value};
+template <Redux kOperation, typename T, typename Register, typename Value>
+inline void redux(const char* name, Register& result, Value value, unsigned mask) {
+  ReduxOperands<T> own{static_cast<T>(value), T{}};
   collective(name, __LINE__, mask, own, [](void* const operands[kWarp], unsigned mask) {
     bool first = true;
     T total{};
@@ -136,7 +136,7 @@ inline void redux(const char* name, T& result, T value, unsigned mask) {
       if (mask >> lane & 1) operands_of<ReduxOperands<T>>(operands, lane).result = total;
     }
   });
-  result = own.result;
+  result = static_cast<Register>(own.result);
 }
 
 }  // namespace emulated

@@ -248,7 +248,8 @@ class Cluster {
 
   // `first` is the CTA of rank 0; the others follow along x.
   void run(const uint3& first) {
-    images.assign(ctas_.size(), SharedImage());
+    images.clear();
+    images.resize(ctas_.size());
     for (Cta& cta : ctas_) cta.start();
     std::size_t held = ctas_.size();  // whose memory is in place
     for (bool moved = true; moved;) {
