@@ -95,7 +95,11 @@ def _identity(function: str, spec: Spec, kind: str, shape: dict[str, int] | None
     if shape is None:  # no workload, so nothing is filed under it
         return f"{function}/{kind}/{spec.label}//"
     sizes = ",".join(f"{k}={v}" for k, v in sorted(shape.items()))
-    return f"{function}/{kind}/{spec.label}/{sizes}/{_SPACES[function].digest(spec, kind)}"
+    if function == "decode":
+        digest = decode.digest(spec, kind, short=decode.is_short(spec, shape))
+    else:
+        digest = _SPACES[function].digest(spec, kind)
+    return f"{function}/{kind}/{spec.label}/{sizes}/{digest}"
 
 
 def search_module(
@@ -116,10 +120,16 @@ def search_module(
     return tvm.IRModule({"main": func})
 
 
-def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Schedule]]:
+def space(
+    function: str,
+    spec: Spec,
+    kind: str,
+    shape: dict[str, int] | None = None,
+) -> Callable[[Schedule], list[Schedule]]:
     """The search space of a function: samples every decision, of every design.
 
-    The first design is applied to the schedule itself, others to copies of it.
+    The first design is applied to the schedule itself, others to copies of it. ``shape`` has the
+    sizes of a workload of ``decode`` on a GPU with clusters, which short ones may take.
     """
 
     def apply(sch: Schedule) -> list[Schedule]:
@@ -127,7 +137,7 @@ def space(function: str, spec: Spec, kind: str) -> Callable[[Schedule], list[Sch
         if _has_both(function, spec, kind):
             designs.append(sch.copy())
             factories.apply(designs[1], function, spec, sampled(designs[1]))
-        _apply_first(sch, function, spec, kind, sampled(sch))
+        _apply_first(sch, function, spec, kind, sampled(sch), shape)
         return designs
 
     return apply
@@ -143,9 +153,18 @@ def _only_a_factory(function: str, spec: Spec, kind: str) -> bool:
     return made and not _has_both(function, spec, kind)
 
 
-def _apply_first(sch: Schedule, function: str, spec: Spec, kind: str, decide: Decide) -> None:
+def _apply_first(
+    sch: Schedule,
+    function: str,
+    spec: Spec,
+    kind: str,
+    decide: Decide,
+    shape: dict[str, int] | None = None,
+) -> None:
     if _only_a_factory(function, spec, kind):
         factories.apply(sch, function, spec, decide)
+    elif function == "decode":
+        decode.apply(sch, function, spec, kind, decide, short=decode.is_short(spec, shape))
     else:
         _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, decide)
 
@@ -156,10 +175,17 @@ def has_factory(function: str, spec: Spec, kind: str) -> bool:
     return function in _ANCHORED or made
 
 
-def default(function: str, spec: Spec, kind: str) -> Callable[[Schedule], None]:
-    """The point of the space with the hand-picked decisions, correct on every target."""
+def default(
+    function: str, spec: Spec, kind: str, shape: dict[str, int] | None = None
+) -> Callable[[Schedule], None]:
+    """The point of the space with the hand-picked decisions, correct on every target.
+
+    With ``shape``, see `space`, those of a size.
+    """
     made = _only_a_factory(function, spec, kind)
-    if function in _ANCHORED:
+    if function == "decode":
+        values = decode.defaults(spec, kind, shape)
+    elif function in _ANCHORED:
         values = _SPACES[function].defaults(spec, kind)
     elif made:
         values = factories.DEFAULTS[function]
@@ -167,7 +193,7 @@ def default(function: str, spec: Spec, kind: str) -> Callable[[Schedule], None]:
         values = _SPACES[FUNCTIONS[function]].DEFAULTS[kind]
 
     def apply(sch: Schedule) -> None:
-        _apply_first(sch, function, spec, kind, sampled(sch, values))
+        _apply_first(sch, function, spec, kind, sampled(sch, values), shape)
 
     return apply
 
@@ -179,7 +205,7 @@ def _anchored(mod: tvm.IRModule) -> tuple[str, str, CacheSpec, dict[str, int]] |
     if identity is None:
         return None
     function, kind, label, *_ = str(identity).split("/")
-    return function, kind, CacheSpec.parse(label), decisions(Schedule(mod))
+    return function, kind, CacheSpec.parse(label), _decisions(function, kind, Schedule(mod))
 
 
 def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
@@ -225,18 +251,25 @@ def _row_config(trace: Trace, function: str, spec: Spec, kind: str) -> dict[str,
     return dict(zip(names, decided(trace), strict=True))
 
 
+def _decisions(function: str, kind: str, sch: Schedule) -> dict[str, int]:
+    """What an anchor carries; of ``decode`` also what older records lack."""
+    return decode.completed(kind, decisions(sch)) if function == "decode" else decisions(sch)
+
+
 def _config(sch: Schedule, function: str, spec: Spec, kind: str) -> dict[str, int]:
     """Names and values of the decisions that a schedule has made."""
     if function in _ANCHORED:
-        return decisions(sch)
+        return _decisions(function, kind, sch)
     found = factories.made(sch)
     return _row_config(sch.trace, function, spec, kind) if found is None else found.config
 
 
 @functools.lru_cache(maxsize=64)
-def _default_config(function: str, spec: Spec, kind: str) -> dict[str, int]:
+def _default_config(
+    function: str, spec: Spec, kind: str, sizes: tuple[tuple[str, int], ...] | None = None
+) -> dict[str, int]:
     sch = Schedule(search_module(function, spec, kind, None))
-    default(function, spec, kind)(sch)
+    default(function, spec, kind, dict(sizes) if sizes else None)(sch)
     return _config(sch, function, spec, kind)
 
 
@@ -250,20 +283,38 @@ def instantiate(
 ) -> Instance:
     """Turn decisions into a kernel: a record's trace, or the defaults where ``trace`` is None.
 
-    With ``shape`` None the result is the dynamic function that ships.
+    With ``shape`` None the result is the dynamic function that ships. ``decode``'s always is; its
+    shape says which defaults are meant, see `space`.
     """
+    if function == "decode":
+        return _decode_instance(spec, kind, trace, shape, symbol)
     sch = Schedule(search_module(function, spec, kind, shape))
     if trace is None:
         default(function, spec, kind)(sch)
     else:
         trace.apply_to_schedule(sch, remove_postproc=True)
     config = _config(sch, function, spec, kind)
+    launch = {}
     if function in _ANCHORED:
         func = _ANCHORED[function](spec, kind, config)
         launch = _SPACES[function].launch(spec, kind, config)
     else:
         made = factories.made(sch) is not None
         func = factories.make(function, spec, config) if made else sch.mod["main"]
-        launch = {}
     tuned = config != _default_config(function, spec, kind)
     return Instance(func.with_attr("global_symbol", symbol), config, launch, tuned)
+
+
+def _decode_instance(
+    spec: CacheSpec, kind: str, trace: Trace | None, shape: dict[str, int] | None, symbol: str
+) -> Instance:
+    sizes = tuple(sorted(shape.items())) if shape else None
+    default_config = _default_config("decode", spec, kind, sizes)
+    config = default_config
+    if trace is not None:
+        sch = Schedule(search_module("decode", spec, kind, None))
+        trace.apply_to_schedule(sch, remove_postproc=True)
+        config = _decisions("decode", kind, sch)
+    func = decode_kernel(spec, kind, config).with_attr("global_symbol", symbol)
+    launch = decode.launch(spec, kind, config)
+    return Instance(func, dict(config), launch, config != default_config)

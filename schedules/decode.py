@@ -20,6 +20,9 @@ overlap           the second launch begins before the first is done: less waitin
                   CTAs that hold an SM while they wait
 promoted          bytes around a read that L2 fetches with it: whole lines of memory for the
                   heads that follow, against lines that are dropped before
+cluster           0, or the most CTAs of a cluster that merges one sequence in shared memory
+                  (`tq_tvm.kernels.decode_cluster`), in one launch: less latency, against shares
+                  that are equal whatever the lengths; only for short contexts
 ================  ==================================================================
 
 ================  ==================================================================
@@ -38,6 +41,7 @@ lookup            codes of k4v2 become values by AVX2's permutation of a registe
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from tq_tvm.schedules.anchors import Point, annotate, end_points, hash_points
 from tq_tvm.schedules.decisions import Decide
@@ -51,9 +55,12 @@ from tq_tvm.spec import CacheSpec
 __all__ = [
     "DEFAULTS",
     "OPTIONS",
+    "SHORT",
     "apply",
+    "completed",
     "defaults",
     "digest",
+    "is_short",
     "launch",
     "options",
     "rejected",
@@ -70,6 +77,7 @@ OPTIONS = {
         "reach": [1, 2, 4],
         "overlap": [0, 1],
         "promoted": [0, 128, 256],
+        "cluster": [0, 8, 16],
     },
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "unroll": [0, 1], "lookup": [0, 1]},
 }
@@ -85,40 +93,80 @@ DEFAULTS = {
         "reach": 1,
         "overlap": 1,
         "promoted": 128,
+        "cluster": 0,
     },
     "llvm": {"tile": 32, "vector": 16, "unroll": 0, "lookup": 0},
 }
+
+SHORT = (
+    (1 << 11, {"warps": 4, "tile": 32, "registers": 128, "cluster": 16}),
+    (1 << 15, {"warps": 4, "tile": 64, "registers": 256, "cluster": 16}),
+)
+"""Defaults of a batch up to so many tokens on GPUs with clusters, where they are others."""
+
+_YOUNGER = {"cluster": 0}
+"""Decisions that older records lack, and what these had."""
 
 _STATIC_SHARED = 48 * 1024
 _THREADS = 512
 
 
-def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
+def is_short(spec: CacheSpec, sizes: Mapping[str, int] | None) -> bool:
+    """Whether a workload of these sizes may take clusters; without sizes it may not."""
+    return sizes is not None and _tokens(spec, sizes) <= SHORT[-1][0]
+
+
+def _tokens(spec: CacheSpec, sizes: Mapping[str, int]) -> int:
+    return sizes["batch"] * sizes["table_width"] * spec.page_size
+
+
+def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
     """The hand-picked decisions of a spec: `DEFAULTS`, but for keys of 2 bits on GPUs.
 
     Their rows are one sector each, which two heads of a CTA fetch as lines: 143 us of 195 at
     64 x 8192 of 32/8 heads on an H100; rows of 48 and 64 bytes take 0 to 4 % longer in pairs.
+
+    With ``sizes``, which stand for a GPU that has clusters, those of `SHORT` where they are short.
     """
     values = dict(DEFAULTS[kind])
-    if kind == "cuda" and spec.cache_format.key.bits == 2:
+    if kind != "cuda":
+        return values
+    if sizes is not None and is_short(spec, sizes):
+        tokens = _tokens(spec, sizes)
+        values |= next(other for most, other in SHORT if tokens <= most)
+        while values["warps"] > 1 and rejected(spec, kind, values) is not None:
+            values["warps"] //= 2
+    elif spec.cache_format.key.bits == 2:
         values["abreast"] = 2
     return values
 
 
-def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
-    """What each decision may be for a spec."""
+def options(spec: CacheSpec, kind: str, *, short: bool = False) -> dict[str, list[int]]:
+    """What each decision may be for a spec; clusters are for `is_short` workloads alone."""
     fmt = spec.cache_format
     looked_up = (fmt.key.name, fmt.value.name) == ("qjl4", "mse2") and not spec.window
     whole = spec.head_dim % 32 == 0 and spec.value_dim % 32 == 0
-    return {
-        name: values if (looked_up and whole) or name != "lookup" else [0]
-        for name, values in OPTIONS[kind].items()
-    }
+    left_out = set()
+    if not (looked_up and whole):
+        left_out.add("lookup")
+    if not short:
+        left_out.add("cluster")
+    return {name: [0] if name in left_out else values for name, values in OPTIONS[kind].items()}
 
 
-def digest(spec: CacheSpec, kind: str) -> str:
-    """What the kernels of today are, see `anchors.hash_points`."""
-    return _digest(spec, kind, end_points(options(spec, kind)))
+def digest(spec: CacheSpec, kind: str, *, short: bool = False) -> str:
+    """What the kernels of today are, see `anchors.hash_points`.
+
+    Where clusters are offered, with and without them.
+    """
+    offered = options(spec, kind, short=short)
+    clusters = offered.pop("cluster", [0])
+    points = tuple(
+        (*point, *((("cluster", cluster),) if cluster else ()))
+        for cluster in sorted({clusters[0], clusters[-1]})
+        for point in end_points(offered)
+    )
+    return _digest(spec, kind, points)
 
 
 @functools.lru_cache(maxsize=64)
@@ -126,9 +174,20 @@ def _digest(spec: CacheSpec, kind: str, points: tuple[Point, ...]) -> str:
     return hash_points(lambda point: decode(spec, kind, point), points)
 
 
-def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:
-    """Write every decision onto the anchor's block."""
-    annotate(sch, options(spec, kind), decide)
+def apply(
+    sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide, *, short: bool = False
+) -> None:
+    """Write every decision onto the anchor's block; see `options`."""
+    annotate(sch, options(spec, kind, short=short), decide)
+
+
+def completed(kind: str, found: dict[str, int]) -> dict[str, int]:
+    """Decisions of a record, with those that it is too old to have."""
+    return found | {
+        name: value
+        for name, value in _YOUNGER.items()
+        if name in OPTIONS[kind] and name not in found
+    }
 
 
 def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
@@ -151,10 +210,14 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
     """
     if kind != "cuda":
         return {"ctas_per_sm": 1, "split_tokens": 64}
-    shape = Shape(spec, DecodeConfig(**config))
-    return {
+    decided = DecodeConfig(**config)
+    shape = Shape(spec, decided)
+    at_once = decided.tile * decided.warps
+    numbers = {
         "threads": shape.threads,
-        "shared_bytes": decode_shared_bytes(spec, DecodeConfig(**config))[1],
+        "shared_bytes": decode_shared_bytes(spec, decided)[1],
         "units": shape.units,
-        "group_tokens": config["tile"] * config["warps"] * config["reach"],
     }
+    if decided.cluster:
+        return {**numbers, "cluster": decided.cluster, "cta_tokens": at_once}
+    return {**numbers, "group_tokens": at_once * decided.reach}

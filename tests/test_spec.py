@@ -31,6 +31,7 @@ from tq_tvm.spec import (
 from tq_tvm.splits import (
     WORKSPACE_BYTES,
     launch_keys,
+    num_ctas,
     num_groups,
     num_parts,
     num_splits,
@@ -534,12 +535,42 @@ def test_groups_are_resident_at_once_and_have_enough_to_read(spec, batch, contex
     )
 
 
+cluster_launches = st.fixed_dictionaries(
+    {
+        "ctas_per_sm": st.integers(1, 8),
+        "units": st.sampled_from([1, 4, 8, 64]),
+        "cluster": st.sampled_from([8, 16]),
+        "cta_tokens": st.sampled_from([32, 128, 512]),
+    }
+)
+
+
 @untimed
-@given(specs, batches, contexts, st.one_of(launches, group_launches), processors)
+@given(batches, contexts, cluster_launches, processors)
+def test_clusters_are_resident_at_once_and_have_tokens(batch, context, launch, count):
+    ctas = num_ctas(batch, context, launch, count)
+    slots = launch["ctas_per_sm"] * count
+    assert ctas in (1, 2, 4, 8, 16) and ctas <= launch["cluster"]
+    assert ctas == 1 or ctas * launch["units"] * batch <= slots
+    assert ctas == 1 or (ctas - 1) * launch["cta_tokens"] < context
+    more = 2 * ctas
+    assert (
+        more > launch["cluster"]
+        or more * launch["units"] * batch > slots
+        or (more - 1) * launch["cta_tokens"] >= context
+    )
+    assert workspace_floats(SPEC, batch, ctas, launch) == 0
+
+
+@untimed
+@given(specs, batches, contexts, st.one_of(launches, group_launches, cluster_launches), processors)
 def test_a_kernel_says_what_its_parts_are(spec, batch, context, launch, count):
-    choose = num_groups if "group_tokens" in launch else num_splits
     parts = num_parts(spec, batch, context, launch, count)
-    assert parts == choose(spec, batch, context, launch, count)
+    if "cluster" in launch:
+        assert parts == num_ctas(batch, context, launch, count)
+    else:
+        choose = num_groups if "group_tokens" in launch else num_splits
+        assert parts == choose(spec, batch, context, launch, count)
     assert set(launch_keys(launch)) == set(launch)
 
 

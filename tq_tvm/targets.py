@@ -58,6 +58,11 @@ class TargetInfo:
     arch: str
     attrs: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
 
+    @property
+    def has_clusters(self) -> bool:
+        """Whether CTAs can read one another's shared memory, 16 of them: Hopper and B200."""
+        return self.arch.startswith(("sm_90", "sm_100"))
+
 
 def _cuda(name: str, arch: str, shared: int, l2_mib: float) -> TargetInfo:
     return TargetInfo(name, "cuda", arch, _cuda_attrs(shared, int(l2_mib * 2**20)))

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
+from tq_tvm.schedules.decode import is_short
 from tvm.s_tir import Schedule
 
 from tq_tvm import schedules
@@ -24,7 +25,7 @@ def record_of(workload) -> TunedRecord:
     mod = search_workload(workload.function, SPEC, TARGET.kind, workload.shape)
     sch = Schedule(mod, seed=1)
     schedules.space(workload.function, SPEC, TARGET.kind)(sch)
-    return TunedRecord(workload.label, workload.size, 1.0, sch.trace)
+    return TunedRecord(workload.label, workload.shape, workload.size, 1.0, sch.trace)
 
 
 def test_sizes_that_were_not_searched_get_the_default():
@@ -43,6 +44,33 @@ def test_sizes_that_were_not_searched_get_the_default():
 
 def test_without_records_there_is_one_kernel():
     functions = {}
-    (variant,) = _variants("decode", SPEC, TARGET, [], functions)
+    (variant,) = _variants("decode", SPEC, get_target("nvidia_a100"), [], functions)
     assert not variant.tuned
     assert list(functions) == [variant.symbol]
+
+
+def test_short_contexts_take_clusters_where_there_are_any():
+    """One kernel for all sizes that the defaults treat alike."""
+    functions = {}
+    variants = _variants("decode", SPEC, TARGET, [], functions)
+    found = {v.size: v for v in variants}
+    sizes = {w.size: w for w in workloads(SPEC, TARGET) if w.function == "decode"}
+    assert list(found) == sorted(sizes)
+    for size, variant in found.items():
+        short = is_short(SPEC, sizes[size].shape)
+        assert (variant.config["cluster"] > 0) == short == ("cluster" in variant.launch)
+        assert not variant.tuned
+    assert {True, False} == {"cluster" in v.launch for v in variants}
+    assert set(functions) == {v.symbol for v in variants}
+    assert len(functions) == len({tuple(v.config.items()) for v in variants})
+
+
+def test_a_record_of_a_size_is_compared_with_its_own_default():
+    short = next(w for w in workloads(SPEC, TARGET) if w.function == "decode" and w.size < 2**24)
+    sch = Schedule(search_workload("decode", SPEC, TARGET.kind, short.shape))
+    schedules.default("decode", SPEC, TARGET.kind, short.shape)(sch)
+    record = TunedRecord(short.label, short.shape, short.size, 1.0, sch.trace)
+    variants = _variants("decode", SPEC, TARGET, [record], {})
+    (variant,) = (v for v in variants if v.workload == short.label)
+    assert variant.config["cluster"] > 0
+    assert not variant.tuned

@@ -13,6 +13,8 @@ from collections.abc import Callable
 __all__ = ["instruction_statement"]
 
 _GUARDED = re.compile(r"\{ \.reg \.pred p; setp\.ne\.b32 p, (%\d+), 0; @p ([^;]+); \}")
+_REGISTERS = {"cluster_ctarank": "cluster_rank"}
+_SPECIAL = re.compile(rf"mov\.u32 (%\d+), %%({'|'.join(_REGISTERS)});")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 _TOKEN = re.compile(r"%\d+|_|0[xX][0-9a-fA-F]+|\d+")
 
@@ -45,6 +47,8 @@ def instruction_statement(text: str, values: list[str]) -> str | None:
         predicate, text = guarded.groups()
         statement = instruction_statement(text, values)
         return statement and f"if (({_value(predicate, values)}) != 0) {{ {statement} }}"
+    if special := _SPECIAL.fullmatch(text):
+        return f"emulated::set({_value(special[1], values)}, emulated::{_REGISTERS[special[2]]});"
     name, _, rest = text.rstrip("; ").partition(" ")
     if ";" in rest:
         return None
@@ -144,6 +148,18 @@ def _atomic(instruction: _Instruction, space: str, element: str) -> str:
     return call if target == "_" else f"emulated::set({target}, {call})"
 
 
+def _cluster_read(instruction: _Instruction, element: str) -> str:
+    *registers, address = instruction.operands
+    kind = _type(element)
+    size = f"{len(registers)} * sizeof({kind})"
+    pointer = instruction.call("cluster_pointer", [address, size])
+    return instruction.call(f"read<{kind}>", [pointer, *registers])
+
+
+def _redux(instruction: _Instruction, operation: str, element: str) -> str:
+    return instruction.call(f"redux<emulated::Redux::k{operation.title()}, {_type(element)}>")
+
+
 _HINT = r"(?:\.(?:nc|weak|relaxed|cta|gpu|sys|ca|cg|cs|lu|cv|wb|wt|noftz|L[12]::\w+(?:::\w+)?))*"
 _SPACE = r"\.(global|shared)(?:::cta)?"
 _VECTOR = r"(?:\.v[248])?"
@@ -194,6 +210,11 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"rsqrt\.approx(?:\.ftz)?\.f32", _result("rsqrtf({a})")),
     (r"fma\.rn(?:\.ftz)?\.f32", _result("fmaf({a}, {b}, {c})")),
     (r"fma\.rn(?:\.ftz)?\.sat\.f32", _result("emulated::saturate(fmaf({a}, {b}, {c}))")),
+    (r"mapa\.shared::cluster\.u32", _result("emulated::map_address({a}, {b})")),
+    (r"ld\.shared::cluster" + _VECTOR + r"\.([busf]\d+)", _cluster_read),
+    (r"barrier\.cluster\.arrive(?:\.release|\.relaxed)?\.aligned", _named("arrive_at_cluster")),
+    (r"barrier\.cluster\.wait(?:\.acquire)?\.aligned", _named("wait_for_cluster")),
+    (r"redux\.sync\.(add|min|max)\.([us]32)", _redux),
     (r"ld" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("read")),
     (r"st" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("write")),
     (

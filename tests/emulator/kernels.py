@@ -19,10 +19,10 @@ def source(*kernels: str) -> str:
     return _PROLOGUE + "\n".join(kernels)
 
 
-def kernel(name: str, body: str, threads: int = 32) -> str:
+def kernel(name: str, body: str, threads: int = 32, cluster: int = 1) -> str:
     """A kernel over words ``in`` and ``out``, in which ``row`` numbers the threads of the grid.
 
-    It is called with two int32 tensors, ``[rows, n]`` for each.
+    It is called with two int32 tensors, ``[rows, n]`` for each. ``cluster`` CTAs are a cluster.
     """
     return f"""
 extern "C" __global__ void __launch_bounds__({threads}) {name}_kernel(
@@ -35,6 +35,12 @@ static void {name}_launch(tvm::ffi::TensorView in, tvm::ffi::TensorView out) {{
   cudaLaunchConfig_t config = {{}};
   config.gridDim = dim3(unsigned(in.size(0) / {threads}), 1, 1);
   config.blockDim = dim3({threads}, 1, 1);
+  cudaLaunchAttribute attrs[1] = {{}};
+  config.attrs = attrs;
+  attrs[0].id = cudaLaunchAttributeClusterDimension;
+  attrs[0].val.clusterDim.x = {cluster};
+  attrs[0].val.clusterDim.y = attrs[0].val.clusterDim.z = 1;
+  config.numAttrs = 1;
   cudaError_t error = cudaLaunchKernelEx(
       &config, {name}_kernel, (const uint32_t*)in.data_ptr(), (uint32_t*)out.data_ptr(),
       int(in.size(1)), int(out.size(1)));

@@ -39,6 +39,14 @@ BOTH = {
     "warps": 2, "abreast": 4, "tile": 32, "registers": 128, "query_in_shared": 0,
     "headroom": 1, "reach": 1, "overlap": 0, "promoted": 128,
 }  # fmt: skip
+CLUSTER = {
+    "warps": 4, "abreast": 1, "tile": 32, "registers": 128, "query_in_shared": 1,
+    "headroom": 1, "reach": 1, "overlap": 0, "promoted": 128, "cluster": 16,
+}  # fmt: skip
+PORTABLE = {
+    "warps": 2, "abreast": 2, "tile": 64, "registers": 256, "query_in_shared": 0,
+    "headroom": 2, "reach": 1, "overlap": 0, "promoted": 0, "cluster": 8,
+}  # fmt: skip
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), STREAMS),
     "group4_half": (CacheSpec(128, 4, 1, 16, "float16", "bhsd"), SMALL),
@@ -60,6 +68,11 @@ CASES = {
     "values3_group6": (CacheSpec(256, 6, 1, 16, "float16", "bhsd", "tq33"), SMALL),
     "values4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq44"), STREAMS),
     "values4_group6": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "mse3-mse4-plain-norm"), SMALL),
+    "cluster": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), CLUSTER),
+    "cluster_group6": (CacheSpec(128, 12, 2, 16, "float16", "bhsd"), PORTABLE),
+    "cluster_group16": (CacheSpec(64, 16, 1, 32, "bfloat16", "bshd"), PORTABLE),
+    "cluster_head256": (CacheSpec(256, 3, 3, 64, "float16", "bshd"), CLUSTER),
+    "cluster_signed": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq43"), PORTABLE),
     "qjl4_signed": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "qjl4-mse2-signed-matched"), WIDE),
 }
 
@@ -121,7 +134,9 @@ def test_equals_reference(compiled, case, parts):
     assert bool((out[0] == 0).all()), "an empty sequence gives zeros"
 
 
-@pytest.mark.parametrize("case", ["group4", "group16", "abreast4_streams"])
+@pytest.mark.parametrize(
+    "case", ["group4", "group16", "abreast4_streams", "cluster", "cluster_group6"]
+)
 def test_order_of_threads_does_not_matter(compiled, case):
     spec, _ = CASES[case]
     q, batch, _ = problem(spec, [130, 17])
@@ -155,13 +170,24 @@ def test_shares_cross_sequences(compiled, parts):
             assert bool((got == 0).all())
 
 
-def test_nothing_to_attend_to(compiled):
-    case = "group4"
+@pytest.mark.parametrize("parts", [2, 8, 16])
+def test_clusters_of_every_size(compiled, parts):
+    """More CTAs than tiles, and sequences that go around the cluster several times."""
+    spec, _ = CASES["cluster"]
+    q, batch, want = problem(spec, [0, 1, 4097, 130, 900])
+    out = run(compiled("cluster"), "cluster", q, batch, parts)
+    for got, row in zip(out[1:], want[1:], strict=True):
+        assert relative(got, row) <= 2 * LIMIT[q.dtype]
+    assert bool((out[0] == 0).all())
+
+
+@pytest.mark.parametrize("case", ["group4", "cluster"])
+def test_nothing_to_attend_to(compiled, case):
     q, batch, _ = problem(CASES[case][0], [0, 0])
     assert bool((run(compiled(case), case, q, batch, 4) == 0).all())
 
 
-@pytest.mark.parametrize("case", ["group4", "values3_group6", "values4_group6"])
+@pytest.mark.parametrize("case", ["group4", "values3_group6", "values4_group6", "cluster_signed"])
 def test_values_that_are_all_alike(compiled, case):
     """Their codes are, too: errors of a level do not cancel. Odd rows are constant, rotated."""
     spec, _ = CASES[case]
@@ -200,7 +226,7 @@ def test_one_token_among_thousands(compiled, case, logit):
     assert relative(run(compiled(case), case, q, batch, 1), want) <= LIMIT[q.dtype]
 
 
-@pytest.mark.parametrize("case", ["group4", "group6"])
+@pytest.mark.parametrize("case", ["group4", "group6", "cluster"])
 def test_scale_of_either_sign(compiled, case):
     spec, _ = CASES[case]
     q, batch, _ = problem(spec, [150])

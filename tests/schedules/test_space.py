@@ -376,6 +376,32 @@ def test_defaults_are_points_of_the_space(function, kind, head_dim):
     assert instance.config == named, "no value was replaced"
 
 
+def test_clusters_are_offered_to_short_contexts_alone():
+    """So that what is searched of long ones, and what is filed under it, stays as it is."""
+    short, long = ({"batch": 8, "pages": 8, "table_width": width} for width in (16, 4096))
+    assert decode.is_short(SPEC, short) and not decode.is_short(SPEC, long)
+    assert decode.options(SPEC, "cuda")["cluster"] == [0]
+    assert decode.options(SPEC, "cuda", short=True)["cluster"] == [0, 8, 16]
+    assert decode.digest(SPEC, "cuda") != decode.digest(SPEC, "cuda", short=True)
+    assert "cluster" not in decode.options(SPEC, "llvm", short=True)
+    for sizes in (short, long):
+        sch = Schedule(schedules.search_module("decode", SPEC, "cuda", sizes), seed=1)
+        schedules.space("decode", SPEC, "cuda", sizes)(sch)
+        sampled = [i for i in sch.trace.insts if i.kind.name == "SampleCategorical"]
+        assert [int(n) for n in sampled[-1].attrs[0]] == ([0, 8, 16] if sizes is short else [0])
+
+
+@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
+@pytest.mark.parametrize("group", [1, 4, 6, 16])
+def test_defaults_of_short_contexts_are_feasible(head_dim, group):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim, num_q_heads=SPEC.num_kv_heads * group)
+    for batch, width in ((1, 16), (64, 16), (1, 2048)):
+        values = decode.defaults(spec, "cuda", {"batch": batch, "pages": 1, "table_width": width})
+        assert decode.rejected(spec, "cuda", values) is None
+        offered = decode.options(spec, "cuda", short=True)
+        assert all(value in offered[name] for name, value in values.items())
+
+
 @pytest.mark.parametrize("function", ["rotate", "decode"])
 def test_a_record_of_the_default_is_not_tuned(function):
     """Its decisions are those that every call without a record has."""

@@ -21,7 +21,7 @@ from tq_tvm.schedules import Instance, instantiate
 from tq_tvm.spec import FUNCTIONS, Spec, check_target, functions_on
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
-from tq_tvm.tuning.workloads import workloads
+from tq_tvm.tuning.workloads import decision_sizes, workloads
 
 __all__ = ["build_library"]
 
@@ -39,7 +39,7 @@ def build_library(
     Those that the target has kernels of (`tq_tvm.spec.functions_on`): calls of others are refused.
 
     A function with records gets a variant for each, and the default schedule at sizes of
-    `tq_tvm.tuning.workloads` that have none; one without records gets the default schedule. The
+    `tq_tvm.tuning.workloads` that have none; one without records gets the default schedules. The
     directory appears, or replaces the one that was there, only when it is complete. No GPU is
     needed.
 
@@ -141,29 +141,42 @@ def _variants(
             )
         )
     searched = {variant.size for variant in variants}
-    sizes = {w.size for w in workloads(spec, target) if w.function == function} - searched
-    if variants and not sizes:
+    others = [w for w in workloads(spec, target) if w.function == function]
+    others = [w for w in others if w.size not in searched]
+    if variants and not others:
         return variants
-    symbol = f"tq_{function}_{len(variants)}"
-    instance = instantiate(function, spec, target.kind, None, symbol=symbol)
-    same = next((v for v in variants if v.config == instance.config), None)
-    if same is None:
-        functions[symbol] = instance.func
-    else:
-        symbol = same.symbol
     # A record says nothing of sizes that were not searched.
-    variants += [
-        Variant(symbol, size=size, tuned=False, config=instance.config, launch=instance.launch)
-        for size in (sizes if variants else [1])
-    ]
-    return sorted(variants, key=lambda variant: variant.size)
+    defaults: list[Variant] = []
+    for workload in others:
+        symbol = f"tq_{function}_{len(variants) + len(defaults)}"
+        shape = decision_sizes(function, workload.shape, target)
+        instance = instantiate(function, spec, target.kind, None, shape, symbol)
+        same = next((v for v in [*variants, *defaults] if v.config == instance.config), None)
+        if same is None:
+            functions[symbol] = instance.func
+        else:
+            symbol = same.symbol
+        defaults.append(
+            Variant(
+                symbol=symbol,
+                size=workload.size,
+                tuned=False,
+                config=instance.config,
+                launch=instance.launch,
+            )
+        )
+    if not variants and len({v.symbol for v in defaults}) == 1:
+        # One kernel for all sizes.
+        defaults = [msgspec.structs.replace(defaults[0], size=1)]
+    return sorted([*variants, *defaults], key=lambda variant: variant.size)
 
 
 def _replay(
     function: str, spec: Spec, target: TargetInfo, record: TunedRecord, symbol: str
 ) -> Instance:
     try:
-        return instantiate(function, spec, target.kind, record.trace, symbol=symbol)
+        shape = decision_sizes(function, record.shape, target)
+        return instantiate(function, spec, target.kind, record.trace, shape, symbol)
     except Exception as error:
         raise TuningLogError(
             f"build_library: record {record.workload} of {function} for {target.name} must replay "

@@ -23,7 +23,8 @@ Buffers
     seq_lens     [B]                                       int32    in
     workspace    [W], see ``tq_tvm.splits``                float32  scratch: o, then (m, l)
     out          [B, HQ, DV]                               dtype    out
-    num_parts    scalar: splits (CPU), or groups (GPU)     int32    in
+    num_parts    scalar: splits (CPU), groups (GPU), or    int32    in
+                 CTAs of a cluster (GPU)
     sm_scale     scalar                                    float32  in
     ===========  ========================================  =======  =====================
 
@@ -52,6 +53,7 @@ from collections.abc import Mapping
 
 from tvm.tirx import PrimFunc
 
+from tq_tvm.kernels.decode_cluster import decode_cluster
 from tq_tvm.kernels.decode_cpu import DecodeCpuConfig, decode_cpu
 from tq_tvm.kernels.decode_cuda import decode_cuda
 from tq_tvm.kernels.decode_shape import DecodeConfig
@@ -63,5 +65,6 @@ __all__ = ["decode"]
 def decode(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``decode`` for a target kind and one value of each decision."""
     if kind == "cuda":
-        return decode_cuda(spec, DecodeConfig(**decisions))
+        config = DecodeConfig(**decisions)
+        return decode_cluster(spec, config) if config.cluster else decode_cuda(spec, config)
     return decode_cpu(spec, DecodeCpuConfig(**decisions))

@@ -1,4 +1,7 @@
-"""Merging in ``decode_cuda``: the warps of a column, then the pieces of a sequence."""
+"""Merging in ``decode`` on GPUs: the warps of a column, then the pieces of a sequence.
+
+Pieces lie in the workspace, for a second launch, or in the shared memory of a cluster's CTAs.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,14 @@ from tq_tvm.kernels.device import (
     let,
     local,
     loop,
+    ptx,
     reduce_lanes,
+    reduce_together,
+    remote_address,
     shared,
+    shuffle,
     store,
+    u32,
     wait_for_launch_before,
     when,
 )
@@ -29,6 +37,7 @@ from tq_tvm.kernels.device import (
 __all__ = [
     "MERGE_THREADS",
     "MergedMemory",
+    "merge_cluster",
     "merge_pieces",
     "merge_warps",
     "piece_slot",
@@ -40,6 +49,9 @@ MERGE_THREADS = 128
 _WARPS = MERGE_THREADS // 32
 _AHEAD = 4
 """Pieces that a warp of the second launch reads at a time."""
+
+_AT_ONCE = 8
+"""Pieces that a warp reads at a time from the CTAs of its cluster."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,3 +247,63 @@ def merge_pieces(shape: Shape, seq_lens, workspace, out, batch, head, sequence, 
                 for i in range(count):
                     store(x, x[i] + partial[w, lane * count + i], i)
             _finish_row(shape, x, total[0], out, (sequence, head), lane)
+
+
+def merge_cluster(
+    shape: Shape, merged: MergedMemory, out, sequence, unit, rank, ctas, warp, lane
+) -> None:
+    """Finish a share of a cluster's heads, which every CTA has left in its shared memory.
+
+    A head is a warp's: it reads the pieces of all CTAs, merges them and rotates back.
+    """
+    spec, count = shape.spec, shape.row_values
+    job, at = local(1, "int32"), local(1, "int32")
+    x, total, bound = local(count, "float32"), local(1, "float32"), local(1, "float32")
+    weight, piece = local(1, "float32"), local((_AT_ONCE, count), "float32")
+    top = local(1, "float32")
+    width = min(count, 4)
+
+    def read(column, head) -> None:
+        """Pieces from ``at`` on; those past the last one have a weight of zero."""
+        own = merged.output.ptr_to([column, head, lane * count])
+        for n in range(_AT_ONCE):
+            remote = remote_address(own, T.min(at[0] + n, ctas - 1))
+            for i in range(0, count, width):
+                values = [piece[n, i + e] for e in range(width)]
+                ptx(f"ld.shared::cluster.v{width}.f32", *values, remote + u32(4 * i))
+
+    def add() -> None:
+        for n in range(_AT_ONCE):
+            factor = let(shuffle(weight[0], at[0] + n))
+            for i in range(count):
+                store(x, x[i] + factor * piece[n, i], i)
+        store(at, at[0] + _AT_ONCE)
+
+    store(job, rank + ctas * warp)
+    with loop(job[0] < shape.abreast * shape.heads):
+        column, head = let(job[0] // shape.heads), let(job[0] % shape.heads)
+        # A lane has the bound and the total of a CTA; of 32 lanes the upper half repeats the last.
+        for own, value in ((merged.bound, bound), (merged.total, total)):
+            remote = remote_address(own.ptr_to([column, head]), T.min(lane, ctas - 1))
+            ptx("ld.shared::cluster.f32", value[0], remote)
+        store(at, i32(0))
+        read(column, head)
+        store(top, bound[0])
+        reduce_together([(top, 0)], T.max, (1, 2, 4, 8))
+        store(weight, T.Select(lane < ctas, T.exp2(bound[0] - top[0]), f32(0)))
+        store(total, total[0] * weight[0])
+        reduce_together([(total, 0)], lambda a, b: a + b, (1, 2, 4, 8))
+        for i in range(count):
+            store(x, f32(0), i)
+        add()
+        with loop(at[0] < ctas):
+            read(column, head)
+            add()
+        part = let(unit * shape.abreast + column)
+        tile = let(part % shape.head_tiles)
+        first = let(part // shape.head_tiles * spec.group_size + tile * shape.heads)
+        with when(tile * shape.heads + head < spec.group_size):
+            # Lanes of the lower half have all CTAs between them.
+            store(total, shuffle(total[0], 0))
+            _finish_row(shape, x, total[0], out, (sequence, first + head), lane)
+        store(job, job[0] + ctas * shape.config.warps * shape.abreast)

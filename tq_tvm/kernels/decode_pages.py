@@ -179,6 +179,17 @@ class PageReader:
             # Pages past the end read the last one; the mask drops them.
             store(self.page, self._table[sequence, T.min(first + i, last)], i)
 
+    def find_first_pages(self, sequence, tile, width) -> None:
+        """Look up the pages of a tile that may not be there, before its sequence's length is known.
+
+        Entries of the table past the end may be anything: who goes on asks for the length first.
+        """
+        size = self._shape.spec.page_size
+        first = T.truncdiv(tile * self._shape.config.tile, size)
+        for i in range(self._shape.pages):
+            at = self._table.ptr_to([sequence, T.min(first + i, width - 1)])
+            ptx("ld.global.nc.s32", self.page[i], at)
+
     def _bases(self, name: str, tile):
         size, tokens = self._shape.spec.page_size, self._shape.config.tile
         stride = T.cast(self._page_stride[name][0], "int64")

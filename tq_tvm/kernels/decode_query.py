@@ -12,13 +12,17 @@ from tvm.script.ir_builder import tirx as I
 from tq_tvm.formats import rotation_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
+    FULL_WARP,
     as_bits,
     as_float,
     byte_perm,
     f32,
+    high_half,
     i32,
     let,
     local,
+    low_half,
+    ptx,
     reduce_lanes,
     shared,
     shuffle_xor,
@@ -123,6 +127,9 @@ class Query:
     def load(self, q, sequence, first_head, heads) -> None:
         """Read the queries, a warp a head, which `quantise` waits for."""
         shape, count = self._shape, self._shape.row_values
+        if shape.config.cluster:
+            self._load_at_once(q, sequence, first_head, heads)
+            return
         for turn in range(self._turns):
             head = let(turn * shape.config.warps + self._warp)
             for i in range(count):
@@ -132,6 +139,21 @@ class Query:
                     value = q[sequence, first_head + head, self._lane * count + i]
                     store(self._rows, T.cast(value, "float32"), turn, i)
 
+    def _load_at_once(self, q, sequence, first_head, heads) -> None:
+        """Without branches, so that other loads can be on their way; the last head is repeated."""
+        shape, count = self._shape, self._shape.row_values
+        words = count // 2
+        kind = f"v{words}.u32" if words > 1 else "u32"
+        read = local((self._turns, words), "uint32")
+        for turn in range(self._turns):
+            head = T.min(turn * shape.config.warps + self._warp, heads - 1)
+            row = q.ptr_to([sequence, first_head + head, self._lane * count])
+            ptx(f"ld.global.nc.{kind}", *[read[turn, i] for i in range(words)], row)
+        for turn in range(self._turns):
+            for i in range(count):
+                half = high_half if i % 2 else low_half
+                store(self._rows, half(shape.spec.dtype, read[turn, i // 2]), turn, i)
+
     def quantise(self) -> None:
         """Rotate and quantise what was read; the caller puts a barrier behind it."""
         shape, memory, lane = self._shape, self._memory, self._lane
@@ -140,6 +162,8 @@ class Query:
         x, top = local(count, "float32"), local(1, "float32")
         code, sums = local(count, "int32"), local(2, "int32")
         word = local((2, words), "uint32")
+        if shape.config.cluster:
+            bits = local(1, "uint32")
         for turn in range(self._turns):
             head = let(turn * shape.config.warps + self._warp)
             with when(head < shape.heads):
@@ -151,7 +175,12 @@ class Query:
                 for i in range(count):
                     store(x, x[i] * f32(shape.spec.head_dim**-0.5), i)
                     store(top, T.max(top[0], T.fabs(x[i])))
-                reduce_lanes(top, 0, T.max)
+                if shape.config.cluster:
+                    # Of floats that are not negative, bits have their order.
+                    ptx("redux_sync.max.u32", bits[0], as_bits(top[0]), u32(FULL_WARP))
+                    store(top, as_float(bits[0]))
+                else:
+                    reduce_lanes(top, 0, T.max)
                 inverse = let(T.Select(top[0] > f32(0), f32(FULL_SCALE) / top[0], f32(0)))
                 for part in range(2):
                     store(sums, i32(0), part)
@@ -163,11 +192,14 @@ class Query:
                     store(sums, sums[0] + high, 0)
                     store(sums, sums[1] + (code[i] - high * 256), 1)
                     for part, byte in ((0, high), (1, code[i])):
-                        bits = T.cast(T.bitwise_and(byte, 255), "uint32")
-                        bits = T.shift_left(bits, u32(i % 4 * 8))
-                        store(word, T.bitwise_or(word[part, i // 4], bits), part, i // 4)
+                        placed = T.cast(T.bitwise_and(byte, 255), "uint32")
+                        placed = T.shift_left(placed, u32(i % 4 * 8))
+                        store(word, T.bitwise_or(word[part, i // 4], placed), part, i // 4)
                 for part in range(2):
-                    reduce_lanes(sums, part, lambda a, b: a + b)
+                    if shape.config.cluster:
+                        ptx("redux_sync.add.s32", sums[part], sums[part], u32(FULL_WARP))
+                    else:
+                        reduce_lanes(sums, part, lambda a, b: a + b)
                     self._store_codes(part, head, word)
                 with when(lane == 0):
                     store(memory.unit, top[0] * f32(1.0 / FULL_SCALE), self._column, head)

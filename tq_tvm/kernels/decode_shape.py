@@ -38,6 +38,7 @@ class DecodeConfig:
     reach: int
     overlap: int
     promoted: int
+    cluster: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as I
 
 __all__ = [
     "PAIR",
+    "arrive_at_cluster",
     "as_bits",
     "as_float",
     "barrier",
@@ -27,12 +28,15 @@ __all__ = [
     "mma",
     "ptx",
     "reduce_lanes",
+    "reduce_together",
+    "remote_address",
     "shared",
     "shared_dynamic",
     "shuffle",
     "shuffle_xor",
     "store",
     "u32",
+    "wait_for_cluster",
     "wait_for_launch_before",
     "warp_barrier",
     "when",
@@ -123,6 +127,14 @@ def reduce_lanes(buffer, index: int, combine, masks=(1, 2, 4, 8, 16)) -> None:
         store(buffer, combine(buffer[index], shuffle_xor(buffer[index], mask)), index)
 
 
+def reduce_together(buffers, combine, masks=(1, 2, 4, 8, 16)) -> None:
+    """Combine registers ``(buffer, index)`` over lanes, one shuffle of each in flight at a time."""
+    for mask in masks:
+        taken = [let(shuffle_xor(buffer[index], mask)) for buffer, index in buffers]
+        for (buffer, index), other in zip(buffers, taken, strict=True):
+            store(buffer, combine(buffer[index], other), index)
+
+
 def byte_perm(a, b, selector: int):
     """Select bytes by a constant; a selector that varies goes to ``prmt``, which does not mask."""
     return T.call_pure_extern("uint32", "__byte_perm", a, b, u32(selector))
@@ -183,6 +195,28 @@ static __device__ __forceinline__ void {name}() {{
 }}
 """
     I.evaluate(T.cuda.func_call(name, source_code=source, return_type="void"))
+
+
+def arrive_at_cluster(*, release: bool) -> None:
+    """Every thread of the CTAs of a cluster comes here, and `wait_for_cluster` waits for them.
+
+    With ``release`` whoever waits sees what was written before, also to shared memory.
+    """
+    order = "release" if release else "relaxed"
+    ptx(f"barrier.cluster.arrive.{order}.aligned")
+
+
+def wait_for_cluster() -> None:
+    """Wait for all threads of the cluster to arrive."""
+    ptx("barrier.cluster.wait.acquire.aligned")
+
+
+def remote_address(pointer, rank):
+    """What ``pointer`` to shared memory is in the CTA of a rank: for ``ld.shared::cluster``."""
+    address = local(1, "uint32")
+    own = T.cuda.cvta_generic_to_shared(pointer)
+    ptx("mapa.shared::cluster.u32", address[0], own, T.cast(rank, "uint32"))
+    return address[0]
 
 
 class when:

@@ -92,6 +92,7 @@ class TunedRecord(msgspec.Struct, frozen=True):
     """A record to build a variant from."""
 
     workload: str
+    shape: dict[str, int]
     size: int
     us: float
     trace: Any
@@ -270,7 +271,7 @@ def find_records(
                 f"{entry.workload}, got none for the kernel as it is now; run `tq-tvm tune "
                 f"--target {target.name} --kernel {kernel} --spec {entry.spec}`"
             )
-        records.append(TunedRecord(entry.workload, entry.size, entry.us, trace))
+        records.append(TunedRecord(entry.workload, entry.shape, entry.size, entry.us, trace))
     return records
 
 

@@ -36,7 +36,7 @@ from tq_tvm.tuning.finalists import compare
 from tq_tvm.tuning.interrupt import Interrupt, SearchInterrupted, shield_workers
 from tq_tvm.tuning.progress import Progress
 from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
-from tq_tvm.tuning.workloads import Workload
+from tq_tvm.tuning.workloads import Workload, decision_sizes
 
 __all__ = ["check_tunable", "tune"]
 
@@ -125,7 +125,8 @@ def tune(
     work_dir = _work_dir(workload, target, fresh)
     database = open_database(work_dir, "run again with --fresh, which forgets it", create=True)
     mod = _searched(workload, target)
-    space = schedules.space(workload.function, workload.spec, target.kind)
+    sizes = decision_sizes(workload.function, workload.shape, target)
+    space = schedules.space(workload.function, workload.spec, target.kind, sizes)
     points = sum(space_size(design) for design in space(Schedule(mod)))
     progress = Progress(workload.label, min(points, trials))
     deadline = time.monotonic() + seconds
@@ -217,7 +218,8 @@ def _keep_best(
             f"{progress.trials}; the last one failed with: {progress.last_error}"
         )
     unchanged = Schedule(_searched(workload, target))
-    schedules.default(workload.function, workload.spec, target.kind)(unchanged)
+    sizes = decision_sizes(workload.function, workload.shape, target)
+    schedules.default(workload.function, workload.spec, target.kind, sizes)(unchanged)
     traces = [unchanged.trace, *[record.trace for record in found]]
     finalists = compare(workload, target, device, traces, seed)
     default = finalists[0]

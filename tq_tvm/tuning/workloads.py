@@ -6,11 +6,12 @@ A record is found at one size and serves the sizes nearest to it (in log size).
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, check_target, functions_on
 from tq_tvm.targets import TargetInfo
 
-__all__ = ["Workload", "workloads"]
+__all__ = ["Workload", "decision_sizes", "workloads"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         prefill, append, gather = (8, 2048), 64, (16, 4096)
         decodes = [
             (64, 8192, "every SM busy: bandwidth and instructions"),
+            (1, 131072, "one long sequence: every SM busy with few heads"),
             (64, 1024, "every SM busy for a short while: prologue and tail"),
             (1, 8192, "one sequence: splits, latency and the merge"),
             (1, 1024, "one short sequence: launches"),
@@ -103,6 +105,10 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
         chunks = [("attend", 2, 64, 512, "chunks of prefill over a packed past")]
+    slotted = []
+    if target.kind == "cuda":
+        chunk = {"tokens": math.prod(prefill), "pages": math.prod(prefill) // spec.page_size}
+        slotted = [Workload("fill_slots", spec, chunk, "prefill chunks by slots: bandwidth")]
     served = functions_on(spec, target.kind)
     every = [
         *rotations,
@@ -113,6 +119,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             "one new token a sequence: latency",
         ),
         Workload("fill_table", spec, _tokens(spec, *prefill), "prefill chunks: bandwidth"),
+        *slotted,
         Workload("flatten", spec, _tokens(spec, *gather), "prefill over a packed past"),
         Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
         *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
@@ -122,3 +129,13 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         ),
     ]
     return [w for w in every if w.function in served]
+
+
+def decision_sizes(
+    function: str, shape: dict[str, int], target: TargetInfo
+) -> dict[str, int] | None:
+    """Sizes that say which decisions are on offer: of ``decode`` on a GPU with clusters.
+
+    None elsewhere: all sizes have the same.
+    """
+    return shape if function == "decode" and target.has_clusters else None

@@ -37,11 +37,21 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 enum cudaError_t { cudaSuccess = 0, cudaErrorCudartUnloading = 4, cudaErrorLaunchFailure = 719 };
 using cudaStream_t = void*;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
-  void* attrs;
+  cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
 
@@ -56,7 +66,10 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
+};
 template <typename Kernel>
 inline cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -66,7 +79,9 @@ template <typename... Params>
 inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                       Params... arguments) {
   try {
-    emulated::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+    // Clusters along x alone.
+    unsigned ctas = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
+    emulated::launch(config->gridDim, config->blockDim, ctas, config->dynamicSmemBytes,
                      [=] { kernel(arguments...); });
   } catch (const emulated::KernelError& error) {
     emulated::last_error = error.what();

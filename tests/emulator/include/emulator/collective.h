@@ -1,6 +1,8 @@
 // Operations of the lanes of a warp on one another, and barriers of a CTA.
 #pragma once
 
+#include <algorithm>
+
 #include "emulator/threads.h"
 
 namespace emulated {
@@ -83,6 +85,58 @@ inline void barrier(const char* name, int id, int count, int line) {
 
 inline void synchronize(const char* name, int id, int count = 0) {
   barrier(name, id, count, __LINE__);
+}
+
+// barrier.cluster.arrive and .wait, which take turns.
+inline void arrive_at_cluster(const char* name) {
+  if (current->arrived) {
+    fail(std::string(name) + ": a thread must wait before it arrives again; add a "
+         "barrier.cluster.wait");
+  }
+  current->arrived = true;
+  ++current->arrivals;
+}
+
+inline void wait_for_cluster(const char* name) {
+  if (!current->arrived) {
+    fail(std::string(name) + ": a thread must arrive before it waits; add a "
+         "barrier.cluster.arrive");
+  }
+  wait(State::kCluster, name, __LINE__);
+}
+
+enum class Redux { kAdd, kMin, kMax };
+
+template <typename T>
+struct ReduxOperands {
+  T value;
+  T result;
+};
+
+// redux.sync: the lanes that are named combine their values.
+template <Redux kOperation, typename T, typename Register, typename Value>
+inline void redux(const char* name, Register& result, Value value, unsigned mask) {
+  ReduxOperands<T> own{static_cast<T>(value), T{}};
+  collective(name, __LINE__, mask, own, [](void* const operands[kWarp], unsigned mask) {
+    bool first = true;
+    T total{};
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      T value = operands_of<ReduxOperands<T>>(operands, lane).value;
+      if (first) {
+        total = value;
+      } else if (kOperation == Redux::kAdd) {
+        total = static_cast<T>(static_cast<uint32_t>(total) + static_cast<uint32_t>(value));
+      } else {
+        total = kOperation == Redux::kMin ? std::min(total, value) : std::max(total, value);
+      }
+      first = false;
+    }
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if (mask >> lane & 1) operands_of<ReduxOperands<T>>(operands, lane).result = total;
+    }
+  });
+  result = static_cast<Register>(own.result);
 }
 
 }  // namespace emulated

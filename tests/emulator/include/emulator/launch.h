@@ -1,8 +1,9 @@
-// The scheduler: CTAs one after another, the threads of a CTA as fibers.
+// The scheduler: clusters one after another, the threads of their CTAs as fibers.
 #pragma once
 
 #include <algorithm>
 #include <deque>
+#include <limits>
 #include <sstream>
 
 #include "emulator/threads.h"
@@ -144,47 +145,76 @@ class Warp {
 
 class Cta {
  public:
-  explicit Cta(int count) : count_(count) {
-    for (int i = 0; i < count; i += kWarp) warps_.emplace_back(i, std::min(kWarp, count - i));
+  Cta(int first, int count) : first_(first), count_(count) {
+    for (int i = 0; i < count; i += kWarp) {
+      warps_.emplace_back(first + i, std::min(kWarp, count - i));
+    }
   }
 
-  void run() {
-    for (SharedArray& array : shared_arrays) std::memset(array.data, kPoison, array.bytes);
-    std::memset(dynamic_shared, kPoison, dynamic_shared_bytes);
+  void start() {
     for (int i = 0; i < count_; ++i) {
-      Thread& thread = threads[i];
+      Thread& thread = own(i);
       thread.state = State::kReady;
       thread.lane = i % kWarp;
+      thread.arrivals = 0;
+      thread.arrived = false;
       thread.call_site = 0;
       thread.copies.clear();
       thread.group = 0;
       unsigned x = blockDim.x, y = blockDim.y, index = static_cast<unsigned>(i);
       thread.index = {index % x, index / x % y, index / x / y};
     }
-    bool moved = true;
-    while (moved) {
+  }
+
+  // Runs until every thread has exited or waits for the cluster; whether any of them moved.
+  bool run() {
+    bool any = false;
+    for (bool moved = true; moved;) {
       moved = false;
       for (std::size_t i = 0; i < warps_.size(); ++i) {
         moved |= warps_[descending ? warps_.size() - 1 - i : i].run();
       }
       moved |= release_barriers();
+      any |= moved;
     }
     for (int i = 0; i < count_; ++i) {
-      if (threads[i].state != State::kExited) report();
+      if (own(i).state != State::kExited && own(i).state != State::kCluster) report();
     }
+    return any;
+  }
+
+  bool exited() {
+    for (int i = 0; i < count_; ++i) {
+      if (own(i).state != State::kExited) return false;
+    }
+    return true;
+  }
+
+  [[noreturn]] void report() {
+    std::string text = "CTA: its threads must arrive at the same barrier, got", before;
+    for (int i = 0; i < count_; ++i) {
+      std::string said = describe(own(i));
+      std::string what = said.substr(said.find(' ', 5) + 1);
+      if (what == before) continue;
+      text += (before.empty() ? " warp " : ", warp ") + std::to_string(i / kWarp) + " " + said;
+      before = what;
+    }
+    throw KernelError(text + "; look for divergent control flow");
   }
 
  private:
+  Thread& own(int index) { return threads[first_ + index]; }
+
   bool release_barriers() {
     int live = 0;
     int waiting[16] = {};
     for (int i = 0; i < count_; ++i) {
-      live += threads[i].state != State::kExited;
-      if (threads[i].state == State::kBarrier) ++waiting[threads[i].barrier];
+      live += own(i).state != State::kExited;
+      if (own(i).state == State::kBarrier) ++waiting[own(i).barrier];
     }
     bool any = false;
     for (int i = 0; i < count_; ++i) {
-      Thread& thread = threads[i];
+      Thread& thread = own(i);
       if (thread.state != State::kBarrier) continue;
       int needed = thread.barrier_count ? thread.barrier_count : live;
       if (waiting[thread.barrier] < needed) continue;
@@ -197,27 +227,73 @@ class Cta {
 
   void check_lines(const Thread& leader) {
     for (int i = 0; i < count_; ++i) {
-      if (threads[i].state == State::kBarrier && threads[i].barrier == leader.barrier &&
-          threads[i].line != leader.line) {
+      if (own(i).state == State::kBarrier && own(i).barrier == leader.barrier &&
+          own(i).line != leader.line) {
         report();
       }
     }
   }
 
-  [[noreturn]] void report() {
-    std::string text = "CTA: its threads must arrive at the same barrier, got", before;
-    for (int i = 0; i < count_; ++i) {
-      std::string said = describe(threads[i]);
-      std::string what = said.substr(said.find(' ', 5) + 1);
-      if (what == before) continue;
-      text += (before.empty() ? " warp " : ", warp ") + std::to_string(i / kWarp) + " " + said;
-      before = what;
-    }
-    throw KernelError(text + "; look for divergent control flow");
+  int first_, count_;
+  std::vector<Warp> warps_;
+};
+
+// The CTAs that can read one another's shared memory; one alone is a cluster, too.
+class Cluster {
+ public:
+  Cluster(int ctas, int count) {
+    for (int i = 0; i < ctas; ++i) ctas_.emplace_back(i * count, count);
+    total_ = ctas * count;
   }
 
-  int count_;
-  std::vector<Warp> warps_;
+  // `first` is the CTA of rank 0; the others follow along x.
+  void run(const uint3& first) {
+    images.clear();
+    images.resize(ctas_.size());
+    for (Cta& cta : ctas_) cta.start();
+    std::size_t held = ctas_.size();  // whose memory is in place
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (std::size_t i = 0; i < ctas_.size(); ++i) {
+        std::size_t rank = descending ? ctas_.size() - 1 - i : i;
+        if (images[rank].exited) continue;
+        cluster_rank = static_cast<unsigned>(rank);
+        blockIdx = {first.x + cluster_rank, first.y, first.z};
+        if (rank != held) {
+          if (held < ctas_.size()) save_shared(images[held]);
+          restore_shared(images[rank]);
+          held = rank;
+        }
+        moved |= ctas_[rank].run();
+        images[rank].exited = ctas_[rank].exited();
+      }
+      moved |= release();
+    }
+    for (Cta& cta : ctas_) {
+      if (!cta.exited()) cta.report();
+    }
+  }
+
+ private:
+  // Threads that have exited count as arrived.
+  bool release() {
+    int least = std::numeric_limits<int>::max();
+    for (int i = 0; i < total_; ++i) {
+      if (threads[i].state != State::kExited) least = std::min(least, threads[i].arrivals);
+    }
+    bool any = false;
+    for (int i = 0; i < total_; ++i) {
+      Thread& thread = threads[i];
+      if (thread.state != State::kCluster || thread.arrivals > least) continue;
+      thread.state = State::kReady;
+      thread.arrived = false;
+      any = true;
+    }
+    return any;
+  }
+
+  std::vector<Cta> ctas_;
+  int total_;
 };
 
 inline void place_threads(int count) {
@@ -229,7 +305,8 @@ inline void place_threads(int count) {
   }
 }
 
-inline void check_launch(const dim3& grid, const dim3& block, std::size_t shared) {
+inline void check_launch(const dim3& grid, const dim3& block, unsigned cluster,
+                         std::size_t shared) {
   std::size_t count = std::size_t{block.x} * block.y * block.z;
   if (count == 0 || count > 1024 || block.z > 64) {
     throw KernelError("launch: blockDim must be 1 to 1024 threads, z up to 64, got " +
@@ -240,6 +317,10 @@ inline void check_launch(const dim3& grid, const dim3& block, std::size_t shared
     throw KernelError("launch: gridDim must be 1 or more, y and z up to 65535, got " +
                       std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
                       std::to_string(grid.z) + "; launch fewer CTAs");
+  }
+  if (cluster < 1 || cluster > 16 || grid.x % cluster) {
+    throw KernelError("launch: clusterDim.x must be 1 to 16 and divide gridDim.x, got " +
+                      std::to_string(cluster) + " of " + std::to_string(grid.x));
   }
   if (shared > kMaxDynamicShared) {
     throw KernelError("launch: dynamic shared memory must be at most " +
@@ -263,26 +344,25 @@ inline void check_static_shared() {
   }
 }
 
-inline void launch(const dim3& grid, const dim3& block, std::size_t shared,
+inline void launch(const dim3& grid, const dim3& block, unsigned ctas, std::size_t shared,
                    std::function<void()> kernel) {
-  check_launch(grid, block, shared);
+  check_launch(grid, block, ctas, shared);
   int count = static_cast<int>(block.x * block.y * block.z);
   thread_body = [&kernel] {
     kernel();
     current->state = State::kExited;
   };
-  place_threads(count);
+  place_threads(count * static_cast<int>(ctas));
   dynamic_shared_bytes = shared;
   gridDim = grid;
   blockDim = block;
-  Cta cta(count);
-  std::size_t total = std::size_t{grid.x} * grid.y * grid.z;
+  Cluster cluster(static_cast<int>(ctas), count);
+  std::size_t row = grid.x / ctas, total = row * grid.y * grid.z;
   try {
     for (std::size_t i = 0; i < total; ++i) {
       std::size_t at = descending ? total - 1 - i : i;
-      blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
-                     static_cast<unsigned>(at / grid.x / grid.y)};
-      cta.run();
+      cluster.run({static_cast<unsigned>(at % row * ctas), static_cast<unsigned>(at / row % grid.y),
+                   static_cast<unsigned>(at / row / grid.y)});
     }
     check_static_shared();
   } catch (...) {

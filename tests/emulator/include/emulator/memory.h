@@ -11,6 +11,13 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - dynamic_shared);
 }
 
+// mapa: the address in the CTA of a rank, which takes the place of the upper bits.
+constexpr int kRankShift = 27;
+
+inline uint32_t map_address(uint32_t address, uint32_t rank) {
+  return (address & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
+}
+
 inline void* shared_pointer(const char* name, uint64_t address, std::size_t bytes) {
   char* pointer = dynamic_shared + static_cast<int32_t>(static_cast<uint32_t>(address));
   auto holds = [&](const char* data, std::size_t size) {
@@ -23,6 +30,35 @@ inline void* shared_pointer(const char* name, uint64_t address, std::size_t byte
          std::to_string(static_cast<int32_t>(address)));
   }
   return pointer;
+}
+
+// An address from `map_address`, in the shared memory of a CTA of the cluster that has not left.
+inline void* cluster_pointer(const char* name, uint64_t address, std::size_t bytes) {
+  uint32_t word = static_cast<uint32_t>(address), rank = (word >> kRankShift) - 1;
+  if (word >> kRankShift == 0 || rank >= images.size()) {
+    fail(std::string(name) + ": address must be one of mapa with a rank below " +
+         std::to_string(images.size()) + ", got rank " + std::to_string(static_cast<int>(rank)));
+  }
+  int32_t distance = static_cast<int32_t>(word << (32 - kRankShift)) >> (32 - kRankShift);
+  auto* pointer = static_cast<char*>(
+      shared_pointer(name, static_cast<uint32_t>(distance), bytes));
+  if (rank == cluster_rank) return pointer;
+  SharedImage& image = images[rank];
+  if (image.exited) {
+    fail(std::string(name) + ": CTA " + std::to_string(rank) +
+         " of the cluster must be there, got one that has exited; let it wait");
+  }
+  for (std::size_t i = 0; i < shared_arrays.size(); ++i) {
+    const SharedArray& array = shared_arrays[i];
+    if (pointer < array.data || pointer >= array.data + array.bytes) continue;
+    if (i >= image.arrays.size()) break;
+    return image.arrays[i].data() + (pointer - array.data);
+  }
+  if (pointer >= dynamic_shared && pointer < dynamic_shared + image.dynamic.size()) {
+    return image.dynamic.data() + (pointer - dynamic_shared);
+  }
+  fail(std::string(name) + ": CTA " + std::to_string(rank) +
+       " of the cluster must have begun; put a barrier.cluster before");
 }
 
 inline void* global_pointer(const char*, const void* address, std::size_t) {

@@ -3,6 +3,9 @@
 // A thread that has to wait notes down at what and suspends; the scheduler finds groups of lanes
 // that have all arrived at the same operation, performs it for the group, and resumes them. A warp
 // in which no lane can go on is a bug of the kernel and reported as such.
+//
+// The CTAs of a cluster take turns. Static arrays and dynamic shared memory are those of the CTA
+// that runs; what the others hold is kept aside, and is what their peers read.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +40,7 @@ class KernelError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class State { kReady, kCollective, kActiveMask, kBarrier, kExited };
+enum class State { kReady, kCollective, kActiveMask, kBarrier, kCluster, kExited };
 
 // Performs an operation for the lanes in `mask`, whose operands are given.
 using Execute = void (*)(void* const operands[kWarp], unsigned mask);
@@ -62,6 +65,9 @@ struct Thread {
   int barrier_count = 0;
   void* operands = nullptr;
   Execute execute = nullptr;
+  // barrier.cluster: how often it has arrived, and whether it has still to wait.
+  int arrivals = 0;
+  bool arrived = false;
   // Line of the call of the helper that it is in, 0 outside of helpers.
   int call_site = 0;
   // cp.async: copies in flight, and the group that the next ones belong to.
@@ -131,5 +137,40 @@ constexpr std::size_t kMaxStaticShared = 48 << 10;
 constexpr std::size_t kMaxDynamicShared = 227 << 10;
 alignas(1024) inline char dynamic_shared[kMaxDynamicShared];
 inline std::size_t dynamic_shared_bytes = 0;
+
+// What one CTA of a cluster holds in shared memory while others run.
+struct SharedImage {
+  std::vector<std::vector<char>> arrays;
+  std::vector<char> dynamic;
+  bool exited = false;
+};
+
+inline std::vector<SharedImage> images;
+inline unsigned cluster_rank = 0;
+
+// Keeps what the CTA that runs has in shared memory.
+inline void save_shared(SharedImage& image) {
+  image.arrays.resize(shared_arrays.size());
+  for (std::size_t i = 0; i < shared_arrays.size(); ++i) {
+    image.arrays[i].assign(shared_arrays[i].data, shared_arrays[i].data + shared_arrays[i].bytes);
+  }
+  image.dynamic.assign(dynamic_shared, dynamic_shared + dynamic_shared_bytes);
+}
+
+// Puts it back; what was never written is poison.
+inline void restore_shared(const SharedImage& image) {
+  for (std::size_t i = 0; i < shared_arrays.size(); ++i) {
+    if (i < image.arrays.size()) {
+      std::memcpy(shared_arrays[i].data, image.arrays[i].data(), shared_arrays[i].bytes);
+    } else {
+      std::memset(shared_arrays[i].data, kPoison, shared_arrays[i].bytes);
+    }
+  }
+  if (image.dynamic.empty()) {
+    std::memset(dynamic_shared, kPoison, dynamic_shared_bytes);
+  } else {
+    std::memcpy(dynamic_shared, image.dynamic.data(), dynamic_shared_bytes);
+  }
+}
 
 }  // namespace emulated
