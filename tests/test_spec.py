@@ -547,16 +547,15 @@ cluster_launches = st.fixed_dictionaries(
 
 @untimed
 @given(batches, contexts, cluster_launches, processors)
-def test_clusters_are_resident_at_once_and_have_tokens(batch, context, launch, count):
+def test_clusters_have_processors_of_their_own_and_tokens(batch, context, launch, count):
     ctas = num_ctas(batch, context, launch, count)
-    slots = launch["ctas_per_sm"] * count
     assert ctas in (1, 2, 4, 8, 16) and ctas <= launch["cluster"]
-    assert ctas == 1 or ctas * launch["units"] * batch <= slots
+    assert ctas == 1 or ctas * launch["units"] * batch <= count
     assert ctas == 1 or (ctas - 1) * launch["cta_tokens"] < context
     more = 2 * ctas
     assert (
         more > launch["cluster"]
-        or more * launch["units"] * batch > slots
+        or more * launch["units"] * batch > count
         or (more - 1) * launch["cta_tokens"] >= context
     )
     assert workspace_floats(SPEC, batch, ctas, launch) == 0

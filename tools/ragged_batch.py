@@ -9,7 +9,7 @@ _FORMATS = ("k4v2", "tq22", "tq33", "tq44")
 
 
 def main() -> None:
-    """Fill, flatten, decode and rotate on the GPU, in formats that have other code."""
+    """Fill, flatten, attend and rotate on the GPU, in formats that have other code."""
     for name in _FORMATS:
         _run(CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8, format=name))
 
@@ -27,10 +27,21 @@ def _run(spec: CacheSpec) -> None:
     for rotate_back in (False, True):
         cache.flatten(table, lens, out_tokens=total, rotate_back=rotate_back)
     q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
-    out = cache.decode(q, table, lens)
+    outs = [cache.decode(q, table, lens)]
+    # All that a sequence has is new, and then its last token: prefill and attend.
+    for new in (lens, lens.clamp_max(1)):
+        query_starts = torch.cat([new.new_zeros(1), new.cumsum(0)]).int()
+        tokens = int(new.sum())
+        q = torch.randn(tokens, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
+        slopes = torch.linspace(0, 1, spec.num_q_heads, device="cuda")
+        outs += cache.decode(
+            q, table, lens, cu_seqlens_q=query_starts, max_seqlen_q=int(new.max()),
+            window_left=40, kept_tokens=3, soft_cap=30.0, sinks=slopes, alibi_slopes=slopes,
+            return_lse=True,
+        )  # fmt: skip
     hadamard_rotate(k)
     torch.cuda.synchronize()
-    print(f"{spec.format} finite:", bool(out.isfinite().all()))
+    print(f"{spec.format} finite:", all(bool(out.isfinite().all()) for out in outs))
 
 
 if __name__ == "__main__":

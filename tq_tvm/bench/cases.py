@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from tq_tvm.bench.baseline import Baseline
 from tq_tvm.bench.peers import DecodeInputs, decode_peers, rotate_peers
@@ -28,13 +29,16 @@ _FORMATS = ("tq22", "tq32", "tq33", "tq42", "tq43", "tq44")
 _ROTATED = (64, 128, 256, 512, 1024, 4096)
 _GIB = 1 << 30
 _SCALE_SPREAD = 0.1
+_FEATURES = ("soft cap", "sinks", "ALiBi")
+_WINDOW = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """One row to measure. ``batch`` and ``context`` are (rows, 1) for ``rotate``.
 
-    The lengths of a ragged batch are log-uniform in ``shortest`` to ``context``.
+    The lengths of a ragged batch are log-uniform in ``shortest`` to ``context``. Of ``attend`` and
+    ``prefill``, each sequence has ``new_tokens`` query tokens, and the call asks for ``feature``.
     """
 
     kernel: str
@@ -44,6 +48,8 @@ class Workload:
     graph: bool = False
     rotate_back: bool = False
     shortest: int | None = None
+    new_tokens: int = 1
+    feature: str = ""
 
     @property
     def cache_spec(self) -> CacheSpec:
@@ -76,6 +82,8 @@ class Workload:
         }
         if self.shortest is not None:
             fields["shortest"] = self.shortest
+        if self.kernel in ("attend", "prefill"):
+            fields |= {"new_tokens": self.new_tokens, "feature": self.feature}
         if self.kernel == "flatten":
             fields["rotate_back"] = self.rotate_back
         if self.kernel == "fill":
@@ -122,6 +130,7 @@ def workloads(kind: str) -> list[Workload]:
     ]
     formats = [spec for spec in shapes if spec.format != _SERVED.format]
     many_heads = dataclasses.replace(_SERVED, num_q_heads=64)
+    mse4 = dataclasses.replace(_SERVED, format="tq42")
     few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
     return [
         Workload("decode", _SERVED, 64, 8192),
@@ -135,6 +144,14 @@ def workloads(kind: str) -> list[Workload]:
         Workload("decode", _SERVED, 1, 1024, graph=True),
         Workload("decode", _SERVED, 64, 32768, shortest=128),
         *(Workload("decode", spec, 64, 8192) for spec in shapes),
+        *(Workload("attend", _SERVED, 64, 8192, feature=name) for name in ("lse", *_FEATURES)),
+        *(Workload("attend", _SERVED, 64, 8192, new_tokens=new) for new in (4, 8)),
+        *(Workload("attend", mse4, 64, 8192, new_tokens=new) for new in (1, 4, 8)),
+        Workload("attend", _SERVED, 64, 4096),
+        Workload("attend", _SERVED, 64, 32768, feature="window of 4096"),
+        Workload("prefill", _SERVED, 1, 32768, new_tokens=2048),
+        Workload("prefill", _SERVED, 1, 32768, new_tokens=512),
+        Workload("prefill", mse4, 1, 32768, new_tokens=2048),
         Workload("fill", _SERVED, 64, 8192),
         Workload("fill", _SERVED, 8, 2048),
         Workload("fill", _SERVED, 64, 1, graph=True),
@@ -152,7 +169,14 @@ def make_case(
 ) -> Case:
     """Allocate a workload's tensors on a device; ``compare`` adds the peers of ``decode``."""
     torch.manual_seed(seed)
-    makers = {"rotate": _rotate, "fill": _fill, "flatten": _flatten, "decode": _decode}
+    makers = {
+        "rotate": _rotate,
+        "fill": _fill,
+        "flatten": _flatten,
+        "decode": _decode,
+        "attend": _attend,
+        "prefill": _attend,
+    }
     case = makers[workload.kernel](workload, device)
     # The rotation's peer costs nothing where it is missing; those of decode fill whole caches.
     return case if compare or workload.kernel == "rotate" else dataclasses.replace(case, peers={})
@@ -321,6 +345,52 @@ def _decode(workload: Workload, device: torch.device) -> Case:
         baselines=baselines,
         peers=decode_peers(inputs),
     )
+
+
+def _attend(workload: Workload, device: torch.device) -> Case:
+    spec, batch, new = workload.cache_spec, workload.batch, workload.new_tokens
+    pages, table, lengths = _pages(workload, device)
+    cache = _random_cache(spec, pages, device)
+    dtype = getattr(torch, spec.dtype)
+    tokens, heads = batch * new, spec.num_q_heads
+    q = torch.randn(tokens, heads, spec.head_dim, device=device, dtype=dtype)
+    starts = (torch.arange(batch + 1, device=device) * new).int()
+    choices: dict[str, dict[str, Any]] = {
+        "": {},
+        "lse": {"lse": torch.empty(tokens, heads, device=device)},
+        "soft cap": {"soft_cap": 30.0},
+        "sinks": {"sinks": torch.zeros(heads, device=device)},
+        "ALiBi": {"alibi_slopes": torch.full((heads,), 2.0**-10, device=device)},
+        "window of 4096": {"window_left": _WINDOW - 1},
+    }
+    features = choices[workload.feature]
+    out = torch.empty_like(q)
+    size = paged_decode_workspace_size(spec, batch, workload.context, device, max_tokens=tokens)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    seen = min(workload.context, _WINDOW) if "window_left" in features else workload.context
+    rows = batch * seen * spec.num_kv_heads
+    queries = 2 * q.numel() * q.element_size()
+    baselines = {}
+    if not features:
+        shape = (2, batch, spec.num_kv_heads, workload.context, spec.head_dim)
+        k, v = torch.randn(shape, device=device, dtype=dtype)
+        query = q.view(batch, new, heads, spec.head_dim).transpose(1, 2)
+        mask = causal_lower_right(new, workload.context)
+        baselines["torch sdpa, dense"] = Baseline(
+            lambda: F.scaled_dot_product_attention(query, k, v, attn_mask=mask, enable_gqa=True),
+            rows * _dense_bytes(spec) + queries,
+        )
+    return Case(
+        # A plain token a sequence is decode's, but for the starts.
+        call=lambda: cache.decode(
+            q, table, lengths, cu_seqlens_q=starts, max_seqlen_q=new, out=out,
+            workspace=workspace, **features,
+        ),
+        bytes=rows * spec.bytes_per_token_head + queries,
+        function=workload.kernel,
+        size=tokens * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
+        baselines=baselines,
+    )  # fmt: skip
 
 
 def specs(rows: list[Workload]) -> Iterator[Spec]:

@@ -26,6 +26,9 @@ def describe(row: Row) -> str:
             text = f"{size['batch']} x {size['shortest']}..{size['context']}"
         if row.kernel == "decode":
             text += f", {size['q_heads']}/{size['kv_heads']}"
+        if "new_tokens" in size:
+            text = f"{size['batch']} x {size['new_tokens']} over {size['context']}"
+            text += f", {size['feature']}" if size["feature"] else ""
         text += "".join(f", {name}" for name in _unusual(size))
         if size.get("rotate_back"):
             text += ", rotated back"
