@@ -418,7 +418,7 @@ def bench(
     target = detect(where)
     rows = [w for w in cases.workloads(target.kind) if w.kernel in (kernels or _KERNELS)]
     for spec in cases.specs(rows):
-        _ensure_library(spec, target)
+        _ensure_library(spec, target, {row.kernel for row in rows if row.spec == spec})
     bar = tqdm(total=len(rows), unit="row", disable=None)
     done: list[results.Row] = []
 
@@ -538,11 +538,15 @@ def _flat(preset: Any) -> dict[str, Any]:
     }
 
 
-def _ensure_library(spec: Spec, target: TargetInfo) -> None:
-    """Build the library of a spec if calls cannot find one."""
+def _ensure_library(spec: Spec, target: TargetInfo, kernels: set[str]) -> None:
+    """Build the library of a spec if calls of these kernels cannot find one."""
+    if kernels & {"attend", "prefill"}:
+        # One call serves all three.
+        kernels = kernels | {"attend", "prefill", "decode"}
     try:
         for function in functions_on(spec, target.kind):
-            artifacts.locate(function, spec, target)
+            if FUNCTIONS[function] in kernels:
+                artifacts.locate(function, spec, target)
     except ArtifactNotFoundError:
         _require_compiler("bench")
         from tq_tvm.build.library import build_library

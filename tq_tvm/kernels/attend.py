@@ -50,7 +50,8 @@ Tail
 
 Numerics
     float32 softmax in units of log2, m of no token is -1e30. A row of K or V that is not finite
-    reaches only the queries that see it.
+    reaches only the queries that see it; on a GPU, of V, all of a block of rows that one of them
+    sees it in: a weight of zero does not drop what is not a number.
 
     On a GPU rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype,
     sums are float32, and a row's bound lags behind its largest logit by up to 6 powers of two.

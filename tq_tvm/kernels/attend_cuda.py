@@ -156,10 +156,11 @@ def _attend(
             inside = let(place.offset[0] - block * span.width)
             store(count, T.min(span.width - inside, place.end[0] - place.tile[0]))
             rows = extent.rows(sequence, block, kv_head)
+            seen = rows.seen(options)
             store(now, inside + warp)
             store(last, inside + count[0])
             with when(now[0] < last[0]):
-                tiles.ask(block_table, sequence, span.first_token(now[0]), rows.seq_len)
+                tiles.ask(block_table, sequence, span.first_token(now[0]), seen)
             turns = -(-shape.rows.rows // config.warps)
             load_queries(
                 shape.rows, words, 0, q, rows, let(warp * turns), turns, lane, options.sm_scale
@@ -171,7 +172,7 @@ def _attend(
                 warp_barrier()
                 store(ahead, now[0] + config.warps)
                 with when(ahead[0] < last[0]):
-                    tiles.ask(block_table, sequence, span.first_token(ahead[0]), rows.seq_len)
+                    tiles.ask(block_table, sequence, span.first_token(ahead[0]), seen)
                 tiles.decode()
                 warp_barrier()
                 first = let(span.first_token(now[0]))

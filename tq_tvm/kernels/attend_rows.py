@@ -17,7 +17,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
-from tq_tvm.kernels.attend_tiles import Tiles
+from tq_tvm.kernels.attend_tiles import Seen, Tiles
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.device import (
     FULL_WARP,
@@ -114,6 +114,12 @@ class RowBlock:
         self.first_position = let(self._past + T.truncdiv(self._first, group))
         last = T.min(self._first + size, self._total) - 1
         self.last_position = let(self._past + T.truncdiv(last, group))
+
+    def seen(self, options: Options) -> Seen:
+        """What its rows see between them."""
+        window = options.window_left
+        low = T.Select(window < 0, i32(0), self.first_position - window)
+        return Seen(let(low), self.last_position, options.kept_tokens)
 
     def exists(self, row):
         """Whether there is such a row."""

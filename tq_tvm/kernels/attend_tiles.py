@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -21,7 +22,7 @@ from tq_tvm.kernels.device import i32, let, local, ptx, store, u32, when
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
 
-__all__ = ["TileMemory", "TileShape", "Tiles"]
+__all__ = ["Seen", "TileMemory", "TileShape", "Tiles"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,19 @@ class TileShape:
     def dense_words(self) -> int:
         """Words of K and V of the model's dtype."""
         return 2 * self.tile * self.row_words
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Tokens that rows of a block see: the first ``kept``, and from ``low`` to ``last``."""
+
+    low: Any
+    last: Any
+    kept: Any
+
+    def includes(self, token):
+        """Whether a token is one of them."""
+        return T.And(token <= self.last, T.Or(token >= self.low, token < self.kept))
 
 
 class TileMemory:
@@ -114,10 +128,11 @@ class _Side:
         spec = self._shape.spec
         return spec.num_kv_heads if spec.layout == "bshd" else 1
 
-    def ask(self, table, sequence, first, seq_len, packed) -> None:
+    def ask(self, table, sequence, first, seen: Seen, packed) -> None:
         """Begin to copy the rows from token ``first`` on.
 
-        Past the end codes are whatever the last page has, and scales are zeros.
+        Of tokens that no row of the block sees, codes are whatever is there, and scales are zeros;
+        their pages are not looked up.
         """
         shape, tile, size = self._shape, self._shape.tile, self._shape.spec.page_size
         shift = size.bit_length() - 1
@@ -136,7 +151,7 @@ class _Side:
         else:
 
             def source(row, side: int, elements: int):
-                token = let(T.min(first + row, seq_len - 1))
+                token = let(T.Select(seen.includes(first + row), first + row, seen.last))
                 page = table[sequence, T.shift_right(token, shift)]
                 return self._base(page, T.bitwise_and(token, size - 1), *strides[side])
 
@@ -156,7 +171,7 @@ class _Side:
                 with when(piece < tile * chunks):
                     copy()
         store(self._meta, u32(0))
-        with when(T.And(self._own < tile, first + self._own < seq_len)):
+        with when(T.And(self._own < tile, seen.includes(first + self._own))):
             at = self._metas.ptr_to([source(self._own, 1, count)])
             if count == 2:
                 ptx("ld.global.nc.u32", self._meta[0], at)
@@ -240,10 +255,10 @@ class Tiles:
     def _turn(self, place) -> None:
         store(place, self._shape.packed_words - place[0])
 
-    def ask(self, table, sequence, first, seq_len) -> None:
+    def ask(self, table, sequence, first, seen: Seen) -> None:
         """Begin to copy a tile."""
         for side in self._sides:
-            side.ask(table, sequence, first, seq_len, self._asked[0])
+            side.ask(table, sequence, first, seen, self._asked[0])
         ptx("cp.async.commit_group")
         self._turn(self._asked)
 

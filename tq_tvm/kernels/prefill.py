@@ -34,9 +34,9 @@ Buffers
 Static: format, D, HQ, HK, PS, dtype, layout. Dynamic: T, B, P, MB, lengths, strides.
 
 Tail
-    Rows past a sequence's end repeat its last one, and are masked. Tiles that no row of a CTA sees
-    are not read. Rows of q past ``cu_seqlens_q[B]`` are left alone; a token that sees nothing gets
-    zeros, and -inf or its sink.
+    Tiles that no row of a CTA sees are not read; of other tokens that none sees the scales are not,
+    nor are their pages looked up. Rows of q past ``cu_seqlens_q[B]`` are left alone; a token that
+    sees nothing gets zeros, and -inf or its sink.
 
 Numerics
     Rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype; sums are

@@ -253,6 +253,7 @@ def _attend(
         words = shared_dynamic(shape.memory_words, "uint32")
         memory = TileMemory(shape.tiles, words, shape.rows * shape.warp.row_words, shape.packed)
         rows = RowBlock(shape.spec, shape.rows, sequence, block[0], seq_lens, starts, kv_head)
+        seen = rows.seen(options)
         tiles = Tiles(shape.tiles, memory, caches, kv_head, thread, lane)
         now, ahead, end, near = (local(1, "int32") for _ in range(4))
         store(end, rows.last_position + 1)
@@ -265,7 +266,7 @@ def _attend(
 
         store(now, following(i32(0)))
         with when(now[0] < end[0]):
-            tiles.ask(block_table, sequence, now[0], rows.seq_len)
+            tiles.ask(block_table, sequence, now[0], seen)
         first_row = let(warp * shape.warp.rows)
         load_queries(
             shape.warp, words, 0, q, rows, first_row, shape.warp.rows, lane, options.sm_scale
@@ -277,7 +278,7 @@ def _attend(
             barrier()
             store(ahead, following(now[0] + tile))
             with when(ahead[0] < end[0]):
-                tiles.ask(block_table, sequence, ahead[0], rows.seq_len)
+                tiles.ask(block_table, sequence, ahead[0], seen)
             tiles.decode()
             barrier()
             late = now[0] + (tile - 1) > rows.first_position

@@ -204,7 +204,8 @@ def paged_decode(
     if features.plain:
         _decode(*arguments)
     else:
-        attend(*(arguments + features))
+        # Not a sum: torch.compile does not add a named tuple.
+        attend(*(*arguments, *features))
     if not return_lse:
         return returned
     return returned, features.lse if lse is None else lse
