@@ -151,9 +151,12 @@ class _Side:
         else:
 
             def source(row, side: int, elements: int):
-                token = let(T.Select(seen.includes(first + row), first + row, seen.last))
-                page = table[sequence, T.shift_right(token, shift)]
-                return self._base(page, T.bitwise_and(token, size - 1), *strides[side])
+                # Registers: TVM takes minutes to simplify what it can see through here.
+                token, page = local(1, "int32"), local(1, "int32")
+                store(token, first + row)
+                store(token, T.Select(seen.includes(token[0]), token[0], seen.last))
+                store(page, table[sequence, T.shift_right(token[0], shift)])
+                return self._base(page[0], T.bitwise_and(token[0], size - 1), *strides[side])
 
         for turn in range(-(-tile * chunks // shape.threads)):
             piece = let(turn * shape.threads + self._thread)
