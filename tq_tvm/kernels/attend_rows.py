@@ -330,7 +330,9 @@ def finish_row(shape: RowShape, x, top, total, place, options: Options, out, lse
         store(shrink, T.exp2(top - bound[0]))
         store(sum_, total * shrink[0] + T.exp2(sink - bound[0]))
     unit = spec.head_dim**-0.5 if rotated else 1.0
-    factor = let(T.Select(sum_[0] > f32(0), shrink[0] * f32(unit) / sum_[0], f32(0)))
+    # What is not a number stays so.
+    nothing = let(sum_[0] == f32(0))
+    factor = let(T.Select(nothing, f32(0), shrink[0] * f32(unit) / sum_[0]))
     for i in range(values):
         store(x, x[i] * factor, i)
     if rotated:
@@ -340,4 +342,4 @@ def finish_row(shape: RowShape, x, top, total, place, options: Options, out, lse
         store(out, T.cast(x[i], spec.dtype), token, head, lane * values + i)
     with when(T.And(T.cast(lse.shape[1], "int32") > 0, lane == 0)):
         units = (T.log2(sum_[0]) + bound[0]) * f32(math.log(2))
-        store(lse, T.Select(sum_[0] > f32(0), units, as_float(u32(_MINUS_INFINITY))), token, head)
+        store(lse, T.Select(nothing, as_float(u32(_MINUS_INFINITY)), units), token, head)
