@@ -101,14 +101,16 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             ("prefill", 1, 2048, 32768, "a chunk over a long past"),
             ("prefill", 1, 512, 32768, "fewer CTAs than fill the GPU twice"),
         ]
+        chunk = {"tokens": math.prod(prefill), "pages": math.prod(prefill) // spec.page_size}
+        larger = [
+            Workload("fill_slots", spec, chunk, "prefill chunks by slots: bandwidth"),
+            Workload("fill_table", spec, _tokens(spec, 64, 8192), "a whole batch: bandwidth alone"),
+        ]
     else:
+        larger = []
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
         chunks = [("attend", 2, 64, 512, "chunks of prefill over a packed past")]
-    slotted = []
-    if target.kind == "cuda":
-        chunk = {"tokens": math.prod(prefill), "pages": math.prod(prefill) // spec.page_size}
-        slotted = [Workload("fill_slots", spec, chunk, "prefill chunks by slots: bandwidth")]
     served = functions_on(spec, target.kind)
     every = [
         *rotations,
@@ -119,7 +121,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             "one new token a sequence: latency",
         ),
         Workload("fill_table", spec, _tokens(spec, *prefill), "prefill chunks: bandwidth"),
-        *slotted,
+        *larger,
         Workload("flatten", spec, _tokens(spec, *gather), "prefill over a packed past"),
         Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
         *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
