@@ -124,9 +124,9 @@ def test_sizes_of_workspaces():
 
 def test_gpus_name_what_they_lack():
     """No feature falls back to something slow, or is left out."""
-    served = CacheSpec(128, 8, 2)
-    check_target("paged_decode", served, "cuda", "decode")
-    with pytest.raises(
-        UnsupportedSpecError, match=r"none for attend.* got k4v2_.* for attend; use"
-    ):
-        check_target("paged_decode", served, "cuda", "attend")
+    for function in ("decode", "attend", "prefill"):
+        check_target("paged_decode", CacheSpec(128, 8, 2), "cuda", function)
+    lacking = CacheSpec(128, 8, 2, window=16)
+    check_target("paged_decode", lacking, "llvm", "attend")
+    with pytest.raises(UnsupportedSpecError, match=r"no window.* got k4v2_.*_w16 for attend; use"):
+        check_target("paged_decode", lacking, "cuda", "attend")
