@@ -53,6 +53,15 @@ def scales_of(spec: CacheSpec) -> dict[str, float]:
     return {name: value for (name, value), codec in pairs if codec.tensor_scale}
 
 
+def kernel_caches(spec: CacheSpec, caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Arguments of a kernel, with `scales_of` as tensors where a codec has no metas."""
+    given = {
+        name[0]: torch.full((1,), value, device=caches[0].device)
+        for name, value in scales_of(spec).items()
+    }
+    return [*caches[:2], given.get("k", caches[2]), given.get("v", caches[3])]
+
+
 @dataclasses.dataclass
 class Batch:
     """Caches full of a sentinel, a permuted page table with spare pages, and lengths."""

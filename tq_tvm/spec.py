@@ -386,9 +386,10 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
         return spec.functions
     fmt = spec.cache_format
     plain = spec.head_dim_v is None and spec.window == 0 and spec.page_size in GPU_PAGE_SIZES
-    if not plain or dim not in GPU_HEAD_DIMS or {fmt.key.family, fmt.value.family} != {"lloyd_max"}:
+    if not plain or dim not in GPU_HEAD_DIMS:
         return ()
-    decodes = fmt.value.bits != 3 or dim >= 128
+    tables = fmt.key.family == fmt.value.family == "lloyd_max"
+    decodes = tables and (fmt.value.bits != 3 or dim >= 128)
     return tuple(name for name in spec.functions if decodes or name != "decode")
 
 
