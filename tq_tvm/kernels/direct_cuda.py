@@ -11,9 +11,10 @@ Buffers
 
 Numerics
     float32, one rounding to the model's dtype. A byte q in the second byte of 2^15 is the float
-    2^15 + q, so ``prmt`` makes a float of a code, and the multiplication by the scale subtracts
-    2^15 + zero as well. A scale in bfloat16 times 2^15 + zero mostly fits a float; in float16 it
-    does not, and the difference, which is exact, comes first.
+    2^15 + q, and in the third byte of 2^7 2^7 + q, if q has 4 bits; so ``prmt`` makes a float of a
+    code, and the multiplication by the scale subtracts that power + zero as well. The product of
+    such a sum and a scale in bfloat16 mostly fits a float; in float16 it does not, and the
+    difference, which is exact, comes first.
 """
 
 from __future__ import annotations
@@ -44,9 +45,8 @@ __all__ = ["DIRECT_LANES", "E4M3_HALVES", "AffineCodes", "DirectRow", "e4m3_halv
 DIRECT_LANES = 8
 """Lanes of a row: their pieces of 8 values are neighbours, in codes and in what they make."""
 
-_SHIFT = 2.0**15
-_SHIFTED = 0x47000000
-"""The bits of ``_SHIFT``, whose second byte counts ones."""
+_SHIFTS = {8: (2.0**15, 0x47000000, 0x7404, 4), 4: (2.0**7, 0x43000000, 0x7044, 8)}
+"""Of each number of bits: a power of two, its bits, and of ``prmt`` the selector and place."""
 
 E4M3_HALVES = """
 static __device__ __forceinline__ unsigned tq_e4m3_halves(unsigned codes) {
@@ -83,14 +83,16 @@ def e4m3_halves(word):
 class AffineCodes:
     """Floats of the codes of a row: ``(q - zero) scale``."""
 
-    def __init__(self, dtype: str, scale, zero) -> None:
+    def __init__(self, dtype: str, bits: int, scale, zero) -> None:
         self._dtype, self._scale = dtype, scale
-        self._zero = let(zero + f32(_SHIFT))
+        power, self._power_bits, self._selector, self._place = _SHIFTS[bits]
+        self._zero = let(zero + f32(power))
         self._start = let(-self._zero * scale)
 
     def value(self, word, byte: int):
         """Of one byte of a word of codes."""
-        shifted = as_float(byte_perm(word, u32(_SHIFTED), 0x7404 | byte << 4))
+        selector = self._selector | byte << self._place
+        shifted = as_float(byte_perm(word, u32(self._power_bits), selector))
         if self._dtype == "bfloat16":
             value = local(1, "float32")
             ptx("fma.rn.f32", value[0], shifted, self._scale, self._start)
@@ -104,18 +106,20 @@ class DirectRow:
     Parameters
     ----------
     lanes
-        They have pieces of 8 values in turn; of ``int4`` of 8 bytes, or 4.
+        They have pieces of a row in turn.
     scale
         Of ``fp8``.
+    piece
+        Elements of a piece, bytes of codes or values, at most.
     """
 
     def __init__(
-        self, dim: int, dtype: str, codec: Codec, lanes: int, space: str, scale=None
+        self, dim: int, dtype: str, codec: Codec, lanes: int, space: str, scale=None, piece: int = 8
     ) -> None:
         self.dim, self.dtype, self.codec = dim, dtype, codec
         self._lanes, self._space, self._scale = lanes, space, scale
         self.elements = codec.packed_bytes(dim)
-        self.piece = min(8, self.elements // lanes)
+        self.piece = min(piece, self.elements // lanes)
         self.pieces = self.elements // (lanes * self.piece)
         self._words = self.piece * (1 if codec.packed else 2) // 4
         self.codes = local(self.pieces * self._words, "uint32")
@@ -149,7 +153,7 @@ class DirectRow:
         if family == "fp8":
             return [[pair for i in words for pair in self._fp8_pairs(self.codes[i])]]
         scale, zero = low_half(self.dtype, self.meta[0]), high_half(self.dtype, self.meta[0])
-        affine = AffineCodes(self.dtype, let(scale), let(zero))
+        affine = AffineCodes(self.dtype, self.codec.bits, let(scale), let(zero))
         if self.codec.bits == 8:
             return [[pair for i in words for pair in self._affine_pairs(affine, self.codes[i])]]
         halves = [[let(nibbles(self.codes[i], field)) for i in words] for field in range(2)]
