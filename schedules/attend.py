@@ -21,7 +21,8 @@ row_tiles         pairs of a query token and a head, by 16, of a block: tokens d
                   often, against registers, and rows that a call does not have
 tile              tokens a warp decodes and attends to at a time: fewer votes and bounds,
                   against shared memory
-lanes             lanes that decode a row: registers, against tables of levels made anew
+lanes             lanes that decode a row of a Lloyd-Max codec, where K or V has one: registers,
+                  against tables of levels made anew
 registers         the most a thread may have: more CTAs on an SM, against spills
 reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to merge,
                   against parallel work
@@ -43,6 +44,7 @@ from tq_tvm.kernels.attend_cpu import AttendCpuConfig, block_tokens
 from tq_tvm.kernels.attend_rows import RowShape
 from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
 from tq_tvm.kernels.attend_tiles import TileShape
+from tq_tvm.kernels.direct_cuda import DIRECT_LANES
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "apply",
     "defaults",
     "digest",
+    "lane_options",
     "launch",
     "options",
     "rejected",
@@ -96,13 +99,26 @@ def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
         values.update(tile=16, registers=255)
     elif kind == "cuda" and spec.group_size > 16:
         values.update(row_tiles=2, registers=255)
+    if kind == "cuda" and not _looks_up(spec):
+        # Rows that are not packed much take shared memory, which so many warps wait for.
+        values.update(tile=16, lanes=DIRECT_LANES)
     return values
+
+
+def _looks_up(spec: CacheSpec) -> bool:
+    fmt = spec.cache_format
+    return "lloyd_max" in (fmt.key.family, fmt.value.family)
+
+
+def lane_options(spec: CacheSpec, values: list[int]) -> list[int]:
+    """Lanes of a row: direct codecs have a number of their own."""
+    return values if _looks_up(spec) else [DIRECT_LANES]
 
 
 def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
     """What each decision may be for a spec."""
     if kind == "cuda":
-        return dict(OPTIONS[kind])
+        return {**OPTIONS[kind], "lanes": lane_options(spec, OPTIONS[kind]["lanes"])}
     shared = decode.options(spec, kind)
     return {
         name: shared[name] if name == "lookup" else values for name, values in OPTIONS[kind].items()

@@ -38,6 +38,16 @@ SERVED = [
     CacheSpec(64, 8, 1, 64, "float16", "bshd", "qjl4-mse2-signed-leastsquares"),
     CacheSpec(128, 4, 2, 64, "bfloat16", "bhsd", "tq22"),
 ]
+# What GPUs serve beyond Lloyd-Max pairs; `FORMAT_SPECS` has these codecs for a CPU.
+DIRECT = [
+    CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "int8"),
+    CacheSpec(64, 6, 1, 16, "float16", "bhsd", "int4"),
+    CacheSpec(128, 4, 2, 32, "bfloat16", "bhsd", "fp8"),
+    CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "none"),
+    CacheSpec(128, 4, 1, 64, "float16", "bshd", "tq84"),
+    CacheSpec(64, 4, 2, 32, "float16", "bshd", "none-fp8-signed"),
+    CacheSpec(256, 4, 1, 16, "bfloat16", "bhsd", "fp8-mse3-plain-unbiased"),
+]
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300]
 """Empty, one token, and both sides of page boundaries."""
