@@ -157,8 +157,8 @@ class _Side:
         if count:
             strides.append((count, self._meta_stride))
         if tile <= size:
-            page = let(table[sequence, T.shift_right(first, shift)])
-            offset = let(T.bitwise_and(first, size - 1))
+            page = _register(table[sequence, T.shift_right(first, shift)])
+            offset = _register(T.bitwise_and(first, size - 1))
             bases = [let(self._base(page, offset, n, stride)) for n, stride in strides]
 
             def source(row, number: int):
@@ -175,24 +175,23 @@ class _Side:
                 return self._base(page[0], T.bitwise_and(token[0], size - 1), *strides[number])
 
         for turn in range(-(-tile * chunks // shape.threads)):
-            piece = let(turn * shape.threads + self._thread)
+            piece = _register(turn * shape.threads + self._thread)
 
             def copy(piece=piece):
-                row, chunk, to = (local(1, "int32") for _ in range(3))
-                store(row, T.truncdiv(piece, chunks))
-                store(chunk, T.truncmod(piece, chunks))
-                begin = T.cast(chunk[0] * (self._chunk // self._width), "int64")
-                store(to, self._memory.codes[self._number] + packed)
+                row = _register(T.truncdiv(piece, chunks))
+                chunk = _register(T.truncmod(piece, chunks))
+                begin = T.cast(chunk * (self._chunk // self._width), "int64")
                 if self.codec.packed:
                     inside = piece * (self._chunk // 4)
                 else:
-                    moved = T.bitwise_xor(chunk[0], T.truncmod(row[0], 8))
-                    inside = row[0] * shape.row_words + moved * 4
-                place = self._memory.words.ptr_to([to[0] + inside])
-                operands = [place, self._codes.ptr_to([source(row[0], 0) + begin]), self._chunk]
+                    moved = T.bitwise_xor(chunk, T.truncmod(row, 8))
+                    inside = row * shape.row_words + moved * 4
+                to = _register(self._memory.codes[self._number] + packed + inside)
+                place = self._memory.words.ptr_to([to])
+                operands = [place, self._codes.ptr_to([source(row, 0) + begin]), self._chunk]
                 if not count:
                     size = local(1, "uint32")
-                    seen_here = seen.includes(first + row[0])
+                    seen_here = seen.includes(first + row)
                     store(size, T.Select(seen_here, u32(self._chunk), u32(0)))
                     operands.append(size[0])
                 ptx(f"cp.async.{cached}.shared.global", *operands)
@@ -229,29 +228,26 @@ class _Side:
         table = self.codec.family == "lloyd_max"
         lanes = shape.lanes if table else DIRECT_LANES
         abreast = shape.threads // lanes
-        part = local(1, "int32")
-        store(part, self._thread % lanes)
+        part = _register(self._thread % lanes)
         for turn in range(shape.tile // abreast):
-            place = local(1, "int32")
-            store(place, turn * abreast + self._thread // lanes)
-            row = place[0]
+            row = _register(turn * abreast + self._thread // lanes)
             dim, dtype = shape.spec.head_dim, shape.spec.dtype
             if table:
                 coded = CodedRow(dim, dtype, self.codec, lanes, "ld.shared")
             else:
                 scale = None if self._scale is None else self._scale[0]
                 coded = DirectRow(dim, dtype, self.codec, lanes, "ld.shared", scale)
-            codes = let(memory.codes[self._number] + packed + row * (self._elements // 4))
+            codes = _register(memory.codes[self._number] + packed + row * (self._elements // 4))
             # Words are the unit of the buffer; codes may begin inside one.
             view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
             coded.read_codes(
                 lambda at, codes=codes, view=view: view.ptr_to([4 * codes + T.cast(at, "int32")]),
-                part[0],
+                part,
             )
             if self.codec.meta:
                 at = memory.metas[self._number] + packed + row
                 ptx("ld.shared.u32", coded.meta[0], words.ptr_to([at]))
-            for first, line in coded.lines(part[0]):
+            for first, line in coded.lines(part):
                 self._write(begin, row, first, line)
 
     def _write(self, begin, row, first, line) -> None:
@@ -259,12 +255,19 @@ class _Side:
         shape, words = self._shape, self._memory.words
         for i in range(0, len(line), 4):
             count = min(4, len(line) - i)
-            word = let(T.truncdiv(first, 2) + i)
+            word = _register(T.truncdiv(first, 2) + i)
             chunk = T.bitwise_xor(T.truncdiv(word, 4), T.truncmod(row, 8))
             at = begin + row * shape.row_words + chunk * 4 + T.truncmod(word, 4)
             kind = "u32" if count == 1 else f"v{count}.u32"
             pieces = [line[i + n] for n in range(count)]
-            ptx(f"st.shared.{kind}", words.ptr_to([let(at)]), *pieces)
+            ptx(f"st.shared.{kind}", words.ptr_to([_register(at)]), *pieces)
+
+
+def _register(value):
+    """Name an integer that addresses are made of: TVM simplifies what it can see through there."""
+    register = local(1, "int32")
+    store(register, value)
+    return register[0]
 
 
 class Tiles:
@@ -288,7 +291,7 @@ class Tiles:
             row = lane % 8 + 8 * octet
             moved = T.bitwise_xor(lane % 8, other) * 4
             begin = memory.dense[side] if shape.sides[side].packed else 0
-            self._from.append(let(begin + row * shape.row_words + moved))
+            self._from.append(_register(begin + row * shape.row_words + moved))
         # Of two places for codes and scales: the one asked for last, and the one that is decoded.
         self._asked, self._arrived = local(1, "int32"), local(1, "int32")
         self.start()
@@ -303,11 +306,9 @@ class Tiles:
 
     def ask(self, table, sequence, first, seen: Seen) -> None:
         """Begin to copy a tile."""
-        # In a register: TVM would simplify all that it is made of in every address.
-        start = local(1, "int32")
-        store(start, first)
+        first = _register(first)
         for side in self._sides:
-            side.ask(table, sequence, start[0], seen, self._asked[0])
+            side.ask(table, sequence, first, seen, self._asked[0])
         ptx("cp.async.commit_group")
         self._turn(self._asked)
 
