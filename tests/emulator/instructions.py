@@ -209,6 +209,10 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"rcp\.approx(?:\.ftz)?\.f32", _result("1.0f / ({a})")),
     (r"rsqrt\.approx(?:\.ftz)?\.f32", _result("rsqrtf({a})")),
     (r"fma\.rn(?:\.ftz)?\.f32", _result("fmaf({a}, {b}, {c})")),
+    (
+        r"add\.rn\.f16x2",
+        _result("emulated::add_halves(emulated::word({a}), emulated::word({b}))"),
+    ),
     (r"fma\.rn(?:\.ftz)?\.sat\.f32", _result("emulated::saturate(fmaf({a}, {b}, {c}))")),
     (r"mapa\.shared::cluster\.u32", _result("emulated::map_address({a}, {b})")),
     (r"ld\.shared::cluster" + _VECTOR + r"\.([busf]\d+)", _cluster_read),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm.script import tirx as T
@@ -43,6 +44,7 @@ __all__ = [
     "RowBlock",
     "RowShape",
     "Softmax",
+    "arrange_queries",
     "attend_tile",
     "finish_row",
     "load_queries",
@@ -248,15 +250,44 @@ def _highest(values):
     return highest
 
 
-def load_queries(shape: RowShape, words, place, q, rows: RowBlock, first, count, lane, sm_scale):
+def load_queries(
+    shape: RowShape, words, place, q, rows: RowBlock, first, count, lane, sm_scale
+) -> None:
     """Rotate ``count`` rows of a block from ``first`` on, scaled for logits in units of log2.
 
     They go to shared memory from word ``place`` on; rows that do not exist are zeros.
     """
+    factor = let(sm_scale * f32(_LOG2E * _rotation_unit(shape.spec)))
+    for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):
+        word = local(1, "uint32")
+        ptx(PAIR[shape.spec.dtype], word[0], *pair)
+        at = let(T.truncdiv(coordinate, 2))
+        chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
+        to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
+        ptx("st.shared.u32", words.ptr_to([let(to)]), word[0])
+
+
+def arrange_queries(
+    shape: RowShape, words, q, rows: RowBlock, first, count, lane, word_of: Callable[[Any, Any], Any]
+) -> None:
+    """Rotate rows as `load_queries` does, unscaled, to float16; ``word_of`` says where they go."""
+    factor = f32(_rotation_unit(shape.spec))
+    for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):
+        word = local(1, "uint32")
+        ptx(PAIR["float16"], word[0], *pair)
+        ptx("st.shared.u32", words.ptr_to([let(word_of(row, coordinate))]), word[0])
+
+
+def _rotation_unit(spec: CacheSpec) -> float:
+    return spec.head_dim**-0.5 if spec.cache_format.rotation != "none" else 1.0
+
+
+def _rotated(
+    shape: RowShape, q, rows: RowBlock, first, count, lane, factor
+) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
+    """Row, first coordinate, and a pair of a lane's values, the second one first."""
     spec, values = shape.spec, shape.row_values
-    x, word = local(values, "float32"), local(1, "uint32")
-    rotated = spec.cache_format.rotation != "none"
-    factor = let(sm_scale * f32(_LOG2E * (spec.head_dim**-0.5 if rotated else 1.0)))
+    x = local(values, "float32")
     with I.serial(0, count) as turn:
         row = let(first + turn)
         for i in range(values):
@@ -265,15 +296,11 @@ def load_queries(shape: RowShape, words, place, q, rows: RowBlock, first, count,
             token, head = let(rows.token(row)), let(rows.head(row))
             for i in range(values):
                 store(x, T.cast(q[token, head, lane * values + i], "float32"), i)
-        if rotated:
+        if spec.cache_format.rotation != "none":
             turn_signs(shape, x, lane)
             rotate_row(shape, x, lane)
         for i in range(0, values, 2):
-            ptx(PAIR[spec.dtype], word[0], *[x[i + e] * factor for e in (1, 0)])
-            at = let(T.truncdiv(lane * values + i, 2))
-            chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
-            to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
-            ptx("st.shared.u32", words.ptr_to([let(to)]), word[0])
+            yield row, let(lane * values + i), (x[i + 1] * factor, x[i] * factor)
 
 
 def attend_tile(

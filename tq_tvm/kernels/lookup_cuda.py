@@ -1,4 +1,4 @@
-"""Lloyd-Max rows in lanes by look-ups: what `flatten_cuda` and `prefill_cuda` share.
+"""Lloyd-Max rows in lanes by look-ups: what `flatten_cuda`, `attend_cuda` and `prefill_cuda` share.
 
 A row of 4-bit codes has 16 different values, a value and its negative eight times:
 ``-value(code) = value(code ^ 15)``. So a lane works out the 8 values of codes whose top bit is set
@@ -31,26 +31,37 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import Codec
 
-__all__ = ["CodedRow", "LevelTable", "access"]
+__all__ = ["CodedRow", "LevelTable", "access", "find_mirrored", "find_pairs", "looked_up"]
 
 GLOBAL = "ld.global.nc"
 """State space of codes in a cache."""
 
 
-class LevelTable:
-    """Values of a row by code, as words of low and of high bytes."""
+def looked_up(codec: Codec) -> list[float]:
+    """Levels that a table has: of 16, the positive ones."""
+    levels = list(codec.centroids)
+    return levels[len(levels) // 2 :] if len(levels) == 16 else levels
 
-    def __init__(self, dtype: str, values: list) -> None:
+
+class LevelTable:
+    """Values by code, as words of low and of high bytes; ``pairs`` has them as words of two."""
+
+    def __init__(self, pairs, count: int) -> None:
+        self.low, self.high = (local(2, "uint32") for _ in range(2))
+        for i in range(count // 4):
+            store(self.low, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420), i)
+            store(self.high, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531), i)
+        if count == 4:
+            store(self.low, self.low[0], 1)
+            store(self.high, self.high[0], 1)
+
+    @classmethod
+    def rounded(cls, dtype: str, values: list) -> LevelTable:
+        """Of floats that the kernel works out."""
         pairs = local(len(values) // 2, "uint32")
         for i in range(len(values) // 2):
             ptx(PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
-        self.low, self.high = (local(2, "uint32") for _ in range(2))
-        for i in range(len(values) // 4):
-            store(self.low, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420), i)
-            store(self.high, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531), i)
-        if len(values) == 4:
-            store(self.low, self.low[0], 1)
-            store(self.high, self.high[0], 1)
+        return cls(pairs, len(values))
 
     def find(self, selector, signs=None):
         """Four values as words: of codes 0 and 2 of the selector, and of codes 1 and 3."""
@@ -64,7 +75,7 @@ class LevelTable:
         return words
 
 
-def _find_mirrored(table: LevelTable, word):
+def find_mirrored(table: LevelTable, word):
     """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each."""
     turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
     found = local((2, 2), "uint32")
@@ -84,7 +95,7 @@ def _find_mirrored(table: LevelTable, word):
     return found
 
 
-def _find(table: LevelTable, word, third):
+def find_pairs(table: LevelTable, word, third):
     """Values of a word of 2-bit codes: ``[field, half]``.
 
     ``third``, if not None, has a third bit of every code at the lowest of its two.
@@ -158,16 +169,11 @@ class CodedRow:
         for i in which:
             store(self.third, T.shift_right(self.third[i], T.cast(half, "uint32")), i)
 
-    def _levels(self) -> list[float]:
-        """Levels that are looked up."""
-        levels = list(self.codec.centroids)
-        return levels[len(levels) // 2 :] if len(levels) == 16 else levels
-
     def _find(self, table: LevelTable, i: int):
         """Values of word ``i``: ``[field, half]``."""
         if self.field == 4:
-            return _find_mirrored(table, self.codes[i])
-        return _find(table, self.codes[i], self.third[i] if self.planes > 1 else None)
+            return find_mirrored(table, self.codes[i])
+        return find_pairs(table, self.codes[i], self.third[i] if self.planes > 1 else None)
 
     def _scales(self):
         """Scale and, for a codec with signs, residual."""
@@ -179,11 +185,11 @@ class CodedRow:
         """Of each field: the coordinate of the lane's first value, and words of two values."""
         scale, residual = self._scales()
         sigma = self.dim**-0.5
-        values = [scale * f32(c * sigma) for c in self._levels()]
+        values = [scale * f32(c * sigma) for c in looked_up(self.codec)]
         if residual is not None:
             shift = let(scale * residual)
             values = [value + shift for value in values]
-        table = LevelTable(self.dtype, values)
+        table = LevelTable.rounded(self.dtype, values)
         fields, words = 8 // self.field, max(1, self.bytes // 2)
         found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
         for i in range(max(1, self.bytes // 4)):
