@@ -143,6 +143,12 @@ class _SharedWalk:
 
     begin = ask
 
+    def start(self) -> None:
+        """Rows have their unit."""
+
+    def finish(self, softmax) -> None:
+        """The output has its unit."""
+
     def attend(self, softmax, first, masked, ask_next) -> None:
         self._tiles.arrive()
         warp_barrier()
@@ -179,6 +185,12 @@ class _RegisterWalk:
         self._tiles.ask(span.first_token(index), seen)
         after = let(span.first_token(index + self._shape.config.warps))
         self._tiles.find_pages(table, sequence, after, seen)
+
+    def start(self) -> None:
+        self._tiles.start()
+
+    def finish(self, softmax) -> None:
+        self._tiles.finish(softmax)
 
     def attend(self, softmax, first, masked, ask_next) -> None:
         self._tiles.attend(self._shape.rows, 0, softmax, first, masked, ask_next)
@@ -227,6 +239,7 @@ def _attend(
             turns = -(-shape.rows.rows // config.warps)
             walk.load_queries(q, rows, let(warp * turns), turns)
             softmax.start(rows, i32(0))
+            walk.start()
             barrier()
             with loop(now[0] < last[0]):
                 store(ahead, now[0] + config.warps)
@@ -241,6 +254,7 @@ def _attend(
 
                 walk.attend(softmax, first, masked, ask_next)
                 store(now, ahead[0])
+            walk.finish(softmax)
             leave_warp(shape, memory, softmax, warp, g, t)
             barrier()
             with I.If(count[0] == span.width):

@@ -10,17 +10,18 @@ tokens' codes together, so that a word has one coordinate of two tokens.
 Tables hold levels alone, so they are made once; of qjl4 the residual is added, once a row. Scales
 are factors of logits and of weights, floats in shared memory: lane i reads those of token i.
 
-Queries and K are float16, whatever the model's dtype, sums float32; weights times V's scale, which
-may be anything, and V's levels are bfloat16, in a unit that rounds them least.
+Operands are float16, whatever the model's dtype, sums float32. Weights are times V's scale, which
+may be anything, so they are relative to a running bound of it, `_ROOM` of which is 1: what is 2^-29
+of the largest or less has fewer bits. V's levels are in a unit that rounds them least; of two bits,
+in one that gives both magnitudes the same low byte, which then needs no look-up.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
 
-import ml_dtypes
 import numpy as np
 from tvm.script import tirx as T
 
@@ -28,7 +29,10 @@ from tq_tvm.kernels import pages
 from tq_tvm.kernels.attend_rows import RowShape, Softmax
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.device import (
+    FULL_WARP,
     PAIR,
+    as_bits,
+    as_float,
     byte_perm,
     f32,
     from_half,
@@ -46,8 +50,9 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.kernels.hadamard_cuda import PRODUCTS
 from tq_tvm.kernels.lookup_cuda import (
+    SIGN_BITS,
+    HighTable,
     LevelTable,
-    access,
     find_mirrored,
     find_pairs,
     looked_up,
@@ -60,6 +65,12 @@ _LANES = 4
 """Lanes that share a row of K."""
 
 _LOG2E = 1.4426950408889634
+
+_ROOM = 512.0
+"""Weights are up to 2^6: times this they are still below the largest float16."""
+
+_MARGIN = 1.25
+"""Scales of V differ little: with this margin their bound seldom moves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +85,7 @@ class FragmentShape:
         """Whether both codecs are looked up, and V's planes are whole chunks of 16 bytes."""
         fmt = spec.cache_format
         coded = fmt.key.family == fmt.value.family == "lloyd_max"
-        return coded and all(
-            spec.head_dim * bits // 8 % 16 == 0 for bits in fmt.value.plane_bits
-        )
+        return coded and all(spec.head_dim * bits // 8 % 16 == 0 for bits in fmt.value.plane_bits)
 
     @property
     def key(self) -> Codec:
@@ -160,15 +169,17 @@ class FragmentShape:
 
     @functools.cached_property
     def value_unit(self) -> float:
-        """What V's levels are multiplied by, so that bfloat16 rounds them least."""
+        """What V's levels are multiplied by, so that float16 rounds them least."""
         levels = np.array([c for c in self.value.centroids if c > 0])
         density = np.exp(-np.square(levels) / 2)
 
         def error(unit: float) -> float:
-            rounded = (levels * unit).astype(ml_dtypes.bfloat16).astype(np.float64)
-            return float(np.sum(density * np.square(rounded / unit - levels)))
+            rounded = (levels * unit).astype(np.float16)
+            apart = len(levels) == 2 and len(set(rounded.view(np.uint16) & 0xFF)) > 1
+            off = rounded.astype(np.float64) / unit - levels
+            return float(np.sum(density * np.square(off))) + apart
 
-        return min((float(unit) for unit in np.linspace(1, 2, 2001)), key=error)
+        return min((float(unit) for unit in np.linspace(1, 2, 4001)), key=error)
 
     def query_word(self, row, coordinate):
         """Where a query's pair of coordinates is, in words: the order in which lanes hold K.
@@ -270,18 +281,41 @@ class Fragments:
         unit = spec.head_dim**-0.5
         self._key_factor = let(sm_scale * f32(_LOG2E * unit))
         self._value_factor = unit / shape.value_unit
-        self._key_pairs = _constants(looked_up(shape.key), np.float16, unknown_zero)
+        self._bound, self._inverse = local(1, "float32"), local(1, "float32")
+        self._key_pairs = _constants(looked_up(shape.key), unknown_zero)
         count = len(looked_up(shape.key))
-        self._key_table = (
-            None if shape.key.residual_sign else LevelTable(self._key_pairs, count)
-        )
-        levels = [c * shape.value_unit for c in looked_up(shape.value)]
-        pairs = _constants(levels, ml_dtypes.bfloat16, unknown_zero)
-        self._value_table = LevelTable(pairs, len(levels))
+        self._key_table = None if shape.key.residual_sign else LevelTable(self._key_pairs, count)
+        self._value_table = self._table_of_values(unknown_zero)
+        self._sign_bits = let(T.bitwise_or(u32(SIGN_BITS), unknown_zero))
         # The tile of V that is copied to; the other one is read.
         self._tile = local(1, "int32")
         store(self._tile, begin)
         self._both = let(2 * begin + shape.value_words)
+
+    def _table_of_values(self, unknown_zero) -> LevelTable | HighTable:
+        levels = [c * self._shape.value_unit for c in looked_up(self._shape.value)]
+        if len(levels) > 4:
+            return LevelTable(_constants(levels, unknown_zero), len(levels))
+        halves = _halves(levels)
+        (low,) = {half & 0xFF for half in halves}
+        high = sum((half >> 8) << (8 * i) for i, half in enumerate(halves))
+        hidden = [let(T.bitwise_or(u32(w), unknown_zero)) for w in (low * 0x01010101, high)]
+        return HighTable(*hidden)
+
+    def start(self) -> None:
+        """No tokens yet."""
+        store(self._bound, f32(1e-30))
+        store(self._inverse, f32(0))
+
+    def finish(self, softmax: Softmax) -> None:
+        """Give the output its unit."""
+        unit = let(self._bound[0] * f32(1 / _ROOM))
+        self._scale_output(softmax, unit)
+
+    @staticmethod
+    def _scale_output(softmax: Softmax, factor) -> None:
+        for index in itertools.product(*(range(int(n)) for n in softmax.output.shape)):
+            store(softmax.output, softmax.output[index] * factor, *index)
 
     def find_pages(self, table, sequence, first, seen: Seen) -> None:
         """Look up the pages of a tile, ahead of `ask`, whose addresses wait for them.
@@ -362,15 +396,13 @@ class Fragments:
         ptx("cp.async.commit_group")
         store(self._tile, self._both - self._tile[0])
 
-    def attend(
-        self, rows: RowShape, queries, softmax: Softmax, first, masked, ask_next
-    ) -> None:
+    def attend(self, rows: RowShape, queries, softmax: Softmax, first, masked, ask_next) -> None:
         """Scores, weights and output of the tile that begins with token ``first``.
 
         ``ask_next`` calls `ask` and `find_pages` for the next one, where K's registers are free.
         """
         shape = self._shape
-        self._leave_scales()
+        self._leave_scales(softmax)
         warp_barrier()
         scores = local((rows.row_tiles, shape.octets, 4), "float32")
         self._score(rows, queries, scores)
@@ -391,16 +423,30 @@ class Fragments:
         warp_barrier()
         self._add_values(rows, softmax, scores, factors)
 
-    def _leave_scales(self) -> None:
+    def _leave_scales(self, softmax: Softmax) -> None:
         """Factors of the lane's tokens, where all lanes read them."""
         shape, dtype, words = self._shape, self._shape.spec.dtype, self._words
+        values = local(self._turns, "float32")
+        top = local(1, "uint32")
+        store(top, u32(0))
+        for turn in range(self._turns):
+            # Of lanes that have no token it is zero.
+            value = from_half(dtype, self._metas[turn, 1]) * f32(self._value_factor)
+            store(values, value, turn)
+            store(top, T.max(top[0], as_bits(T.fabs(values[turn]))))
+        # Of floats that are not negative, bits have their order.
+        ptx("redux_sync.max.u32", top[0], top[0], u32(FULL_WARP))
+        with when(top[0] > as_bits(self._bound[0])):
+            bound = let(as_float(top[0]) * f32(_MARGIN))
+            self._scale_output(softmax, let(self._bound[0] / bound))
+            store(self._bound, bound)
+            store(self._inverse, f32(_ROOM) / bound)
         residual = local(1, "uint32")
 
         def leave(turn: int) -> None:
-            token = let(self._lane + 32 * turn)
-            key, value = (self._metas[turn, side] for side in range(2))
+            token, key = let(self._lane + 32 * turn), self._metas[turn, 0]
             scale = low_half(dtype, key) if shape.key.residual_sign else from_half(dtype, key)
-            factors = [scale * self._key_factor, from_half(dtype, value) * f32(self._value_factor)]
+            factors = [scale * self._key_factor, values[turn] * self._inverse[0]]
             at = words.ptr_to([self._scales + 2 * token])
             ptx("st.shared.v2.f32", at, *factors)
             if shape.key.residual_sign:
@@ -456,7 +502,7 @@ class Fragments:
         """Values of a word of K's codes, ``[field, half]``."""
         shape, codes = self._shape, self._codes
         if shape.key_fields == 2:
-            return find_mirrored(table, codes[octet, word])
+            return find_mirrored(table, codes[octet, word], self._sign_bits)
         third = None
         if shape.key_planes > 1:
             third = let(T.shift_right(codes[octet, shape.key_words + word], self._later))
@@ -464,7 +510,7 @@ class Fragments:
 
     def _add_values(self, rows: RowShape, softmax: Softmax, scores, factors) -> None:
         shape = self._shape
-        product = PRODUCTS["bfloat16"]
+        product = PRODUCTS["float16"]
         octets = 4 if shape.tile >= 32 else 2
         for first in range(0, shape.octets, octets):
             read = self._read_values(first, octets)
@@ -478,7 +524,7 @@ class Fragments:
                             scores[m, octet, 2 * (i % 2) + e] * factors[octet, 2 * e + 1]
                             for e in (1, 0)
                         ]
-                        ptx(PAIR["bfloat16"], a[i], *pair)
+                        ptx(PAIR["float16"], a[i], *pair)
                     weights.append([a[i] for i in range(4)])
                 for chunk in range(shape.value_chunks):
                     found = [self._values(read[2 * step + half], chunk) for half in range(2)]
@@ -513,7 +559,7 @@ class Fragments:
         """Values of an octet of tokens and a chunk of V, ``[field, byte]``: of two tokens each."""
         shape = self._shape
         if shape.value_fields == 2:
-            return find_mirrored(self._value_table, codes[chunk])
+            return find_mirrored(self._value_table, codes[chunk], self._sign_bits)
         third = None
         if shape.third_chunks:
             # A byte has the bits of two bytes of pairs: a half of the chunks, then the other.
@@ -523,11 +569,16 @@ class Fragments:
         return find_pairs(self._value_table, codes[chunk], third)
 
 
-def _constants(levels, dtype, unknown_zero):
+def _halves(levels) -> list[int]:
+    """Bits of float16."""
+    return [int(bits) for bits in np.array(levels).astype(np.float16).view(np.uint16)]
+
+
+def _constants(levels, unknown_zero):
     """Words of two levels in registers that the compiler cannot know: see `decode_score`."""
-    halves = np.array(levels).astype(dtype).view(np.uint16).astype(int)
+    halves = _halves(levels)
     pairs = local(len(levels) // 2, "uint32")
     for i in range(len(levels) // 2):
-        word = int(halves[2 * i]) | int(halves[2 * i + 1]) << 16
+        word = halves[2 * i] | halves[2 * i + 1] << 16
         store(pairs, T.bitwise_or(u32(word), unknown_zero), i)
     return pairs

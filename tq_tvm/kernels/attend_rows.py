@@ -268,8 +268,15 @@ def load_queries(
 
 
 def arrange_queries(
-    shape: RowShape, words, q, rows: RowBlock, first, count, lane, word_of: Callable[[Any, Any], Any]
-) -> None:
+    shape: RowShape,
+    words,
+    q,
+    rows: RowBlock,
+    first,
+    count,
+    lane,
+    word_of: Callable[[Any, Any], Any],
+) -> None:  # fmt: skip
     """Rotate rows as `load_queries` does, unscaled, to float16; ``word_of`` says where they go."""
     factor = f32(_rotation_unit(shape.spec))
     for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):

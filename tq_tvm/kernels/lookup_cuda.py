@@ -31,7 +31,16 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import Codec
 
-__all__ = ["CodedRow", "LevelTable", "access", "find_mirrored", "find_pairs", "looked_up"]
+__all__ = [
+    "SIGN_BITS",
+    "CodedRow",
+    "HighTable",
+    "LevelTable",
+    "access",
+    "find_mirrored",
+    "find_pairs",
+    "looked_up",
+]
 
 GLOBAL = "ld.global.nc"
 """State space of codes in a cache."""
@@ -75,8 +84,31 @@ class LevelTable:
         return words
 
 
-def find_mirrored(table: LevelTable, word):
-    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each."""
+class HighTable:
+    """Four values whose low bytes are alike: ``low`` has it four times, ``high`` the others."""
+
+    def __init__(self, low, high) -> None:
+        self.low, self.high = low, high
+
+    def find(self, selector):
+        """Four values as words, see `LevelTable.find`."""
+        high, words = local(1, "uint32"), local(2, "uint32")
+        ptx("prmt.b32", high[0], self.high, self.high, selector)
+        store(words, byte_perm(self.low, high[0], 0x6240), 0)
+        store(words, byte_perm(self.low, high[0], 0x7351), 1)
+        return words
+
+
+SIGN_BITS = 0x80808080
+
+
+def find_mirrored(table: LevelTable, word, sign_bits=None):
+    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each.
+
+    ``sign_bits`` is `SIGN_BITS` in a register that the compiler does not know, or None: it copies
+    what it knows for every ``prmt``.
+    """
+    sign_bits = u32(SIGN_BITS) if sign_bits is None else sign_bits
     turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
     found = local((2, 2), "uint32")
     # The top bit of every nibble that has none, and seven below it.
@@ -87,15 +119,15 @@ def find_mirrored(table: LevelTable, word):
     for half in range(2):
         nibbles = turned[0] if half == 0 else T.shift_right(turned[0], u32(16))
         # 0x80 for a nibble of 0, 0xFF for 8: its copy of the top bit.
-        ptx("prmt.b32", signs[half], u32(0x80808080), u32(0x80808080), nibbles)
-        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(0x80808080)), half)
+        ptx("prmt.b32", signs[half], sign_bits, sign_bits, nibbles)
+        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(SIGN_BITS)), half)
         words = table.find(selector[half], signs[half])
         for nibble in range(2):
             store(found, words[nibble], nibble, half)
     return found
 
 
-def find_pairs(table: LevelTable, word, third):
+def find_pairs(table: LevelTable | HighTable, word, third):
     """Values of a word of 2-bit codes: ``[field, half]``.
 
     ``third``, if not None, has a third bit of every code at the lowest of its two.
