@@ -51,11 +51,13 @@ from tq_tvm.kernels.device import (
 from tq_tvm.kernels.hadamard_cuda import PRODUCTS
 from tq_tvm.kernels.lookup_cuda import (
     SIGN_BITS,
+    Chain,
     HighTable,
     LevelTable,
     find_mirrored,
     find_pairs,
     looked_up,
+    together,
 )
 from tq_tvm.spec import CacheSpec, Codec
 
@@ -406,22 +408,23 @@ class Fragments:
         warp_barrier()
         scores = local((rows.row_tiles, shape.octets, 4), "float32")
         self._score(rows, queries, scores)
-        # Of tokens 2 t and 2 t + 1: a factor of logits and one of weights each.
-        factors = local((shape.octets, 4), "float32")
         for octet in range(shape.octets):
-            at = self._words.ptr_to([self._scales + 16 * octet + 4 * self._t])
-            ptx("ld.shared.v4.f32", *[factors[octet, e] for e in range(4)], at)
-        for m in range(rows.row_tiles):
-            for octet in range(shape.octets):
-                for e in range(4):
-                    value = scores[m, octet, e] * factors[octet, e % 2 * 2]
-                    store(scores, value, m, octet, e)
+            factors = self._factors(0, octet)
+            for m, e in itertools.product(range(rows.row_tiles), range(4)):
+                store(scores, scores[m, octet, e] * factors[e % 2], m, octet, e)
         ask_next()
         self.turn()
         softmax.weigh(scores, first, masked)
         ptx("cp.async.wait_group", 1)
         warp_barrier()
-        self._add_values(rows, softmax, scores, factors)
+        self._add_values(rows, softmax, scores)
+
+    def _factors(self, side: int, octet: int):
+        """Factors of logits, or of weights, of tokens 2 t and 2 t + 1 of an octet."""
+        factors = local(2, "float32")
+        begin = self._scales + (side * self._shape.tile + 8 * octet) + 2 * self._t
+        ptx("ld.shared.v2.f32", factors[0], factors[1], self._words.ptr_to([begin]))
+        return factors
 
     def _leave_scales(self, softmax: Softmax) -> None:
         """Factors of the lane's tokens, where all lanes read them."""
@@ -446,9 +449,10 @@ class Fragments:
         def leave(turn: int) -> None:
             token, key = let(self._lane + 32 * turn), self._metas[turn, 0]
             scale = low_half(dtype, key) if shape.key.residual_sign else from_half(dtype, key)
-            factors = [scale * self._key_factor, values[turn] * self._inverse[0]]
-            at = words.ptr_to([self._scales + 2 * token])
-            ptx("st.shared.v2.f32", at, *factors)
+            factors = (scale * self._key_factor, values[turn] * self._inverse[0])
+            for side, factor in enumerate(factors):
+                at = words.ptr_to([self._scales + side * shape.tile + token])
+                ptx("st.shared.f32", at, factor)
             if shape.key.residual_sign:
                 # Twice in a word, in units of levels.
                 unit = let(high_half(dtype, key) * f32(shape.spec.head_dim**0.5))
@@ -465,26 +469,34 @@ class Fragments:
 
     def _score(self, rows: RowShape, queries, scores) -> None:
         shape, words = self._shape, self._words
-        tables = [self._table_of(octet) for octet in range(shape.octets)]
         product = PRODUCTS["float16"]
         own = let(queries + 4 * self._lane)
-        for word in range(shape.key_words):
-            operands = []
-            for field in range(shape.key_fields):
-                step = field * shape.key_words + word
-                for m in range(rows.row_tiles):
+        # Tables of rows take registers, of which 32 rows of queries leave few.
+        abreast = 2 if shape.key.residual_sign and rows.row_tiles > 1 else shape.octets
+        for first in range(0, shape.octets, abreast):
+            octets = range(first, first + abreast)
+            tables = [self._table_of(octet) for octet in octets]
+            for word in range(shape.key_words):
+                operands = {}
+                for field, m in itertools.product(range(shape.key_fields), range(rows.row_tiles)):
+                    step = field * shape.key_words + word
                     a = local(4, "uint32")
                     at = words.ptr_to([own + 128 * (m * shape.steps + step)])
                     ptx("ld.shared.v4.u32", *[a[e] for e in range(4)], at)
-                    operands.append([a[e] for e in range(4)])
-            for octet in range(shape.octets):
-                found = self._keys(tables[octet], octet, word)
-                for field in range(shape.key_fields):
-                    b = [found[field, half] for half in range(2)]
-                    for m in range(rows.row_tiles):
-                        result = [scores[m, octet, e] for e in range(4)]
-                        start = result if word or field else [f32(0)] * 4
-                        mma(product, result, operands[field * rows.row_tiles + m], b, start)
+                    operands[field, m] = [a[e] for e in range(4)]
+                found = together(
+                    [
+                        self._keys(table, octet, word)
+                        for octet, table in zip(octets, tables, strict=True)
+                    ]
+                )
+                for field, (i, octet), m in itertools.product(
+                    range(shape.key_fields), enumerate(octets), range(rows.row_tiles)
+                ):
+                    result = [scores[m, octet, e] for e in range(4)]
+                    start = result if word or field else [f32(0)] * 4
+                    b = [found[i][field, half] for half in range(2)]
+                    mma(product, result, operands[field, m], b, start)
 
     def _table_of(self, octet: int) -> LevelTable:
         """The table of the lane's row of K; the residual of codes whose top bit is set is added."""
@@ -498,7 +510,7 @@ class Fragments:
             ptx("add.rn.f16x2", pairs[i], self._key_pairs[i], residual[0])
         return LevelTable(pairs, 8)
 
-    def _keys(self, table: LevelTable, octet: int, word: int):
+    def _keys(self, table: LevelTable, octet: int, word: int) -> Chain:
         """Values of a word of K's codes, ``[field, half]``."""
         shape, codes = self._shape, self._codes
         if shape.key_fields == 2:
@@ -508,33 +520,37 @@ class Fragments:
             third = let(T.shift_right(codes[octet, shape.key_words + word], self._later))
         return find_pairs(table, codes[octet, word], third)
 
-    def _add_values(self, rows: RowShape, softmax: Softmax, scores, factors) -> None:
+    def _add_values(self, rows: RowShape, softmax: Softmax, scores) -> None:
         shape = self._shape
         product = PRODUCTS["float16"]
         octets = 4 if shape.tile >= 32 else 2
         for first in range(0, shape.octets, octets):
             read = self._read_values(first, octets)
-            for step in range(octets // 2):
-                weights = []
-                for m in range(rows.row_tiles):
-                    a = local(4, "uint32")
-                    for i in range(4):
-                        octet = first + 2 * step + i // 2
-                        pair = [
-                            scores[m, octet, 2 * (i % 2) + e] * factors[octet, 2 * e + 1]
-                            for e in (1, 0)
-                        ]
-                        ptx(PAIR["float16"], a[i], *pair)
-                    weights.append([a[i] for i in range(4)])
-                for chunk in range(shape.value_chunks):
-                    found = [self._values(read[2 * step + half], chunk) for half in range(2)]
-                    for field in range(shape.value_fields):
-                        for byte in range(2):
-                            b = [found[half][field, byte] for half in range(2)]
-                            octet = (chunk * shape.value_fields + field) * 2 + byte
-                            for m in range(rows.row_tiles):
-                                result = [softmax.output[m, octet, e] for e in range(4)]
-                                mma(product, result, weights[m], b, result)
+            factors = [self._factors(1, first + octet) for octet in range(octets)]
+            weights = [
+                self._weights(scores, factors[2 * step : 2 * step + 2], m, first + 2 * step)
+                for step in range(octets // 2)
+                for m in range(rows.row_tiles)
+            ]
+            for chunk in range(shape.value_chunks):
+                found = together([self._values(read[i], chunk) for i in range(octets)])
+                for step, field, byte, m in itertools.product(
+                    range(octets // 2), range(shape.value_fields), range(2), range(rows.row_tiles)
+                ):
+                    octet = (chunk * shape.value_fields + field) * 2 + byte
+                    result = [softmax.output[m, octet, e] for e in range(4)]
+                    b = [found[2 * step + half][field, byte] for half in range(2)]
+                    mma(product, result, weights[step * rows.row_tiles + m], b, result)
+
+    @staticmethod
+    def _weights(scores, factors, m: int, first: int):
+        """Weights of two octets, times V's factors, as an operand."""
+        a = local(4, "uint32")
+        for i in range(4):
+            own, half = factors[i // 2], 2 * (i % 2)
+            pair = [scores[m, first + i // 2, half + e] * own[e] for e in (1, 0)]
+            ptx(PAIR["float16"], a[i], *pair)
+        return [a[i] for i in range(4)]
 
     def _read_values(self, first: int, octets: int):
         """Codes of V ``[octet][chunk]``: bytes 2 g, 2 g + 1 of two tokens, token by token."""
@@ -555,7 +571,7 @@ class Fragments:
                 read[i % octets][chunk + i // octets] = let(byte_perm(words[i], u32(0), 0x3120))
         return read
 
-    def _values(self, codes, chunk: int):
+    def _values(self, codes, chunk: int) -> Chain:
         """Values of an octet of tokens and a chunk of V, ``[field, byte]``: of two tokens each."""
         shape = self._shape
         if shape.value_fields == 2:

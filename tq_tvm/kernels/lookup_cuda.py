@@ -11,7 +11,7 @@ together, in the order of the coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from tvm.script import tirx as T
@@ -40,10 +40,35 @@ __all__ = [
     "find_mirrored",
     "find_pairs",
     "looked_up",
+    "together",
 ]
 
 GLOBAL = "ld.global.nc"
 """State space of codes in a cache."""
+
+
+Chain = Generator[None, None, Any]
+"""Instructions that wait for one another; ``yield`` is where others may come between."""
+
+
+def alone(chain: Chain) -> Any:
+    """The result of a chain, nothing between its instructions."""
+    (result,) = together([chain])
+    return result
+
+
+def together(chains: list[Chain]) -> list[Any]:
+    """Results of chains of the same steps, whose instructions take turns: each waits less."""
+    results: list[Any] = [None] * len(chains)
+    running = dict(enumerate(chains))
+    while running:
+        for number, chain in list(running.items()):
+            try:
+                next(chain)
+            except StopIteration as end:
+                results[number] = end.value
+                del running[number]
+    return results
 
 
 def looked_up(codec: Codec) -> list[float]:
@@ -72,13 +97,15 @@ class LevelTable:
             ptx(PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
         return cls(pairs, len(values))
 
-    def find(self, selector, signs=None):
+    def find(self, selector, signs=None) -> Chain:
         """Four values as words: of codes 0 and 2 of the selector, and of codes 1 and 3."""
         low, high, words = (local(n, "uint32") for n in (1, 1, 2))
         ptx("prmt.b32", low[0], self.low[0], self.low[1], selector)
         ptx("prmt.b32", high[0], self.high[0], self.high[1], selector)
         if signs is not None:
+            yield
             store(high, T.bitwise_xor(high[0], signs))
+        yield
         store(words, byte_perm(low[0], high[0], 0x6240), 0)
         store(words, byte_perm(low[0], high[0], 0x7351), 1)
         return words
@@ -90,10 +117,11 @@ class HighTable:
     def __init__(self, low, high) -> None:
         self.low, self.high = low, high
 
-    def find(self, selector):
+    def find(self, selector) -> Chain:
         """Four values as words, see `LevelTable.find`."""
         high, words = local(1, "uint32"), local(2, "uint32")
         ptx("prmt.b32", high[0], self.high, self.high, selector)
+        yield
         store(words, byte_perm(self.low, high[0], 0x6240), 0)
         store(words, byte_perm(self.low, high[0], 0x7351), 1)
         return words
@@ -102,7 +130,7 @@ class HighTable:
 SIGN_BITS = 0x80808080
 
 
-def find_mirrored(table: LevelTable, word, sign_bits=None):
+def find_mirrored(table: LevelTable, word, sign_bits=None) -> Chain:
     """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each.
 
     ``sign_bits`` is `SIGN_BITS` in a register that the compiler does not know, or None: it copies
@@ -113,6 +141,7 @@ def find_mirrored(table: LevelTable, word, sign_bits=None):
     found = local((2, 2), "uint32")
     # The top bit of every nibble that has none, and seven below it.
     store(turned, T.bitwise_and(T.bitwise_not(word), u32(0x88888888)))
+    yield
     sevens = turned[0] - T.shift_right(turned[0], u32(3))
     store(selector, T.bitwise_and(T.bitwise_xor(word, sevens), u32(0x77777777)), 0)
     store(selector, T.shift_right(selector[0], u32(16)), 1)
@@ -121,13 +150,14 @@ def find_mirrored(table: LevelTable, word, sign_bits=None):
         # 0x80 for a nibble of 0, 0xFF for 8: its copy of the top bit.
         ptx("prmt.b32", signs[half], sign_bits, sign_bits, nibbles)
         store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(SIGN_BITS)), half)
-        words = table.find(selector[half], signs[half])
+        yield
+        words = yield from table.find(selector[half], signs[half])
         for nibble in range(2):
             store(found, words[nibble], nibble, half)
     return found
 
 
-def find_pairs(table: LevelTable | HighTable, word, third):
+def find_pairs(table: LevelTable | HighTable, word, third) -> Chain:
     """Values of a word of 2-bit codes: ``[field, half]``.
 
     ``third``, if not None, has a third bit of every code at the lowest of its two.
@@ -142,7 +172,8 @@ def find_pairs(table: LevelTable | HighTable, word, third):
             store(selector, T.bitwise_or(selector[0], above), 0)
         store(selector, T.shift_right(selector[0], u32(16)), 1)
         for half in range(2):
-            words = table.find(selector[half])
+            yield
+            words = yield from table.find(selector[half])
             for upper in range(2):
                 store(found, words[upper], 2 * upper + odd, half)
     return found
@@ -204,8 +235,9 @@ class CodedRow:
     def _find(self, table: LevelTable, i: int):
         """Values of word ``i``: ``[field, half]``."""
         if self.field == 4:
-            return find_mirrored(table, self.codes[i])
-        return find_pairs(table, self.codes[i], self.third[i] if self.planes > 1 else None)
+            return alone(find_mirrored(table, self.codes[i]))
+        third = self.third[i] if self.planes > 1 else None
+        return alone(find_pairs(table, self.codes[i], third))
 
     def _scales(self):
         """Scale and, for a codec with signs, residual."""
