@@ -25,6 +25,8 @@ from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels import FUNCTIONS
 from tq_tvm.kernels.attend import attend as attend_kernel
 from tq_tvm.kernels.decode import decode as decode_kernel
+from tq_tvm.kernels.decode_featured import decode_featured
+from tq_tvm.kernels.decode_shape import DecodeConfig
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
 from tq_tvm.kernels.prefill import prefill as prefill_kernel
@@ -36,6 +38,7 @@ __all__ = [
     "candidate",
     "candidate_launch",
     "default",
+    "featured",
     "has_factory",
     "instantiate",
     "search_module",
@@ -318,3 +321,11 @@ def _decode_instance(
     func = decode_kernel(spec, kind, config).with_attr("global_symbol", symbol)
     launch = decode.launch(spec, kind, config)
     return Instance(func, dict(config), launch, config != default_config)
+
+
+def featured(spec: CacheSpec, config: dict[str, int], symbol: str) -> Instance:
+    """``decode_featured`` with the decisions of a kernel of ``decode``, but for clusters."""
+    config = config | {"cluster": 0}
+    func = decode_featured(spec, DecodeConfig(**config)).with_attr("global_symbol", symbol)
+    launch = decode.launch(spec, "cuda", config)
+    return Instance(func, config, launch, tuned=False)

@@ -35,6 +35,7 @@ __all__ = [
     "DTYPES",
     "FORMATS",
     "FUNCTIONS",
+    "GPU_FUNCTIONS",
     "GPU_HEAD_DIMS",
     "GPU_PAGE_SIZES",
     "HEAD_DIMS",
@@ -72,10 +73,14 @@ FUNCTIONS = {
     "flatten": "flatten",
     "flatten_unrotated": "flatten",
     "decode": "decode",
+    "decode_featured": "decode",
     "attend": "attend",
     "prefill": "prefill",
 }
 """Functions of a library, each with the kernel that it is a form of."""
+
+GPU_FUNCTIONS = ("decode_featured", "prefill")
+"""Functions that a CPU's ``attend`` has in it."""
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _DTYPE_SLUG = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
@@ -268,7 +273,7 @@ class CacheSpec:
         """
         if function == "rotate":
             return self.rotation
-        if function in ("decode", "attend", "prefill"):
+        if function in ("decode", "decode_featured", "attend", "prefill"):
             return self._as_read()
         spec = dataclasses.replace(self, num_q_heads=self.num_kv_heads)
         if function == "fill_table":
@@ -368,8 +373,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     Parameters
     ----------
     kind
-        ``"cuda"`` or ``"llvm"``; a CPU has all but ``prefill``. A library for the target has just
-        these.
+        ``"cuda"`` or ``"llvm"``; a CPU has all but `GPU_FUNCTIONS`. A library for the target has
+        just these.
 
     Examples
     --------
@@ -377,8 +382,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     ()
     """
     if kind != "cuda":
-        # CPUs attend to chunks as to a few tokens.
-        return tuple(name for name in spec.functions if name != "prefill")
+        # CPUs attend to chunks, and with features, as to a few tokens.
+        return tuple(name for name in spec.functions if name not in GPU_FUNCTIONS)
     dim = spec.rotation.dim
     if spec.dtype == "float32" or dim & (dim - 1):
         return ()
@@ -389,7 +394,7 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if not plain or dim not in GPU_HEAD_DIMS or {fmt.key.family, fmt.value.family} != {"lloyd_max"}:
         return ()
     decodes = fmt.value.bits != 3 or dim >= 128
-    return tuple(name for name in spec.functions if decodes or name != "decode")
+    return tuple(name for name in spec.functions if decodes or FUNCTIONS[name] != "decode")
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
-from tq_tvm.spec import CacheSpec, check_target
+from tq_tvm.spec import CacheSpec, check_target, functions_on
 from tq_tvm.splits import (
     attend_launch_keys,
     attend_parts,
@@ -72,12 +72,26 @@ def paged_decode_workspace_size(
     """
     _check.check_spec(_OP, spec)
     device = as_device(_OP, device)
-    check_target(_OP, spec, "cuda" if device.type == "cuda" else "llvm", "decode")
+    kind = "cuda" if device.type == "cuda" else "llvm"
+    check_target(_OP, spec, kind, "decode")
     batch = _check.as_integer(_OP, "batch", batch)
     max_context = _check.as_integer(_OP, "max_context", max_context)
     if max_tokens is not None:
         max_tokens = _check.as_integer(_OP, "max_tokens", max_tokens)
-    loaded = load("decode", spec, device)
+    most = _decode_floats("decode", spec, batch, max_context, device)
+    if max_tokens is not None:
+        most = max(most, _attend_floats(spec, max_tokens, max_context, device))
+        if "decode_featured" in functions_on(spec, kind):
+            sizes = (max_tokens, max_context, device)
+            most = max(most, _decode_floats("decode_featured", spec, *sizes))
+    return 4 * most
+
+
+def _decode_floats(
+    function: str, spec: CacheSpec, batch: int, max_context: int, device: torch.device
+) -> int:
+    """Floats for every call of ``decode`` or ``decode_featured``."""
+    loaded = load(function, spec, device)
     # A smaller batch gets more parts, and may get another variant.
     floats = (
         workspace_floats(
@@ -86,10 +100,7 @@ def paged_decode_workspace_size(
         for variant in loaded.variants
         for b in range(1, batch + 1)
     )
-    most = max(floats, default=0)
-    if max_tokens is not None:
-        most = max(most, _attend_floats(spec, max_tokens, max_context, device))
-    return 4 * most
+    return max(floats, default=0)
 
 
 def _attend_floats(spec: CacheSpec, max_tokens: int, max_context: int, device: torch.device) -> int:
