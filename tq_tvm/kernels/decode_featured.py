@@ -1,4 +1,4 @@
-r"""``decode_featured`` on NVIDIA GPUs: ``decode`` with what ``attend`` adds to one token a sequence.
+r"""``decode_featured`` on NVIDIA GPUs: ``decode`` with what ``attend`` adds to one token.
 
 Equation
     As ``kernels.attend``, for one query token a sequence and no window: soft cap, ALiBi, sinks, and

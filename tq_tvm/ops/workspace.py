@@ -142,6 +142,9 @@ def choose_attend_launch(
     longest: int | None,
 ) -> tuple[LoadedVariant, int]:
     """Choose the variant of ``attend`` for a problem, and the number of parts."""
+    if all("rows" in variant.launch for variant in loaded.variants):
+        queries = -(-tokens // batch) if longest is None else longest
+        loaded = loaded.of_rows(queries * spec.group_size)
     variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
     _check_launch(loaded, variant, attend_launch_keys(variant.launch))
     parts = attend_parts(spec, tokens, batch, context, variant.launch, loaded.processors, longest)
