@@ -21,8 +21,9 @@ row_tiles         pairs of a query token and a head, by 16, of a block: tokens d
                   often, against registers, and rows that a call does not have
 tile              tokens a warp decodes and attends to at a time: fewer votes and bounds,
                   against shared memory
-lanes             lanes that make a row in shared memory: registers, against tables of levels
-                  made anew; codes that are looked up in registers have four
+lanes             lanes that make a row of a Lloyd-Max codec in shared memory, where K or V has
+                  one: registers, against tables of levels made anew; codes that are looked up in
+                  registers have four
 registers         the most a thread may have: more CTAs on an SM, against spills
 reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to merge,
                   against parallel work
@@ -46,6 +47,7 @@ from tq_tvm.kernels.attend_fragments import FragmentShape
 from tq_tvm.kernels.attend_rows import RowShape
 from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
 from tq_tvm.kernels.attend_tiles import TileShape
+from tq_tvm.kernels.direct_cuda import DIRECT_LANES
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "apply",
     "defaults",
     "digest",
+    "lane_options",
     "launch",
     "options",
     "rejected",
@@ -112,14 +115,28 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     elif spec.head_dim > 128:
         # 32 tokens of 256 values would not fit a lane's registers, nor, in shared memory, two CTAs.
         values.update(tile=16, registers=255)
+    if not _looks_up(spec):
+        # Rows that are not packed much take shared memory, which so many warps wait for.
+        values.update(tile=16, lanes=DIRECT_LANES)
     return values
+
+
+def _looks_up(spec: CacheSpec) -> bool:
+    fmt = spec.cache_format
+    return "lloyd_max" in (fmt.key.family, fmt.value.family)
+
+
+def lane_options(spec: CacheSpec, values: list[int]) -> list[int]:
+    """Lanes of a row: direct codecs have a number of their own."""
+    return values if _looks_up(spec) else [DIRECT_LANES]
 
 
 def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
     """What each decision may be for a spec."""
     if kind == "cuda":
-        fixed = {"lanes": [4]} if FragmentShape.serves(spec) else {}
-        return {**OPTIONS[kind], **fixed}
+        if FragmentShape.serves(spec):
+            return {**OPTIONS[kind], "lanes": [4]}
+        return {**OPTIONS[kind], "lanes": lane_options(spec, OPTIONS[kind]["lanes"])}
     shared = decode.options(spec, kind)
     return {
         name: shared[name] if name == "lookup" else values for name, values in OPTIONS[kind].items()

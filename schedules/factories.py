@@ -21,7 +21,8 @@ registers         the most a thread may have: more CTAs on an SM, against spills
 ================  ==================================================================
 
 ``flatten`` decides ``warps``, ``tiles`` and ``registers`` too; ``rows``, which a lane reads before
-it writes the first, only in the rotated domain, and ``contracted`` only to rotate back.
+it writes the first, unless it rotates back, and ``contracted`` only then. Without a rotation
+``fill`` has one choice of it.
 
 ``rotate`` decides ``warps``, ``contracted`` and ``registers`` too; ``values`` of a lane: more loads
 at once and fewer exchanges, against warps on an SM; and ``tiles`` of a CTA, each read while the one
@@ -44,7 +45,7 @@ from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.fill_cuda import FillConfig, fill_cuda
 from tq_tvm.kernels.flatten_cuda import FlattenConfig, flatten_cuda
 from tq_tvm.kernels.rotate_cuda import RotateConfig, rotate_cuda
-from tq_tvm.spec import Spec, parse_spec
+from tq_tvm.spec import RotateSpec, Spec, parse_spec
 
 __all__ = ["DEFAULTS", "Made", "apply", "made", "make", "options"]
 
@@ -109,7 +110,7 @@ def options(function: str, spec: Spec) -> dict[str, list[int]] | None:
             "factory": [1],
             "warps": [1, 2, 4, 8],
             "tiles": [1, 2, 4, 8, 16],
-            "contracted": contracted,
+            "contracted": contracted if _rotates(spec) else [1],
             "sides": [1, 2],
             "stages": [1, 2, 3],
             "registers": [64, 80, 96, 128],
@@ -121,9 +122,14 @@ def options(function: str, spec: Spec) -> dict[str, list[int]] | None:
             "tiles": [1, 4, 16],
             "registers": [48, 64, 96],
         }
-        own = {"rows": [1], "contracted": contracted}
-        return {**shared, **(own if function == "flatten_unrotated" else {"rows": [1, 2, 4]})}
+        if function == "flatten_unrotated" and _rotates(spec):
+            return {**shared, "rows": [1], "contracted": contracted}
+        return {**shared, "rows": [1, 2, 4]}
     return None
+
+
+def _rotates(spec: Spec) -> bool:
+    return isinstance(spec, RotateSpec) or spec.cache_format.rotation != "none"
 
 
 def make(function: str, spec: Spec, config: Mapping[str, int]) -> PrimFunc:

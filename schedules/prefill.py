@@ -8,7 +8,7 @@ warps             rows of a CTA, by ``16 row_tiles``, for which a tile is decode
 row_tiles         rows of a warp, by 16: each operand of K and V read for more products,
                   against registers
 tile              tokens decoded and attended to between two barriers, against shared memory
-lanes             lanes that decode a row: registers, against tables of levels made anew
+lanes             as of ``attend``
 registers         the most a thread may have: more CTAs on an SM, against spills
 ================  ==================================================================
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 
 from tq_tvm.schedules.anchors import Point, annotate, end_points, hash_points
-from tq_tvm.schedules.attend import unfit
+from tq_tvm.schedules.attend import lane_options, unfit
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
@@ -53,7 +53,7 @@ def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
 
 def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
     """What each decision may be for a spec."""
-    return dict(OPTIONS[kind])
+    return {**OPTIONS[kind], "lanes": lane_options(spec, OPTIONS[kind]["lanes"])}
 
 
 def digest(spec: CacheSpec, kind: str) -> str:

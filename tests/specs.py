@@ -38,6 +38,16 @@ SERVED = [
     CacheSpec(64, 8, 1, 64, "float16", "bshd", "qjl4-mse2-signed-leastsquares"),
     CacheSpec(128, 4, 2, 64, "bfloat16", "bhsd", "tq22"),
 ]
+# What GPUs serve beyond Lloyd-Max pairs; `FORMAT_SPECS` has these codecs for a CPU.
+DIRECT = [
+    CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "int8"),
+    CacheSpec(64, 6, 1, 16, "float16", "bhsd", "int4"),
+    CacheSpec(128, 4, 2, 32, "bfloat16", "bhsd", "fp8"),
+    CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "none"),
+    CacheSpec(128, 4, 1, 64, "float16", "bshd", "tq84"),
+    CacheSpec(64, 4, 2, 32, "float16", "bshd", "none-fp8-signed"),
+    CacheSpec(256, 4, 1, 16, "bfloat16", "bhsd", "fp8-mse3-plain-unbiased"),
+]
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300]
 """Empty, one token, and both sides of page boundaries."""
@@ -51,6 +61,15 @@ def scales_of(spec: CacheSpec) -> dict[str, float]:
     fmt = spec.cache_format
     pairs = zip(SCALES.items(), (fmt.key, fmt.value), strict=True)
     return {name: value for (name, value), codec in pairs if codec.tensor_scale}
+
+
+def kernel_caches(spec: CacheSpec, caches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Arguments of a kernel, with `scales_of` as tensors where a codec has no metas."""
+    given = {
+        name[0]: torch.full((1,), value, device=caches[0].device)
+        for name, value in scales_of(spec).items()
+    }
+    return [*caches[:2], given.get("k", caches[2]), given.get("v", caches[3])]
 
 
 @dataclasses.dataclass

@@ -299,8 +299,8 @@ def test_what_readers_need_not_know():
 @pytest.mark.parametrize(
     "spec",
     [
-        dataclasses.replace(SPEC, format="int8"),
-        dataclasses.replace(SPEC, format="tq84"),
+        dataclasses.replace(SPEC, format="int8", head_dim=96),
+        dataclasses.replace(SPEC, format="tq84", window=16),
         dataclasses.replace(SPEC, head_dim=96),
         dataclasses.replace(SPEC, head_dim=512),
         dataclasses.replace(SPEC, page_size=8),
@@ -320,9 +320,12 @@ def test_gpus_refuse_what_they_have_no_kernel_of(spec):
         assert functions_on(served, "cuda") == served.functions
 
 
-def test_gpus_have_some_functions_of_other_formats():
+@pytest.mark.parametrize(
+    "name", ["tq43", "int8", "int4", "fp8", "none", "tq84", "mse2-fp8-plain-norm"]
+)
+def test_gpus_have_some_functions_of_other_formats(name):
     """What there is not is refused by name."""
-    spec = dataclasses.replace(SPEC, format="tq43", head_dim=64)
+    spec = dataclasses.replace(SPEC, format=name, head_dim=64)
     assert set(functions_on(spec, "llvm")) - set(functions_on(spec, "cuda")) == {"decode"}
     assert set(functions_on(spec, "cuda")) - set(functions_on(spec, "llvm")) == {"prefill"}
     assert "decode_featured" in functions_on(SPEC, "cuda")
@@ -330,11 +333,9 @@ def test_gpus_have_some_functions_of_other_formats():
     check_target("op", spec, "cuda", "fill_slots")
     with pytest.raises(UnsupportedSpecError, match=f"op: spec .* got {spec.label} for decode;"):
         check_target("op", spec, "cuda", "decode")
-    for served in (
-        dataclasses.replace(spec, head_dim=128),
-        dataclasses.replace(SPEC, format="tq44"),
-    ):
-        check_target("op", served, "cuda", "decode")
+    for served in ("tq43", "tq44"):
+        check_target("op", dataclasses.replace(SPEC, format=served), "cuda", "decode")
+    check_target("op", dataclasses.replace(SPEC, format="tq44", head_dim=64), "cuda", "decode")
 
 
 # --- functions

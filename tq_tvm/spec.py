@@ -54,6 +54,7 @@ __all__ = [
     "check_target",
     "functions_on",
     "get_format",
+    "gpus_decode",
     "parse_spec",
 ]
 
@@ -391,10 +392,16 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
         return spec.functions
     fmt = spec.cache_format
     plain = spec.head_dim_v is None and spec.window == 0 and spec.page_size in GPU_PAGE_SIZES
-    if not plain or dim not in GPU_HEAD_DIMS or {fmt.key.family, fmt.value.family} != {"lloyd_max"}:
+    if not plain or dim not in GPU_HEAD_DIMS:
         return ()
-    decodes = fmt.value.bits != 3 or dim >= 128
+    decodes = gpus_decode(fmt.key, fmt.value, dim)
     return tuple(name for name in spec.functions if decodes or FUNCTIONS[name] != "decode")
+
+
+def gpus_decode(key: Codec, value: Codec, head_dim: int) -> bool:
+    """Whether GPUs have ``decode`` of two codecs; where they have not, ``attend`` does its work."""
+    tables = key.family == value.family == "lloyd_max"
+    return tables and (value.bits != 3 or head_dim >= 128)
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:
@@ -419,8 +426,8 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        f"V, pages of {GPU_PAGE_SIZES[0]} tokens or more, no window, and a format whose codecs are "
-        "qjl4, mse2, mse3 or mse4, for decode not mse3 for V at head_dim 64; "
+        f"V, pages of {GPU_PAGE_SIZES[0]} tokens or more and no window, for decode of Lloyd-Max "
+        "codecs, but not of mse3 for V at head_dim 64; "
         "or a rotation of a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from rows import rows
-from specs import make_batch
+from specs import kernel_caches, make_batch, scales_of
 
 from emulator.guarded import Guarded
 from tq_tvm import reference
@@ -38,7 +38,8 @@ class Problem:
         k, v = (
             rows("gaussian", batch.tokens, spec.num_kv_heads, spec.head_dim, seed=s) for s in (1, 2)
         )
-        reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots)
+        scales = scales_of(spec)
+        reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots, **scales)
         self.tokens, heads = sum(queries), spec.num_q_heads
         q = rows("gaussian", self.tokens + padding, heads, spec.head_dim, seed=3) * scale
         self.q = q.to(getattr(torch, spec.dtype))
@@ -51,14 +52,15 @@ class Problem:
         self._lse = Guarded((len(q), heads if want_lse else 0), torch.float32)
         self.want, self.want_lse = reference.paged_attend(
             spec, self.q, *batch.caches, batch.block_table, batch.seq_lens,
-            cu_seqlens_q=self.starts, **self.features,
+            cu_seqlens_q=self.starts, **self.features, **scales,
         )  # fmt: skip
 
     def arguments(self, *workspace):
         """Of a kernel: tensors, then numbers; a workspace is a tensor and its parts."""
         none, given, batch = torch.empty(0), self.features, self.batch
         return [
-            self.q, *batch.caches, batch.block_table, batch.seq_lens, self.starts,
+            self.q, *kernel_caches(self.spec, batch.caches), batch.block_table, batch.seq_lens,
+            self.starts,
             given.get("sinks", none), given.get("alibi_slopes", none), *workspace[:1],
             self.out, self.lse, *workspace[1:], self.spec.head_dim**-0.5,
             given.get("soft_cap", 0.0), given.get("window_left", -1), given.get("kept_tokens", 0),

@@ -173,6 +173,8 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared(?:::cta)?\.b16", _ldmatrix),
     (r"cvt\.rn\.(f16x2|bf16x2)\.f32", _result("emulated::pack<{0}>({a}, {b})")),
     (r"cvt\.rn\.(f16|bf16)\.f32", _result("{0}::encode({a})")),
+    (r"cvt\.rn\.satfinite\.e4m3x2\.f32", _result("emulated::pack_e4m3({a}, {b})")),
+    (r"cvt\.rn\.f16x2\.e4m3x2", _result("emulated::unpack_e4m3({a})")),
     (r"cvt\.f32\.(f16|bf16)", _result("{0}::decode({a})")),
     (
         r"prmt\.b32",
@@ -208,6 +210,9 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"lg2\.approx(?:\.ftz)?\.f32", _result("log2f({a})")),
     (r"rcp\.approx(?:\.ftz)?\.f32", _result("1.0f / ({a})")),
     (r"rsqrt\.approx(?:\.ftz)?\.f32", _result("rsqrtf({a})")),
+    (r"(max|min)\.NaN\.f32", _result("emulated::{0}_or_nan({a}, {b})")),
+    (r"div\.rn\.f32", _result("({a}) / ({b})")),
+    (r"add\.rz\.f32", _result("emulated::add_towards_zero({a}, {b})")),
     (r"fma\.rn(?:\.ftz)?\.f32", _result("fmaf({a}, {b}, {c})")),
     (
         r"add\.rn\.f16x2",

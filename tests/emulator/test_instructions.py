@@ -100,6 +100,9 @@ FLOAT = {
     "rcp": ("rcp.approx.ftz.f32 %0, %1;", 1, np.reciprocal),
     "rsqrt": ("rsqrt.approx.ftz.f32 %0, %1;", 1, lambda x: 1 / np.sqrt(x)),
     "fma": (f"fma.rn.f32 {MAD}", 3, lambda a, b, c: a * b + c),
+    "div": ("div.rn.f32 %0, %1, %2;", 2, np.divide),
+    "max_nan": ("max.NaN.f32 %0, %1, %2;", 2, np.maximum),
+    "min_nan": ("min.NaN.f32 %0, %1, %2;", 2, np.minimum),
 }
 
 

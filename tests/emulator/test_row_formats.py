@@ -1,4 +1,4 @@
-"""``fill`` and ``flatten`` for GPUs in every Lloyd-Max codec, rotation, rule and head_dim."""
+"""``fill`` and ``flatten`` for GPUs in every codec, rotation, rule and head_dim."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from rows import rows
-from specs import by_slot, make_batch
+from specs import by_slot, kernel_caches, make_batch, scales_of
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
@@ -31,6 +31,13 @@ SPECS = [
     CacheSpec(64, 2, 2, 16, "bfloat16", "bshd", "qjl4-mse2-signed-leastsquares"),
     CacheSpec(256, 2, 1, 16, "float16", "bshd", "mse4-mse2-plain-unbiased"),
     CacheSpec(128, 2, 2, 16, "float16", "bshd", "mse2-mse3-signed-norm"),
+    CacheSpec(128, 2, 2, 16, "bfloat16", "bshd", "int8"),
+    CacheSpec(64, 2, 2, 32, "float16", "bhsd", "int4"),
+    CacheSpec(128, 2, 2, 16, "float16", "bshd", "fp8"),
+    CacheSpec(64, 2, 2, 16, "bfloat16", "bhsd", "none"),
+    CacheSpec(128, 2, 2, 16, "bfloat16", "bshd", "tq84"),
+    CacheSpec(64, 2, 2, 16, "float16", "bshd", "fp8-int8-plain"),
+    CacheSpec(256, 2, 1, 16, "bfloat16", "bhsd", "int4-none-signed"),
 ]
 CONFIGS = {64: FillConfig(2, 2, 1, 1, 2, 96), 128: FillConfig(2, 1, 1, 1, 1, 96)}
 CONFIGS[256] = FillConfig(1, 2, 2, 2, 2, 128)
@@ -53,14 +60,18 @@ def fill(tmp_path_factory):
 def filled(function, spec, k, v):
     batch = make_batch(spec, "cpu", LENGTHS)
     guards = guard_caches(batch)
-    function(k, v, *batch.caches, batch.block_table, batch.seq_lens, batch.starts)
+    caches = kernel_caches(spec, batch.caches)
+    function(k, v, *caches, batch.block_table, batch.seq_lens, batch.starts)
     return batch, guards
 
 
 @each_spec
 @pytest.mark.parametrize("kind", ["offset", "heavy_tailed"])
 def test_fill(fill, spec, kind):
-    """With rows of zeros, whose scale is zero unless the rule is norm, and of one huge value."""
+    """With rows of zeros, whose scale is zero unless the rule is norm, and of one huge value.
+
+    Constant rows too, of which an affine codec has no steps.
+    """
     tokens, dtype = sum(LENGTHS), getattr(torch, spec.dtype)
     shape = (tokens, spec.num_kv_heads, spec.head_dim)
     k, v = (rows(kind, *shape, seed=s).to(dtype) for s in (1, 2))
@@ -68,25 +79,35 @@ def test_fill(fill, spec, kind):
         x[row] = 0
         x[row + 1] = 0
         x[row + 1, :, 9] = 1e4
+        x[row + 2] = -3.5
+        x[row + 2, :, ::2] = -3.515625
     batch, guards = filled(fill(spec), spec, k, v)
     check_filled(spec, batch, guards, k, v, batch.slots)
 
 
 @each_spec
 def test_what_is_no_number_stays_in_its_row(fill, spec):
-    """Scales of such rows are not finite either; others are what they are without them."""
+    """Scales of such rows are not finite either; others are what they are without them.
+
+    Codecs without scales have a code for it, or the value itself.
+    """
     k, v = new_rows(spec, sum(LENGTHS))
     clean, _ = filled(fill(spec), spec, k, v)
     k[4, 0, 17] = float("nan")
     v[6, -1, 3] = float("inf")
-    batch, _ = filled(fill(spec), spec, k, v)
+    batch, guards = filled(fill(spec), spec, k, v)
     for name, cache in enumerate(batch.caches):
         got, want = (by_slot(spec, c)[batch.slots] for c in (cache, clean.caches[name]))
         broken = torch.zeros(got.shape[:2], dtype=torch.bool)
         broken[(4, 0) if name % 2 == 0 else (6, -1)] = True
         assert torch.equal(got[~broken], want[~broken])
-        if name > 1:
+        codec = (spec.cache_format.key, spec.cache_format.value)[name % 2]
+        if name > 1 and codec.meta:
             assert not bool(got[broken][:, 0].isfinite().any())
+        elif name < 2 and not codec.meta:
+            assert not torch.equal(got[broken], want[broken])
+    if not spec.cache_format.key.meta and spec.cache_format.rotation == "none":
+        check_filled(spec, batch, guards, k, v, batch.slots)
 
 
 @each_spec
@@ -95,7 +116,8 @@ def test_flatten(tmp_path, spec):
     batch = make_batch(spec, "cpu", LENGTHS)
     k, v = new_rows(spec, batch.tokens)
     k[3] = 0
-    reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots)
+    scales = scales_of(spec)
+    reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots, **scales)
     where = (batch.block_table, batch.seq_lens, starts_of(batch))
     config = FlattenConfig(warps=2, rows=2, tiles=2, registers=64)
     back = dataclasses.replace(config, rows=1, contracted=1)
@@ -104,7 +126,8 @@ def test_flatten(tmp_path, spec):
         "flatten_unrotated": flatten_cuda(spec, back, unrotated=True),
     }
     module = compile_functions(functions, tmp_path)
+    caches = kernel_caches(spec, batch.caches)
     for name in functions:
         check_flattened(
-            spec, name, batch, k, lambda out, name=name: module[name](*batch.caches, *where, *out)
+            spec, name, batch, k, lambda out, name=name: module[name](*caches, *where, *out)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -132,6 +133,28 @@ def test_options_are_points():
         "rotate": 243, "fill_slots": 1440, "fill_table": 1440,
         "flatten": 81, "flatten_unrotated": 81,
     }  # fmt: skip
+
+
+def test_without_a_rotation_there_is_nothing_to_contract():
+    """Of a direct codec; both ``flatten`` are one kernel then."""
+    spec = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd", "int8")
+    assert factories.options("fill_slots", spec)["contracted"] == [1]
+    offered = [factories.options(f, spec) for f in ("flatten", "flatten_unrotated")]
+    assert offered[0] == offered[1]
+    config = {name: values[-1] for name, values in offered[0].items()}
+    kernels = [factories.make(f, spec, config) for f in ("flatten", "flatten_unrotated")]
+    assert tvm_ffi.structural_equal(*kernels)
+    rotated = dataclasses.replace(spec, format="tq84")
+    assert len(factories.options("flatten_unrotated", rotated)["contracted"]) == 3
+
+
+@pytest.mark.parametrize("function", FUNCTIONS[1:])
+def test_defaults_of_a_direct_codec_are_points(function):
+    spec = CacheSpec(64, 4, 2, 16, "bfloat16", "bshd", "fp8")
+    instance = schedules.instantiate(function, spec, "cuda", None)
+    offered = factories.options(function, spec)
+    assert list(instance.config) == list(offered)
+    assert all(value in offered[name] for name, value in instance.config.items())
 
 
 @pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)

@@ -19,13 +19,13 @@ from tq_tvm.bench.baseline import Baseline
 from tq_tvm.bench.peers import DecodeInputs, decode_peers, rotate_peers
 from tq_tvm.bench.steps import fill_steps, rotate_steps
 from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
-from tq_tvm.spec import CacheSpec, RotateSpec, Spec
+from tq_tvm.spec import CacheSpec, RotateSpec, Spec, gpus_decode
 
 __all__ = ["Case", "Workload", "make_case", "workloads"]
 
 _SERVED = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 _GROUPS = (1, 2, 5, 6, 7, 16)
-_FORMATS = ("tq22", "tq32", "tq33", "tq42", "tq43", "tq44")
+_FORMATS = ("tq22", "tq32", "tq33", "tq42", "tq43", "tq44", "int4", "int8", "fp8", "none")
 _ROTATED = (64, 128, 256, 512, 1024, 4096)
 _GIB = 1 << 30
 _SCALE_SPREAD = 0.1
@@ -215,12 +215,21 @@ def _pages(workload: Workload, device: torch.device) -> tuple[int, torch.Tensor,
 def _random_cache(spec: CacheSpec, pages: int, device: torch.device) -> PagedKVCache:
     """Codes are uniform, scales those of Gaussian rows: every program takes the same time."""
     cache = PagedKVCache(spec, pages, device)
-    root = spec.head_dim**0.5
-    for tensor in (cache.k_cache, cache.v_cache):
-        tensor.random_(0, 256)
-    for tensor in (cache.k_meta, cache.v_meta):
-        tensor.uniform_(root * (1 - _SCALE_SPREAD), root * (1 + _SCALE_SPREAD))
-    cache.k_meta[..., 1:] *= 0.18 / spec.head_dim
+    fmt, root = spec.cache_format, spec.head_dim**0.5
+    sides = (fmt.key, cache.k_cache, cache.k_meta), (fmt.value, cache.v_cache, cache.v_meta)
+    for codec, codes, metas in sides:
+        if not codec.packed:
+            codes.normal_()
+            continue
+        # Of fp8 positive numbers below 448: no code is what is no number.
+        codes.random_(0, 127 if codec.tensor_scale else 256)
+        if codec.family == "affine":
+            levels = 2**codec.bits - 1
+            metas[..., 0].uniform_(6 / levels * (1 - _SCALE_SPREAD), 6 / levels)
+            metas[..., 1] = levels / 2
+            continue
+        metas.uniform_(root * (1 - _SCALE_SPREAD), root * (1 + _SCALE_SPREAD))
+        metas[..., 1:] *= 0.18 / spec.head_dim
     return cache
 
 
@@ -337,10 +346,12 @@ def _decode(workload: Workload, device: torch.device) -> Case:
             lambda: F.scaled_dot_product_attention(query, k, v, enable_gqa=True),
             inputs.traffic(_dense_bytes(spec)),
         )
+    codecs = spec.cache_format.key, spec.cache_format.value
+    by_attend = device.type == "cuda" and not gpus_decode(*codecs, spec.head_dim)
     return Case(
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace),
         bytes=inputs.traffic(spec.bytes_per_token_head),
-        function="decode",
+        function="attend" if by_attend else "decode",
         size=batch * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
         baselines=baselines,
         peers=decode_peers(inputs),

@@ -9,7 +9,8 @@ One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the
    comes as +0, is told from a positive value by its sign. Signs of the rotation are turned in the
    words that were read;
 2. finds the squared norms as the diagonal of the product of the rows with themselves;
-3. finds codes and scales (`fill_codes`);
+3. finds codes and scales (`fill_codes`; without norms, and perhaps without a rotation,
+   `fill_direct`);
 4. writes 8 bytes a lane and plane at a time (4 at D = 64), and the scales.
 
 A lane ``(g, t)``, g = lane / 4, t = lane % 4, works on row g and on the coordinates whose bits 3
@@ -28,10 +29,12 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     f32,
+    high_half,
     i32,
     let,
     local,
     loop,
+    low_half,
     mma,
     ptx,
     shared_dynamic,
@@ -41,6 +44,8 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.fill_codes import Encoded, Encoder
+from tq_tvm.kernels.fill_direct import DirectEncoder
+from tq_tvm.kernels.fill_places import GivenSlots, TableSlots
 from tq_tvm.kernels.hadamard_cuda import (
     PRODUCTS,
     RowBits,
@@ -70,10 +75,14 @@ class FillConfig:
 class _Side:
     """K or V of 8 rows."""
 
-    def __init__(self, row: RowBits, spec: CacheSpec, codec: Codec, name: str, sign) -> None:
+    def __init__(self, row: RowBits, spec: CacheSpec, codec: Codec, name: str, sign, scale) -> None:
         self.row, self.codec, self.name = row, codec, name
-        self.dtype = spec.dtype
-        self.encoder = Encoder(row, codec, spec.cache_format.scale_rule, sign)
+        self.dtype, self.rotation = spec.dtype, spec.cache_format.rotation
+        self.direct = codec.family != "lloyd_max"
+        if self.direct:
+            self.encoder = DirectEncoder(row, spec.dtype, codec, scale)
+        else:
+            self.encoder = Encoder(row, codec, spec.cache_format.scale_rule, sign)
         self.words = local(spec.head_dim // 8, "uint32")
         self.value = local(spec.head_dim // 4, "float32")
 
@@ -111,10 +120,31 @@ class _Side:
         """``value`` becomes minus the rotated row, unscaled."""
         rotate_rows(self.row, self.dtype, self.words, ones, self.value)
 
+    def encode(self, ones, g, t) -> Encoded:
+        """Codes and scales of the row that was read."""
+        if not self.direct:
+            squared = self.squared_norm(g)
+            self.rotate(ones)
+            return self.encoder.encode(self.value, t, squared)
+        if self.rotation != "none":
+            self.rotate(ones)
+            for i in range(self.row.dim // 4):
+                store(self.value, self.value[i] * f32(-(self.row.dim**-0.5)), i)
+        elif self.codec.packed:
+            for i in range(self.row.dim // 4):
+                half = high_half if i % 2 else low_half
+                store(self.value, half(self.dtype, self.words[i // 2]), i)
+        else:
+            return Encoded([self.words], [])
+        return self.encoder.encode(self.value)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Arguments:
-    """Flat views of the arguments, and strides in elements, which have to fit 31 bits."""
+    """Flat views of the arguments, and strides in elements, which have to fit 31 bits.
+
+    Metas are those of codecs that have some; scales are of whole tensors.
+    """
 
     rows: dict[str, Any]
     row_stride: dict[str, Any]
@@ -122,10 +152,15 @@ class _Arguments:
     metas: dict[str, Any]
     code_stride: dict[str, Any]
     meta_stride: dict[str, Any]
+    scales: dict[str, Any]
 
 
-def _arguments(k_rows, v_rows, caches) -> _Arguments:
+def _arguments(spec: CacheSpec, k_rows, v_rows, caches) -> _Arguments:
     k_cache, v_cache, k_meta, v_meta = caches
+    codecs = {"k": spec.cache_format.key, "v": spec.cache_format.value}
+    given = {"k": k_meta, "v": v_meta}
+    metas = {name: given[name] for name, codec in codecs.items() if codec.meta}
+    scaled = [name for name, codec in codecs.items() if codec.tensor_scale]
 
     def stride(argument):
         register = local(1, "int32")
@@ -136,9 +171,10 @@ def _arguments(k_rows, v_rows, caches) -> _Arguments:
         rows={"k": pages.flat(k_rows), "v": pages.flat(v_rows)},
         row_stride={"k": stride(k_rows), "v": stride(v_rows)},
         codes={"k": pages.flat(k_cache), "v": pages.flat(v_cache)},
-        metas={"k": pages.flat(k_meta), "v": pages.flat(v_meta)},
+        metas={name: pages.flat(meta) for name, meta in metas.items()},
         code_stride={"k": stride(k_cache), "v": stride(v_cache)},
-        meta_stride={"k": stride(k_meta), "v": stride(v_meta)},
+        meta_stride={name: stride(meta) for name, meta in metas.items()},
+        scales={name: let(given[name].buffer[0]) for name in scaled},
     )
 
 
@@ -156,7 +192,7 @@ def ring_words(spec: CacheSpec, config: FillConfig) -> int:
 def _emit(
     spec: CacheSpec, config: FillConfig, arguments: _Arguments, tokens, block, side, thread, slots
 ) -> None:
-    """8 rows of a warp at a time; ``slots`` says where a token goes, see `_TableSlots`."""
+    """8 rows of a warp at a time; ``slots`` says where a token goes, see `TableSlots`."""
     fmt, heads = spec.cache_format, spec.num_kv_heads
     codecs = {"k": fmt.key, "v": fmt.value}
     row = RowBits.of_cache(spec.head_dim, config.contracted)
@@ -186,7 +222,10 @@ def _emit(
         return let(T.cast(token, "int32")), let(T.cast(head, "int32"))
 
     def work(names: tuple[str, ...]) -> None:
-        sides = [_Side(row, spec, codecs[name], name, sign[0]) for name in names]
+        sides = [
+            _Side(row, spec, codecs[name], name, sign[0], arguments.scales.get(name))
+            for name in names
+        ]
         words = len(names) * row_words
 
         def advance(place) -> None:
@@ -220,9 +259,7 @@ def _emit(
                     one_side.load(ring, begin + stage[0] + n * row_words)
                     if signs is not None:
                         signs.turn(one_side.words)
-                    squared = one_side.squared_norm(g)
-                    one_side.rotate(ones)
-                    encoded = one_side.encoder.encode(one_side.value, t, squared)
+                    encoded = one_side.encode(ones, g, t)
                     where = (page, offset, head, T.And(wanted, first[0] + g < total))
                     _write(spec, arguments, one_side, t, where, encoded)
                 store(first, first[0] + 8)
@@ -236,62 +273,6 @@ def _emit(
                 work(("k",))
             with I.Else():
                 work(("v",))
-
-
-class _GivenSlots:
-    """Slots that the caller names, negative for nowhere."""
-
-    def __init__(self, spec: CacheSpec, slot_mapping) -> None:
-        self._size, self._slots = spec.page_size, slot_mapping
-
-    def start(self, token) -> None:
-        """Nothing to look for."""
-
-    def find(self, token):
-        """Page and offset of a token, and whether it is stored."""
-        slot = let(self._slots[token])
-        page = let(T.cast(T.shift_right(slot, T.int64(self._size.bit_length() - 1)), "int32"))
-        return page, let(T.cast(slot, "int32") & (self._size - 1)), let(slot >= T.int64(0))
-
-
-class _TableSlots:
-    """Slots of tokens in turn: what changes with the sequence or the page is kept until it does."""
-
-    def __init__(self, spec: CacheSpec, table, lens, starts, batch) -> None:
-        self._size, self._table, self._lens, self._starts = spec.page_size, table, lens, starts
-        self._batch = T.cast(batch, "int32")
-        self._sequence, self._next, self._shift, self._row, self._page, self._end = (
-            local(1, "int32") for _ in range(6)
-        )
-
-    def start(self, token) -> None:
-        """Find the sequence of the first token."""
-        store(self._end, self._starts[self._batch])
-        store(self._sequence, i32(0))
-        pages.find_last_start(self._sequence, self._starts, self._batch, token)
-        self._enter()
-
-    def _enter(self) -> None:
-        sequence, following = self._sequence[0], self._next
-        store(following, self._starts[sequence + 1])
-        store(self._shift, self._lens[sequence] - following[0])
-        store(self._row, i32(-1))
-        # Tokens past the last sequence are left with it.
-        with when(sequence + 1 == self._batch):
-            store(following, i32(2**31 - 1))
-
-    def find(self, token):
-        """Page and offset of a token, and whether it is stored; tokens come in order."""
-        with loop(token >= self._next[0]):
-            store(self._sequence, self._sequence[0] + 1)
-            self._enter()
-        position = let(self._shift[0] + token)
-        stored = let(T.And(position >= 0, token < self._end[0]))
-        row = let(T.shift_right(position, self._size.bit_length() - 1))
-        with when(T.And(stored, row != self._row[0])):
-            store(self._row, row)
-            store(self._page, self._table[self._sequence[0], row])
-        return self._page[0], let(T.bitwise_and(position, self._size - 1)), stored
 
 
 def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded: Encoded) -> None:
@@ -311,6 +292,8 @@ def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encode
         for bits, words in zip(codec.plane_bits, encoded.planes, strict=True):
             _write_plane(row, arguments.codes[name], codes, t, first, bits, words)
             first += spec.head_dim * bits // 8
+        if not codec.meta:
+            return
         with when(t == 0):
             count = len(codec.meta)
             metas = let(inside(page, offset, count, arguments.meta_stride[name]))
@@ -319,10 +302,14 @@ def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encode
 
 
 def _write_plane(row: RowBits, flat, codes, t, first: int, bits: int, words) -> None:
-    """Bytes from ``first`` on of the row at ``codes``, in pieces of the lanes in turn."""
-    count = row.piece // 4
+    """Elements from ``first`` on of the row at ``codes``, in pieces of the lanes in turn.
+
+    They are bytes of codes, or values of 16 bits.
+    """
+    size = max(1, bits // 8)
+    count = row.piece * size // 4
     kind = "u32" if count == 1 else f"v{count}.u32"
-    pieces, lanes = divmod(row.dim * bits // 8, 4 * row.piece)
+    pieces, lanes = divmod(row.dim * bits // (8 * size), 4 * row.piece)
 
     def write(n: int) -> None:
         at = codes + T.cast(t * row.piece, "int64") + T.int64(first + n * 4 * row.piece)
@@ -346,10 +333,10 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
         return (tokens * heads + (rows - 1)) // rows
 
     def emit(k, v, caches, tokens, block, side, thread, slots):
-        _emit(spec, config, _arguments(k, v, caches), tokens, block, side, thread, slots)
+        _emit(spec, config, _arguments(spec, k, v, caches), tokens, block, side, thread, slots)
 
     def table_slots(table, lens, starts, batch):
-        return _TableSlots(spec, table, lens, starts, batch)
+        return TableSlots(spec, table, lens, starts, batch)
 
     @T.prim_func(s_tir=True)
     def by_slots(
@@ -372,7 +359,7 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
             for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
-                    emit(k_rows, v_rows, caches, n, bx, by, tx, _GivenSlots(spec, SM))
+                    emit(k_rows, v_rows, caches, n, bx, by, tx, GivenSlots(spec, SM))
 
     @T.prim_func(s_tir=True)
     def by_block_table(

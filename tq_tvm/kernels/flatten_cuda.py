@@ -1,7 +1,8 @@
-r"""``flatten`` on NVIDIA GPUs, by look-ups: the threads of ``kernels.flatten``'s equation.
+r"""``flatten`` on NVIDIA GPUs: the threads of ``kernels.flatten``'s equation.
 
 One launch. Several lanes take a row (output token, KV head), K and V, and look its values up by
-``prmt`` (`lookup_cuda`), in the model's dtype.
+``prmt`` (`lookup_cuda`), in the model's dtype; those of direct codecs are computed
+(`flatten_direct`).
 
 In the rotated domain eight lanes take a row. A lane's bytes of it are contiguous, and so are the
 lanes' writes: 16 bytes of K and 8 of V each, at D = 128.
@@ -34,6 +35,7 @@ from tq_tvm.kernels.device import (
     u32,
     when,
 )
+from tq_tvm.kernels.flatten_direct import DirectSide, RotatedDirectSide
 from tq_tvm.kernels.hadamard_cuda import (
     RowBits,
     RowSigns,
@@ -60,12 +62,21 @@ class FlattenConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Cache:
-    """Flat views of codes and metas of one side, and their page strides."""
+    """Flat views of codes and metas of one side, and their page strides.
+
+    In the place of metas a tensor's scale, or None.
+    """
 
     codes: Any
     metas: Any
     code_stride: Any
     meta_stride: Any
+
+    @classmethod
+    def of(cls, codes: pages.Strided, metas: pages.Strided | None) -> _Cache:
+        """Views of two arguments."""
+        views = pages.flat(codes), None if metas is None else pages.flat(metas)
+        return cls(*views, codes.strides[0], None if metas is None else metas.strides[0])
 
 
 class _Side(CodedRow):
@@ -118,11 +129,11 @@ class _RotatedSide(_Side):
         codec: Codec,
         cache: _Cache,
         row: RowBits,
-        ones: Any,
+        ones: dict[str, Any],
         signs: RowSigns | None,
     ) -> None:
         super().__init__(spec, codec, cache, 4)
-        self._row, self._ones, self._signs = row, ones, signs
+        self._row, self._ones, self._signs = row, ones["float16"], signs
 
     def read_codes(self, pointer: Callable[[Any], Any], part) -> None:
         piece = self._row.piece
@@ -173,12 +184,20 @@ class _RotatedSide(_Side):
             self._signs.turn(pairs)
         return pairs
 
-    def write_rotated(self, pairs, out, row, part) -> None:
-        """Write what `rotated` gave."""
-        piece = self._row.piece
-        for n in range(self._row.pieces):
-            at = out.ptr_to([row + T.cast(part * piece + n * 4 * piece, "int64")])
-            access("st.global", pairs, n * (piece // 2), piece // 2, at)
+
+def _side_of(codec: Codec, rotated: bool):
+    """The class of a side."""
+    if codec.family == "lloyd_max":
+        return _RotatedSide if rotated else _Side
+    return RotatedDirectSide if rotated else DirectSide
+
+
+def _write_rotated(bits: RowBits, pairs, out, row, part) -> None:
+    """Write what ``rotated`` of a side gave; ``row`` is the index of the row's first element."""
+    piece = bits.piece
+    for n in range(bits.pieces):
+        at = out.ptr_to([row + T.cast(part * piece + n * 4 * piece, "int64")])
+        access("st.global", pairs, n * (piece // 2), piece // 2, at)
 
 
 def _emit(
@@ -200,10 +219,7 @@ def _emit(
     lanes = _lanes(unrotated)
     abreast = 32 // lanes
     codecs = (fmt.key, fmt.value)
-    flat = [
-        _Cache(pages.flat(codes), pages.flat(metas), codes.strides[0], metas.strides[0])
-        for codes, metas in ((k_cache, k_meta), (v_cache, v_meta))
-    ]
+    flat = [_Cache.of(codes, metas) for codes, metas in ((k_cache, k_meta), (v_cache, v_meta))]
     out = [pages.flat(o) for o in outputs]
     lane = let(thread % 32)
     own, part = let(lane // lanes), let(lane % lanes)
@@ -211,10 +227,15 @@ def _emit(
     if unrotated:
         zeros = hidden_zeros(total, lane, 4)
         bits = RowBits.of_cache(spec.head_dim, config.contracted)
-        ones = hadamard_words("float16", let(lane // 4), let(lane % 4), zeros)
+        g, t = let(lane // 4), let(lane % 4)
+        ones = {
+            dtype: hadamard_words(dtype, g, t, zeros)
+            for dtype in sorted({"float16" if c.packed else spec.dtype for c in codecs})
+        }
         signs = RowSigns(bits, let(lane % 4)) if fmt.rotation == "signed_hadamard" else None
         sides = [
-            _RotatedSide(spec, c, f, bits, ones, signs) for c, f in zip(codecs, flat, strict=True)
+            _side_of(c, True)(spec, c, f, bits, ones, signs)
+            for c, f in zip(codecs, flat, strict=True)
         ]
     share = abreast * config.rows * config.tiles
     first, last = local(1, "int32"), local(1, "int32")
@@ -256,10 +277,10 @@ def _emit(
             for n, side in enumerate(sides):
                 pairs = side.rotated()
                 with when(row < last[0]):
-                    side.write_rotated(pairs, out[n], target(row, n), part)
+                    _write_rotated(bits, pairs, out[n], target(row, n), part)
         else:
             group = [
-                [_Side(spec, c, f, lanes) for c, f in zip(codecs, flat, strict=True)]
+                [_side_of(c, False)(spec, c, f, lanes) for c, f in zip(codecs, flat, strict=True)]
                 for _ in range(config.rows)
             ]
             for i, both in enumerate(group):
@@ -282,6 +303,7 @@ def flatten_cuda(spec: CacheSpec, config: FlattenConfig, unrotated: bool) -> Pri
 
     Rotating back takes one row of a lane at a time: ``rows`` is 1.
     """
+    unrotated = unrotated and spec.cache_format.rotation != "none"
     dim, heads, dtype = spec.head_dim, spec.num_kv_heads, spec.dtype
     threads = 32 * config.warps
     resident = max(1, 65536 // (threads * config.registers))

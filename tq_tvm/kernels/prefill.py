@@ -14,9 +14,9 @@ Buffers
     name          shape                                     dtype    use
     ============  ========================================  =======  =====================
     q             [T, HQ, D]                                dtype    in
-    k_cache       [P, PS, HK, BK], free page stride         uint8    in
+    k_cache       [P, PS, HK, BK], free page stride         uint8    in; dtype of codec none
     v_cache       [P, PS, HK, BV], free page stride         uint8    in
-    k_meta        [P, PS, HK, MK], free page stride         dtype    in
+    k_meta        [P, PS, HK, MK], free page stride         dtype    in; [1] float32 of fp8
     v_meta        [P, PS, HK, MV], free page stride         dtype    in
     block_table   [B, MB]                                   int32    in
     seq_lens      [B]                                       int32    in
@@ -35,8 +35,8 @@ Static: format, D, HQ, HK, PS, dtype, layout. Dynamic: T, B, P, MB, lengths, str
 
 Tail
     Tiles that no row of a CTA sees are not read; of other tokens that none sees the scales are not,
-    nor are their pages looked up. Rows of q past ``cu_seqlens_q[B]`` are left alone; a token that
-    sees nothing gets zeros, and -inf or its sink.
+    or without scales the rows, nor are their pages looked up. Rows of q past ``cu_seqlens_q[B]``
+    are left alone; a token that sees nothing gets zeros, and -inf or its sink.
 
 Numerics
     Rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype; sums are

@@ -1,4 +1,7 @@
-"""``attend``: what `paged_decode` calls for more than one plain query token a sequence."""
+"""``attend``: what `paged_decode` calls for more than one plain query token a sequence.
+
+And on GPUs for one, where they have no ``decode`` of the format.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,20 @@ __all__ = ["Features", "attend"]
 _OP = "paged_decode"
 _MOST_TOKENS = 2**31 - 1
 _loaded: dict[tuple, tuple[CacheSpec, LoadedFunction]] = {}
+_starts: dict[torch.device, list[torch.Tensor]] = {}
 
 
 class Features(NamedTuple):
     """What a call asks for beyond one plain query token a sequence; shapes are checked later."""
 
-    cu_seqlens_q: torch.Tensor | None
-    max_seqlen_q: int | None
-    window_left: int
-    kept_tokens: int
-    soft_cap: float
-    sinks: torch.Tensor | None
-    alibi_slopes: torch.Tensor | None
-    lse: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+    window_left: int = -1
+    kept_tokens: int = 0
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -176,25 +180,23 @@ def attend(
     chunk, floats = None, 0
     if q.is_cuda and cu_seqlens_q is not None:
         # Without a bound, chunks are taken to be alike.
-        longest = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
+        most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)
-        chunk = choose_prefill(prefill, spec, tokens, batch, context, longest)
+        chunk = choose_prefill(prefill, spec, tokens, batch, context, most)
     if cu_seqlens_q is None and window_left < 0 and "decode_featured" in functions_on(spec, kind):
         loaded = load("decode_featured", spec, q.device)
         variant, parts = choose_launch(loaded, spec, batch, context)
         floats = workspace_floats(spec, batch, parts, variant.launch)
         numbers = (parts, sm_scale, soft_cap)
     else:
-        starts = cu_seqlens_q
+        starts, longest = cu_seqlens_q, max_seqlen_q
         if starts is None:
-            starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+            starts, longest = _single_starts(batch, q.device), 1
         features = (starts, *features)
         if chunk is not None:
             loaded, variant = prefill, chunk
         else:
-            variant, parts = choose_attend_launch(
-                loaded, spec, tokens, batch, context, max_seqlen_q
-            )
+            variant, parts = choose_attend_launch(loaded, spec, tokens, batch, context, longest)
             floats = attend_floats(spec, tokens, parts, variant.launch)
             numbers = (parts, *numbers)
     if chunk is None:
@@ -214,6 +216,22 @@ def attend(
         numbers,
         lambda: ordered(check()[1]),
     )
+
+
+def _single_starts(batch: int, device: torch.device) -> torch.Tensor:
+    """Where the queries of B sequences begin that have one each: B + 1 numbers from 0.
+
+    They are made once for all batches up to a size, and kept for graphs that have seen them. What
+    is allocated while a graph is captured has to be its own.
+    """
+    made = _starts.setdefault(device, [])
+    if not made or len(made[-1]) <= batch:
+        size = max(1024, 1 << (batch + 1).bit_length())
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.arange(batch + 1, dtype=torch.int32, device=device)
+        # A copy from the host is done when it returns, on whichever stream it is used then.
+        made.append(torch.arange(size, dtype=torch.int32).to(device))
+    return made[-1][: batch + 1]
 
 
 def _write_nothing(

@@ -12,13 +12,14 @@ from tq_tvm.ops._attention import NAMES, check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.attend import Features, attend
 from tq_tvm.ops.workspace import as_scratch, choose_launch
-from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy
+from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy, gpus_decode
 from tq_tvm.splits import workspace_floats
 
 __all__ = ["paged_decode"]
 
 _OP = "paged_decode"
 _NO_WINDOW = (None, None, None)
+_PLAIN = tuple(Features())
 _loaded: dict[tuple, tuple[CacheSpec, LoadedFunction]] = {}
 
 
@@ -137,7 +138,8 @@ def paged_decode(
     UnsupportedSpecError
         No kernel is generated for this format and these shapes, or not for this device, or not of
         what was asked for: calls with any of ``cu_seqlens_q`` to ``lse`` need the function
-        ``attend`` of a library, others ``decode``.
+        ``attend`` of a library, others ``decode``, in whose place GPUs have ``attend`` of formats
+        that are not Lloyd-Max's.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -147,7 +149,7 @@ def paged_decode(
     call outside of it; with ``out`` and ``workspace`` nothing is allocated. A graph keeps the
     splits of its shapes, so replays may have any lengths that the table holds, and any
     ``cu_seqlens_q`` of its T and B. There is no gradient. Tensors may be any objects with
-    ``__dlpack__``. With features but without ``cu_seqlens_q`` one more launch makes it.
+    ``__dlpack__``.
 
     With a spec's ``window`` of unquantised rows, those are the newest of the sequence at the time
     of the call: all its queries read them so.
@@ -175,8 +177,11 @@ def paged_decode(
     if not (k_scale is v_scale is None):
         k_scale = _check.as_scale(_OP, "k_scale", k_scale, k_cache.device)
         v_scale = _check.as_scale(_OP, "v_scale", v_scale, k_cache.device)
-    _, codec = _check.codecs_of(_OP, policy)
-    result = _new_result(q, v_cache, codec) if out is None else _check.as_tensor(_OP, "out", out)
+    result = (
+        _new_result(q, v_cache, _check.codecs_of(_OP, policy)[1])
+        if out is None
+        else _check.as_tensor(_OP, "out", out)
+    )
     if workspace is not None:
         workspace = _check.as_tensor(_OP, "workspace", workspace)
     if sm_scale is None:
@@ -195,20 +200,29 @@ def paged_decode(
         cu_seqlens_q is max_seqlen_q is window_left is soft_cap is sinks is alibi_slopes is lse
         is None and kept_tokens == 0 and return_lse is False
     ):  # fmt: skip
-        _decode(*arguments)
+        _attend_plainly(*arguments)
         return returned
     features = Features.of(
         q, cu_seqlens_q, max_seqlen_q, window_left, kept_tokens, soft_cap, sinks, alibi_slopes,
         return_lse, lse,
     )  # fmt: skip
     if features.plain:
-        _decode(*arguments)
+        _attend_plainly(*arguments)
     else:
         # Not a sum: torch.compile does not add a named tuple.
         attend(*(*arguments, *features))
     if not return_lse:
         return returned
     return returned, features.lse if lse is None else lse
+
+
+def _attend_plainly(q: torch.Tensor, *others: Any) -> None:
+    """One token a sequence: ``decode``, or ``attend`` where a GPU has none."""
+    codecs = _check.codecs_of(_OP, others[11])
+    if q.is_cuda and q.ndim and not gpus_decode(*codecs, q.shape[-1]):
+        attend(q, *others, *_PLAIN)
+    else:
+        _decode(q, *others)
 
 
 def _new_result(q: torch.Tensor, v_cache: torch.Tensor, codec: Codec) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
-from tq_tvm.spec import CacheSpec, check_target, functions_on
+from tq_tvm.spec import CacheSpec, check_target, functions_on, gpus_decode
 from tq_tvm.splits import (
     attend_launch_keys,
     attend_parts,
@@ -73,11 +73,16 @@ def paged_decode_workspace_size(
     _check.check_spec(_OP, spec)
     device = as_device(_OP, device)
     kind = "cuda" if device.type == "cuda" else "llvm"
-    check_target(_OP, spec, kind, "decode")
+    fmt = spec.cache_format
+    decodes = kind == "llvm" or gpus_decode(fmt.key, fmt.value, spec.head_dim)
+    check_target(_OP, spec, kind, "decode" if decodes else "attend")
     batch = _check.as_integer(_OP, "batch", batch)
     max_context = _check.as_integer(_OP, "max_context", max_context)
     if max_tokens is not None:
         max_tokens = _check.as_integer(_OP, "max_tokens", max_tokens)
+    if not decodes:
+        # Each sequence has a token of ``attend``.
+        return 4 * _attend_floats(spec, max(batch, max_tokens or 0), max_context, device)
     most = _decode_floats("decode", spec, batch, max_context, device)
     if max_tokens is not None:
         most = max(most, _attend_floats(spec, max_tokens, max_context, device))

@@ -109,6 +109,37 @@ inline uint32_t dp4a(uint32_t a, uint32_t b, uint32_t sum) {
   return sum;
 }
 
+inline float max_or_nan(float a, float b) { return a > b || isnan(a) ? a : b; }
+inline float min_or_nan(float a, float b) { return a < b || isnan(a) ? a : b; }
+
+// The sum of two floats is a double, unless one is tiny beside the other.
+inline float add_towards_zero(float a, float b) {
+  double sum = static_cast<double>(a) + b;
+  float nearest = static_cast<float>(sum);
+  return fabs(static_cast<double>(nearest)) > fabs(sum) ? nextafterf(nearest, 0.0f) : nearest;
+}
+
+// The nearest float8_e4m3fn, to even, saturated: found among all of them.
+inline uint16_t to_e4m3(float value) {
+  if (isnan(value)) return 0x7F;
+  double size = fabs(static_cast<double>(value)), best = INFINITY;
+  uint16_t found = 0;
+  for (uint16_t code = 0; code < 0x7F; ++code) {
+    double apart = fabs(e4m3_to_float(code) - size);
+    if (apart < best || (apart == best && code % 2 == 0)) {
+      best = apart;
+      found = code;
+    }
+  }
+  return found | (signbit(value) ? 0x80 : 0);
+}
+inline uint16_t pack_e4m3(float high, float low) { return to_e4m3(high) << 8 | to_e4m3(low); }
+
+inline uint32_t unpack_e4m3(uint16_t codes) {
+  return uint32_t{HalfFormat::encode(e4m3_to_float(codes >> 8))} << 16 |
+         HalfFormat::encode(e4m3_to_float(codes & 0xFF));
+}
+
 template <typename Format>
 inline uint32_t pack(float high, float low) {
   return uint32_t{Format::encode(high)} << 16 | Format::encode(low);

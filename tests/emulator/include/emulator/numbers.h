@@ -1,6 +1,8 @@
 // Half precision types: storage in 16 bits, arithmetic in float with one rounding.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -51,6 +53,14 @@ inline float half_to_float(uint16_t bits) {
     value = bit_cast<float>((magnitude << 13) + 0x38000000);
   }
   return bit_cast<float>(bit_cast<uint32_t>(value) | sign);
+}
+
+// The value of a float8_e4m3fn.
+inline float e4m3_to_float(unsigned code) {
+  unsigned exponent = code >> 3 & 15, fraction = code & 7;
+  float size = exponent ? (8 + fraction) * exp2f(exponent - 10.0f) : fraction * 0x1p-9f;
+  if ((code & 0x7F) == 0x7F) size = NAN;
+  return code & 0x80 ? -size : size;
 }
 
 struct HalfFormat {

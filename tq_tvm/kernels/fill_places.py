@@ -1,0 +1,67 @@
+"""Where ``fill`` on GPUs puts a token: a slot that the caller names, or one by a block table."""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.device import i32, let, local, loop, store, when
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["GivenSlots", "TableSlots"]
+
+
+class GivenSlots:
+    """Slots that the caller names, negative for nowhere."""
+
+    def __init__(self, spec: CacheSpec, slot_mapping) -> None:
+        self._size, self._slots = spec.page_size, slot_mapping
+
+    def start(self, token) -> None:
+        """Nothing to look for."""
+
+    def find(self, token):
+        """Page and offset of a token, and whether it is stored."""
+        slot = let(self._slots[token])
+        page = let(T.cast(T.shift_right(slot, T.int64(self._size.bit_length() - 1)), "int32"))
+        return page, let(T.cast(slot, "int32") & (self._size - 1)), let(slot >= T.int64(0))
+
+
+class TableSlots:
+    """Slots of tokens in turn: what changes with the sequence or the page is kept until it does."""
+
+    def __init__(self, spec: CacheSpec, table, lens, starts, batch) -> None:
+        self._size, self._table, self._lens, self._starts = spec.page_size, table, lens, starts
+        self._batch = T.cast(batch, "int32")
+        self._sequence, self._next, self._shift, self._row, self._page, self._end = (
+            local(1, "int32") for _ in range(6)
+        )
+
+    def start(self, token) -> None:
+        """Find the sequence of the first token."""
+        store(self._end, self._starts[self._batch])
+        store(self._sequence, i32(0))
+        pages.find_last_start(self._sequence, self._starts, self._batch, token)
+        self._enter()
+
+    def _enter(self) -> None:
+        sequence, following = self._sequence[0], self._next
+        store(following, self._starts[sequence + 1])
+        store(self._shift, self._lens[sequence] - following[0])
+        store(self._row, i32(-1))
+        # Tokens past the last sequence are left with it.
+        with when(sequence + 1 == self._batch):
+            store(following, i32(2**31 - 1))
+
+    def find(self, token):
+        """Page and offset of a token, and whether it is stored; tokens come in order."""
+        with loop(token >= self._next[0]):
+            store(self._sequence, self._sequence[0] + 1)
+            self._enter()
+        position = let(self._shift[0] + token)
+        stored = let(T.And(position >= 0, token < self._end[0]))
+        row = let(T.shift_right(position, self._size.bit_length() - 1))
+        with when(T.And(stored, row != self._row[0])):
+            store(self._row, row)
+            store(self._page, self._table[self._sequence[0], row])
+        return self._page[0], let(T.bitwise_and(position, self._size - 1)), stored
