@@ -25,6 +25,8 @@ from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels import FUNCTIONS
 from tq_tvm.kernels.attend import attend as attend_kernel
 from tq_tvm.kernels.decode import decode as decode_kernel
+from tq_tvm.kernels.decode_featured import decode_featured
+from tq_tvm.kernels.decode_shape import DecodeConfig
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
 from tq_tvm.kernels.prefill import prefill as prefill_kernel
@@ -36,6 +38,7 @@ __all__ = [
     "candidate",
     "candidate_launch",
     "default",
+    "featured",
     "has_factory",
     "instantiate",
     "search_module",
@@ -58,6 +61,9 @@ _ANCHORED: dict[str, Callable[..., PrimFunc]] = {
     "prefill": prefill_kernel,
 }
 """Functions whose decisions are sampled on an anchor, and the factories of their kernels."""
+
+_SIZED = ("decode", "attend")
+"""Of these, functions whose defaults depend on the size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +189,8 @@ def default(
     With ``shape``, see `space`, those of a size.
     """
     made = _only_a_factory(function, spec, kind)
-    if function == "decode":
-        values = decode.defaults(spec, kind, shape)
+    if function in _SIZED:
+        values = _SPACES[function].defaults(spec, kind, shape)
     elif function in _ANCHORED:
         values = _SPACES[function].defaults(spec, kind)
     elif made:
@@ -283,38 +289,49 @@ def instantiate(
 ) -> Instance:
     """Turn decisions into a kernel: a record's trace, or the defaults where ``trace`` is None.
 
-    With ``shape`` None the result is the dynamic function that ships. ``decode``'s always is; its
-    shape says which defaults are meant, see `space`.
+    With ``shape`` None the result is the dynamic function that ships. A factory's always is; the
+    shape says which defaults are meant, see `space`. ``decode_featured``, which is not searched,
+    has the defaults of ``decode``; see `featured` for others.
     """
-    if function == "decode":
-        return _decode_instance(spec, kind, trace, shape, symbol)
+    if function == "decode_featured":
+        return featured(spec, _default_config("decode", spec, kind), symbol)
+    if function in _ANCHORED:
+        return _anchored_instance(function, spec, kind, trace, shape, symbol)
     sch = Schedule(search_module(function, spec, kind, shape))
     if trace is None:
         default(function, spec, kind)(sch)
     else:
         trace.apply_to_schedule(sch, remove_postproc=True)
     config = _config(sch, function, spec, kind)
-    launch = {}
-    if function in _ANCHORED:
-        func = _ANCHORED[function](spec, kind, config)
-        launch = _SPACES[function].launch(spec, kind, config)
-    else:
-        made = factories.made(sch) is not None
-        func = factories.make(function, spec, config) if made else sch.mod["main"]
+    made = factories.made(sch) is not None
+    func = factories.make(function, spec, config) if made else sch.mod["main"]
     tuned = config != _default_config(function, spec, kind)
-    return Instance(func.with_attr("global_symbol", symbol), config, launch, tuned)
+    return Instance(func.with_attr("global_symbol", symbol), config, {}, tuned)
 
 
-def _decode_instance(
-    spec: CacheSpec, kind: str, trace: Trace | None, shape: dict[str, int] | None, symbol: str
+def _anchored_instance(
+    function: str,
+    spec: CacheSpec,
+    kind: str,
+    trace: Trace | None,
+    shape: dict[str, int] | None,
+    symbol: str,
 ) -> Instance:
     sizes = tuple(sorted(shape.items())) if shape else None
-    default_config = _default_config("decode", spec, kind, sizes)
+    default_config = _default_config(function, spec, kind, sizes)
     config = default_config
     if trace is not None:
-        sch = Schedule(search_module("decode", spec, kind, None))
+        sch = Schedule(search_module(function, spec, kind, None))
         trace.apply_to_schedule(sch, remove_postproc=True)
-        config = _decisions("decode", kind, sch)
-    func = decode_kernel(spec, kind, config).with_attr("global_symbol", symbol)
-    launch = decode.launch(spec, kind, config)
+        config = _decisions(function, kind, sch)
+    func = _ANCHORED[function](spec, kind, config).with_attr("global_symbol", symbol)
+    launch = _SPACES[function].launch(spec, kind, config)
     return Instance(func, dict(config), launch, config != default_config)
+
+
+def featured(spec: CacheSpec, config: dict[str, int], symbol: str) -> Instance:
+    """``decode_featured`` with the decisions of a kernel of ``decode``, but for clusters."""
+    config = config | {"cluster": 0}
+    func = decode_featured(spec, DecodeConfig(**config)).with_attr("global_symbol", symbol)
+    launch = decode.launch(spec, "cuda", config)
+    return Instance(func, config, launch, tuned=False)

@@ -21,8 +21,9 @@ row_tiles         pairs of a query token and a head, by 16, of a block: tokens d
                   often, against registers, and rows that a call does not have
 tile              tokens a warp decodes and attends to at a time: fewer votes and bounds,
                   against shared memory
-lanes             lanes that decode a row of a Lloyd-Max codec, where K or V has one: registers,
-                  against tables of levels made anew
+lanes             lanes that make a row of a Lloyd-Max codec in shared memory, where K or V has
+                  one: registers, against tables of levels made anew; codes that are looked up in
+                  registers have four
 registers         the most a thread may have: more CTAs on an SM, against spills
 reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to merge,
                   against parallel work
@@ -33,6 +34,7 @@ overlap           the second launch begins before the first is done
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from tq_tvm.schedules import decode
 from tq_tvm.schedules.anchors import Point, annotate, end_points, hash_points
@@ -41,6 +43,7 @@ from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.attend import attend
 from tq_tvm.kernels.attend_cpu import AttendCpuConfig, block_tokens
+from tq_tvm.kernels.attend_fragments import FragmentShape
 from tq_tvm.kernels.attend_rows import RowShape
 from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
 from tq_tvm.kernels.attend_tiles import TileShape
@@ -81,9 +84,9 @@ DEFAULTS = {
     "cuda": {
         "warps": 4,
         "row_tiles": 1,
-        "tile": 32,
-        "lanes": 2,
-        "registers": 168,
+        "tile": 64,
+        "lanes": 4,
+        "registers": 255,
         "reach": 1,
         "overlap": 1,
     },
@@ -91,15 +94,28 @@ DEFAULTS = {
 }
 
 
-def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
-    """The hand-picked decisions of a spec: `DEFAULTS`, but for rows and tiles of some on GPUs."""
+def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The hand-picked decisions of a spec: `DEFAULTS`, but for rows and tiles of some on GPUs.
+
+    With ``sizes`` those of a batch, whose sequences may have more than 16 rows of queries.
+    """
     values = dict(DEFAULTS[kind])
-    if kind == "cuda" and spec.head_dim > 128:
-        # 32 rows of 256 values would not fit a lane's registers, nor 32 tokens of them two CTAs.
+    if kind != "cuda":
+        return values
+    queries = 1 if sizes is None else -(-sizes["tokens"] // sizes["batch"])
+    tall = queries * spec.group_size > 16 and spec.head_dim <= 128
+    if not FragmentShape.serves(spec):
+        values.update(lanes=2, tile=32, registers=255 if tall else 168)
+    elif tall:
+        # 64 x 8192 of 32/8 heads, 8 tokens, H100: 381 us in tq42; tables of k4v2's rows take
+        # registers, so that 32 tokens at a time spill: 456 us, 16 at a time 427.
+        values.update(tile=16 if spec.cache_format.key.residual_sign else 32)
+    if tall:
+        values.update(row_tiles=2)
+    elif spec.head_dim > 128:
+        # 32 tokens of 256 values would not fit a lane's registers, nor, in shared memory, two CTAs.
         values.update(tile=16, registers=255)
-    elif kind == "cuda" and spec.group_size > 16:
-        values.update(row_tiles=2, registers=255)
-    if kind == "cuda" and not _looks_up(spec):
+    if not _looks_up(spec):
         # Rows that are not packed much take shared memory, which so many warps wait for.
         values.update(tile=16, lanes=DIRECT_LANES)
     return values
@@ -118,6 +134,8 @@ def lane_options(spec: CacheSpec, values: list[int]) -> list[int]:
 def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
     """What each decision may be for a spec."""
     if kind == "cuda":
+        if FragmentShape.serves(spec):
+            return {**OPTIONS[kind], "lanes": [4]}
         return {**OPTIONS[kind], "lanes": lane_options(spec, OPTIONS[kind]["lanes"])}
     shared = decode.options(spec, kind)
     return {

@@ -328,6 +328,7 @@ def test_gpus_have_some_functions_of_other_formats(name):
     spec = dataclasses.replace(SPEC, format=name, head_dim=64)
     assert set(functions_on(spec, "llvm")) - set(functions_on(spec, "cuda")) == {"decode"}
     assert set(functions_on(spec, "cuda")) - set(functions_on(spec, "llvm")) == {"prefill"}
+    assert "decode_featured" in functions_on(SPEC, "cuda")
     check_target("op", spec, "cuda")
     check_target("op", spec, "cuda", "fill_slots")
     with pytest.raises(UnsupportedSpecError, match=f"op: spec .* got {spec.label} for decode;"):

@@ -35,6 +35,7 @@ __all__ = [
     "DTYPES",
     "FORMATS",
     "FUNCTIONS",
+    "GPU_FUNCTIONS",
     "GPU_HEAD_DIMS",
     "GPU_PAGE_SIZES",
     "HEAD_DIMS",
@@ -73,10 +74,14 @@ FUNCTIONS = {
     "flatten": "flatten",
     "flatten_unrotated": "flatten",
     "decode": "decode",
+    "decode_featured": "decode",
     "attend": "attend",
     "prefill": "prefill",
 }
 """Functions of a library, each with the kernel that it is a form of."""
+
+GPU_FUNCTIONS = ("decode_featured", "prefill")
+"""Functions that a CPU's ``attend`` has in it."""
 
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _DTYPE_SLUG = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
@@ -269,7 +274,7 @@ class CacheSpec:
         """
         if function == "rotate":
             return self.rotation
-        if function in ("decode", "attend", "prefill"):
+        if function in ("decode", "decode_featured", "attend", "prefill"):
             return self._as_read()
         spec = dataclasses.replace(self, num_q_heads=self.num_kv_heads)
         if function == "fill_table":
@@ -369,8 +374,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     Parameters
     ----------
     kind
-        ``"cuda"`` or ``"llvm"``; a CPU has all but ``prefill``. A library for the target has just
-        these.
+        ``"cuda"`` or ``"llvm"``; a CPU has all but `GPU_FUNCTIONS`. A library for the target has
+        just these.
 
     Examples
     --------
@@ -378,8 +383,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     ()
     """
     if kind != "cuda":
-        # CPUs attend to chunks as to a few tokens.
-        return tuple(name for name in spec.functions if name != "prefill")
+        # CPUs attend to chunks, and with features, as to a few tokens.
+        return tuple(name for name in spec.functions if name not in GPU_FUNCTIONS)
     dim = spec.rotation.dim
     if spec.dtype == "float32" or dim & (dim - 1):
         return ()
@@ -390,7 +395,7 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if not plain or dim not in GPU_HEAD_DIMS:
         return ()
     decodes = gpus_decode(fmt.key, fmt.value, dim)
-    return tuple(name for name in spec.functions if decodes or name != "decode")
+    return tuple(name for name in spec.functions if decodes or FUNCTIONS[name] != "decode")
 
 
 def gpus_decode(key: Codec, value: Codec, head_dim: int) -> bool:

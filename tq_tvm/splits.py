@@ -27,7 +27,10 @@ __all__ = [
 ]
 
 WORKSPACE_BYTES = 2 << 20
-"""What the workspace of groups may take beside a hundredth of the cache."""
+"""What the workspace of groups may take beside a hundredth of the cache.
+
+Of ``attend`` for every 16 rows of a block: pairs of a query token and a head of the group.
+"""
 
 
 def launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
@@ -161,7 +164,8 @@ def attend_parts(
         rows = None if longest is None else longest * group
         read = _blocks(tokens * group, batch, launch["rows"], rows) * context
         resident = launch["ctas_per_sm"] * processors // launch["units"]
-        budget = WORKSPACE_BYTES + read * spec.bytes_per_token // 100
+        # Pieces have as many rows as a block.
+        budget = (WORKSPACE_BYTES + read * spec.bytes_per_token // 100) * -(-launch["rows"] // 16)
         affordable = budget // (4 * attend_floats(spec, tokens, 1, launch))
         return max(1, min(resident, affordable, -(-read // launch["group_tokens"])))
     blocks = _blocks(tokens, batch, launch["block_tokens"], longest)

@@ -27,6 +27,11 @@ ARGUMENTS = {
         "bfloat16[*, 32, 128]", *CACHES, *TABLE, "float32[*]", "bfloat16[*, 32, 128]",
         "int32", "float32",
     ],
+    "decode_featured": [
+        "bfloat16[*, 32, 128]", *CACHES, *TABLE, "float32[*]", "float32[*]",
+        "float32[*]", "bfloat16[*, 32, 128]", "float32[*, *]",
+        "int32", "float32", "float32",
+    ],
     "attend": [
         "bfloat16[*, 32, 128]", *CACHES, *TABLE, "int32[*]", "float32[*]", "float32[*]",
         "float32[*]", "bfloat16[*, 32, 128]", "float32[*, *]",

@@ -24,6 +24,7 @@ from tq_tvm.spec import FUNCTIONS, CacheSpec
 
 SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
 OTHER = CacheSpec(64, 4, 2, 32, "float16", "bhsd")
+ATTENTION = ("decode", "decode_featured", "attend", "prefill")
 LENGTHS = [0, 1, 15, 33, 64]
 
 
@@ -31,7 +32,7 @@ LENGTHS = [0, 1, 15, 33, 64]
 def compiled(tmp_path_factory):
     """Kernels of the default schedules; fill, which TVM takes seconds to lower, of one spec."""
     directory = tmp_path_factory.mktemp("rows")
-    names = {SPEC: [name for name in FUNCTIONS if name not in ("decode", "attend", "prefill")]}
+    names = {SPEC: [name for name in FUNCTIONS if name not in ATTENTION]}
     names[OTHER] = [name for name in names[SPEC] if FUNCTIONS[name] != "fill"]
     return {
         spec: compile_functions(

@@ -30,7 +30,8 @@ SPECS = [
     CacheSpec(128, 2, 1, 16, "float32", "bhsd"),
 ]
 LONG = [RotateSpec(512, "float16"), RotateSpec(1024), RotateSpec(4096), RotateSpec(4096, "float32")]
-ROW_KERNELS = [name for name in FUNCTIONS if name not in ("decode", "attend", "prefill")]
+ATTENTION = ("decode", "decode_featured", "attend", "prefill")
+ROW_KERNELS = [name for name in FUNCTIONS if name not in ATTENTION]
 LENGTHS = [5, 0, 1, 16, 33]
 
 # Distance from a decision, in standard deviations, below which float32 programs may disagree.

@@ -77,6 +77,13 @@ class LoadedFunction:
         """Return the variant tuned nearest to ``size``, in log(size)."""
         return self.variants[bisect.bisect_left(self._middles, size)]
 
+    def of_rows(self, rows: int) -> LoadedFunction:
+        """Those of the fewest rows a block that ``rows`` fit in, else of the most."""
+        heights = {variant.launch["rows"] for variant in self.variants}
+        best = min((h for h in heights if h >= rows), default=max(heights))
+        fitting = tuple(v for v in self.variants if v.launch["rows"] == best)
+        return dataclasses.replace(self, variants=fitting)
+
 
 _lock = threading.RLock()
 _functions: dict[tuple[str, Spec, torch.device], LoadedFunction] = {}

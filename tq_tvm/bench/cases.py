@@ -19,7 +19,7 @@ from tq_tvm.bench.baseline import Baseline
 from tq_tvm.bench.peers import DecodeInputs, decode_peers, rotate_peers
 from tq_tvm.bench.steps import fill_steps, rotate_steps
 from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
-from tq_tvm.spec import CacheSpec, RotateSpec, Spec, gpus_decode
+from tq_tvm.spec import CacheSpec, RotateSpec, Spec, functions_on, gpus_decode
 
 __all__ = ["Case", "Workload", "make_case", "workloads"]
 
@@ -95,7 +95,8 @@ class Workload:
 class Case:
     """A workload's call, the bytes it has to move, and who else does it.
 
-    ``function`` and ``size`` say which compiled variant serves the call. A function of ``peers``
+    ``function``, ``size`` and, of ``attend``, the ``rows`` of a sequence's queries say which
+    compiled variant serves the call. A function of ``peers``
     brings the inputs into a program's form and checks its result; what it raises is why the
     program cannot be timed.
     """
@@ -106,6 +107,7 @@ class Case:
     size: int
     baselines: dict[str, Baseline]
     peers: dict[str, Callable[[], Baseline]] = dataclasses.field(default_factory=dict)
+    rows: int | None = None
 
 
 def workloads(kind: str) -> list[Workload]:
@@ -352,6 +354,7 @@ def _decode(workload: Workload, device: torch.device) -> Case:
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace),
         bytes=inputs.traffic(spec.bytes_per_token_head),
         function="attend" if by_attend else "decode",
+        rows=spec.group_size if by_attend else None,
         size=batch * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
         baselines=baselines,
         peers=decode_peers(inputs),
@@ -391,17 +394,19 @@ def _attend(workload: Workload, device: torch.device) -> Case:
             lambda: F.scaled_dot_product_attention(query, k, v, attn_mask=mask, enable_gqa=True),
             rows * _dense_bytes(spec) + queries,
         )
+    # A plain token a sequence is decode's, but for the starts.
+    if new > 1 or not features:
+        features = {**features, "cu_seqlens_q": starts, "max_seqlen_q": new}
+    single = "cu_seqlens_q" not in features and "window_left" not in features
+    bent = single and "decode_featured" in functions_on(spec, device.type)
     return Case(
-        # A plain token a sequence is decode's, but for the starts.
-        call=lambda: cache.decode(
-            q, table, lengths, cu_seqlens_q=starts, max_seqlen_q=new, out=out,
-            workspace=workspace, **features,
-        ),
+        call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace, **features),
         bytes=rows * spec.bytes_per_token_head + queries,
-        function=workload.kernel,
+        function="decode_featured" if bent else workload.kernel,
+        rows=None if bent or workload.kernel == "prefill" else new * spec.group_size,
         size=tokens * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
         baselines=baselines,
-    )  # fmt: skip
+    )
 
 
 def specs(rows: list[Workload]) -> Iterator[Spec]:

@@ -108,7 +108,10 @@ def run_rows(
     done = []
     for workload in rows:
         case = make_case(workload, device, compare=compare)
-        variant = load(case.function, workload.spec, device).nearest(case.size)
+        loaded = load(case.function, workload.spec, device)
+        if case.rows is not None and device.type == "cuda":
+            loaded = loaded.of_rows(case.rows)
+        variant = loaded.nearest(case.size)
         us = _time(case.call, device, workload.graph, launches)
         default_us = None
         if defaults is not None:

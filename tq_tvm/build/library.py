@@ -17,8 +17,8 @@ from tq_tvm.build.compile import compile_library
 from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.errors import TuningLogError
-from tq_tvm.schedules import Instance, instantiate
-from tq_tvm.spec import FUNCTIONS, Spec, check_target, functions_on
+from tq_tvm.schedules import Instance, featured, instantiate
+from tq_tvm.spec import FUNCTIONS, CacheSpec, Spec, check_target, functions_on
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
 from tq_tvm.tuning.workloads import decision_sizes, workloads
@@ -39,7 +39,8 @@ def build_library(
     Those that the target has kernels of (`tq_tvm.spec.functions_on`): calls of others are refused.
 
     A function with records gets a variant for each, and the default schedule at sizes of
-    `tq_tvm.tuning.workloads` that have none; one without records gets the default schedules. The
+    `tq_tvm.tuning.workloads` that have none; one without records gets the default schedules;
+    ``decode_featured`` has the decisions of ``decode``. The
     directory appears, or replaces the one that was there, only when it is complete. No GPU is
     needed.
 
@@ -69,16 +70,14 @@ def build_library(
     """
     check_target("build_library", spec, target.kind)
     functions: dict[str, PrimFunc] = {}
-    variants = {
-        function: _variants(
-            function,
-            spec,
-            target,
-            find_records(function, spec, target, logs) if use_records else [],
-            functions,
-        )
-        for function in functions_on(spec, target.kind)
-    }
+    variants: dict[str, list[Variant]] = {}
+    for function in functions_on(spec, target.kind):
+        if function == "decode_featured":
+            assert isinstance(spec, CacheSpec)
+            variants[function] = _following(spec, variants["decode"], functions)
+            continue
+        records = find_records(function, spec, target, logs) if use_records else []
+        variants[function] = _variants(function, spec, target, records, functions)
     parent = Path(root) / target.name
     parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{spec.label}.", dir=parent))
@@ -169,6 +168,30 @@ def _variants(
         # One kernel for all sizes.
         defaults = [msgspec.structs.replace(defaults[0], size=1)]
     return sorted([*variants, *defaults], key=lambda variant: variant.size)
+
+
+def _following(
+    spec: CacheSpec, decodes: list[Variant], functions: dict[str, PrimFunc]
+) -> list[Variant]:
+    """Variants of ``decode_featured``, with the decisions of those of ``decode``."""
+    variants: list[Variant] = []
+    for decode in decodes:
+        instance = featured(spec, decode.config, f"tq_decode_featured_{len(variants)}")
+        symbol = next((v.symbol for v in variants if v.config == instance.config), None)
+        if symbol is None:
+            symbol = f"tq_decode_featured_{len(variants)}"
+            functions[symbol] = instance.func
+        variants.append(
+            msgspec.structs.replace(
+                decode,
+                symbol=symbol,
+                workload=None,
+                us=None,
+                config=instance.config,
+                launch=instance.launch,
+            )
+        )
+    return variants
 
 
 def _replay(

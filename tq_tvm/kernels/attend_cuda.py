@@ -28,6 +28,7 @@ from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
+from tq_tvm.kernels.attend_fragments import Fragments
 from tq_tvm.kernels.attend_merge import (
     MERGE_THREADS,
     WarpMemory,
@@ -38,12 +39,13 @@ from tq_tvm.kernels.attend_merge import (
 from tq_tvm.kernels.attend_rows import (
     Options,
     Softmax,
+    arrange_queries,
     attend_tile,
     load_queries,
 )
 from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape, Extent
 from tq_tvm.kernels.attend_tiles import TileMemory, Tiles
-from tq_tvm.kernels.decode_work import find_place, share_out
+from tq_tvm.kernels.decode_work import find_place, share_out, unknown_zero
 from tq_tvm.kernels.device import (
     barrier,
     i32,
@@ -121,6 +123,86 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
     return main
 
 
+class _SharedWalk:
+    """A warp's walk through tiles of which rows are made in shared memory."""
+
+    def __init__(self, shape: AttendShape, words, caches, head, warp, lane, options) -> None:
+        self._shape, self._words, self._lane, self._options = shape, words, lane, options
+        tiles, warps = shape.tiles, shape.config.warps
+        dense = shape.queries + warp * tiles.dense_words
+        packed = shape.queries + warps * tiles.dense_words + warp * (2 * tiles.packed_words)
+        memory = TileMemory(tiles, words, dense, packed)
+        self._tiles = Tiles(tiles, memory, caches, head, lane, lane)
+
+    def load_queries(self, q, rows, first, count) -> None:
+        scale = self._options.sm_scale
+        load_queries(self._shape.rows, self._words, 0, q, rows, first, count, self._lane, scale)
+
+    def ask(self, table, sequence, span, index, seen) -> None:
+        self._tiles.ask(table, sequence, span.first_token(index), seen)
+
+    begin = ask
+
+    def start(self) -> None:
+        """Rows have their unit."""
+
+    def finish(self, softmax) -> None:
+        """The output has its unit."""
+
+    def attend(self, softmax, first, masked, ask_next) -> None:
+        self._tiles.arrive()
+        warp_barrier()
+        ask_next()
+        self._tiles.decode()
+        warp_barrier()
+        attend_tile(
+            self._shape.rows, self._words, 0, self._tiles, softmax, i32(0), self._lane, first,
+            masked,
+        )  # fmt: skip
+        warp_barrier()
+
+
+class _RegisterWalk:
+    """A warp's walk through tiles that are looked up in registers."""
+
+    def __init__(self, shape: AttendShape, words, caches, head, warp, lane, options, zero) -> None:
+        self._shape, self._words, self._lane = shape, words, lane
+        begin = let(shape.queries + warp * shape.fragments.words)
+        self._tiles = Fragments(
+            shape.fragments, words, begin, caches, head, lane, options.sm_scale, zero
+        )
+
+    def load_queries(self, q, rows, first, count) -> None:
+        word_of = self._shape.fragments.query_word
+        arrange_queries(self._shape.rows, self._words, q, rows, first, count, self._lane, word_of)
+
+    def begin(self, table, sequence, span, index, seen) -> None:
+        self._tiles.find_pages(table, sequence, span.first_token(index), seen)
+        self.ask(table, sequence, span, index, seen)
+        self._tiles.turn()
+
+    def ask(self, table, sequence, span, index, seen) -> None:
+        self._tiles.ask(span.first_token(index), seen)
+        after = let(span.first_token(index + self._shape.config.warps))
+        self._tiles.find_pages(table, sequence, after, seen)
+
+    def start(self) -> None:
+        self._tiles.start()
+
+    def finish(self, softmax) -> None:
+        self._tiles.finish(softmax)
+
+    def attend(self, softmax, first, masked, ask_next) -> None:
+        self._tiles.attend(self._shape.rows, 0, softmax, first, masked, ask_next)
+
+
+def _walk(shape: AttendShape, words, caches, head, warp, lane, options, zero):
+    """How a warp goes through its tiles."""
+    if shape.in_registers:
+        return _RegisterWalk(shape, words, caches, head, warp, lane, options, zero)
+    return _SharedWalk(shape, words, caches, head, warp, lane, options)
+
+
 def _attend(
     shape: AttendShape, q, caches, block_table, extent: Extent, workspace, out, lse, batch, kv_head,
     group, thread, groups,
@@ -135,14 +217,7 @@ def _attend(
         let_next_launch_begin()
     words = shared_dynamic(shape.memory_words, "uint32")
     memory = WarpMemory.allocate(shape, words)
-    own = TileMemory(
-        shape.tiles,
-        words,
-        shape.queries + warp * shape.tiles.dense_words,
-        shape.queries + shape.config.warps * shape.tiles.dense_words
-        + warp * (2 * shape.tiles.packed_words),
-    )  # fmt: skip
-    tiles = Tiles(shape.tiles, own, caches, kv_head, lane, lane)
+    walk = _walk(shape, words, caches, kv_head, warp, lane, options, unknown_zero(shares))
     softmax = Softmax(shape.rows, g, t, options)
     now, ahead, last = (local(1, "int32") for _ in range(3))
     with loop(place.tile[0] < place.end[0]):
@@ -160,28 +235,26 @@ def _attend(
             store(now, inside + warp)
             store(last, inside + count[0])
             with when(now[0] < last[0]):
-                tiles.ask(block_table, sequence, span.first_token(now[0]), seen)
+                walk.begin(block_table, sequence, span, now[0], seen)
             turns = -(-shape.rows.rows // config.warps)
-            load_queries(
-                shape.rows, words, 0, q, rows, let(warp * turns), turns, lane, options.sm_scale
-            )
+            walk.load_queries(q, rows, let(warp * turns), turns)
             softmax.start(rows, i32(0))
+            walk.start()
             barrier()
             with loop(now[0] < last[0]):
-                tiles.arrive()
-                warp_barrier()
                 store(ahead, now[0] + config.warps)
-                with when(ahead[0] < last[0]):
-                    tiles.ask(block_table, sequence, span.first_token(ahead[0]), seen)
-                tiles.decode()
-                warp_barrier()
                 first = let(span.first_token(now[0]))
                 late = first + (config.tile - 1) > rows.first_position
                 far = first < rows.last_position - options.window_left
-                masked = T.Or(late, T.And(options.window_left >= 0, far))
-                attend_tile(shape.rows, words, 0, tiles, softmax, i32(0), lane, first, masked)
-                warp_barrier()
+                masked = let(T.Or(late, T.And(options.window_left >= 0, far)))
+
+                def ask_next() -> None:
+                    with when(ahead[0] < last[0]):
+                        walk.ask(block_table, sequence, span, ahead[0], seen)
+
+                walk.attend(softmax, first, masked, ask_next)
                 store(now, ahead[0])
+            walk.finish(softmax)
             leave_warp(shape, memory, softmax, warp, g, t)
             barrier()
             with I.If(count[0] == span.width):

@@ -66,7 +66,8 @@ def leave_warp(shape: AttendShape, memory: WarpMemory, softmax: Softmax, warp, g
         row = let((16 * tile + 8 * half) + g)
         for octet in range(dim // 8):
             for e in range(2):
-                place = memory.begin + warp * memory.apart + row * dim + (8 * octet + e) + 2 * t
+                coordinate = shape.output_coordinate(octet, 2 * t + e)
+                place = memory.begin + warp * memory.apart + row * dim + coordinate
                 value = softmax.output[tile, octet, 2 * half + e]
                 ptx("st.shared.f32", memory.words.ptr_to([place]), value)
         with when(t == 0):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm.script import tirx as T
@@ -43,6 +44,7 @@ __all__ = [
     "RowBlock",
     "RowShape",
     "Softmax",
+    "arrange_queries",
     "attend_tile",
     "finish_row",
     "load_queries",
@@ -146,23 +148,20 @@ class Softmax:
         tiles = shape.row_tiles
         self.places = [(tile, half) for tile in range(tiles) for half in range(2)]
         self.bound, self.total, self._slope = (local((tiles, 2), "float32") for _ in range(3))
-        self._limit, self._low = (local((tiles, 2), "int32") for _ in range(2))
+        self._rows: RowBlock | None = None
+        self._first: Any = None
         self.output = local((tiles, shape.spec.head_dim // 8, 4), "float32")
         self._sloped = let(T.cast(options.alibi_slopes.shape[0], "int32") > 0)
         self._featured = let(T.Or(self._sloped, options.soft_cap > f32(0)))
 
     def start(self, rows: RowBlock, first) -> None:
         """No tokens yet, for the rows of a block from ``first`` on."""
-        window = self._options.window_left
+        self._rows, self._first = rows, first
         for at in self.places:
-            tile, half = at
-            row = let(first + (16 * tile + 8 * half) + self._g)
+            row = let(self._row(at))
             store(self.bound, f32(LOWEST), *at)
             store(self.total, f32(0), *at)
             store(self._slope, f32(0), *at)
-            store(self._limit, T.Select(rows.exists(row), rows.position(row), i32(-1)), *at)
-            low = self._limit[at] - window
-            store(self._low, T.Select(window < 0, i32(_NO_WINDOW), low), *at)
             with when(T.And(self._sloped, rows.exists(row))):
                 slope = self._options.alibi_slopes[rows.head(row)]
                 store(self._slope, slope * f32(_LOG2E), *at)
@@ -171,6 +170,16 @@ class Softmax:
                 for e in range(4):
                     store(self.output, f32(0), tile, octet, e)
 
+    def _row(self, at: tuple[int, int]):
+        tile, half = at
+        return self._first + (16 * tile + 8 * half) + self._g
+
+    def _limit(self, at: tuple[int, int]):
+        """The last position that a row sees. Seldom asked for, so it has no register."""
+        assert self._rows is not None
+        row = let(self._row(at))
+        return let(T.Select(self._rows.exists(row), self._rows.position(row), i32(-1)))
+
     def weigh(self, scores, first, masked) -> None:
         """Scores, in units of log2, become weights; ``masked`` says if any are not attended to."""
         shape, bound = self._shape, self.bound
@@ -178,14 +187,15 @@ class Softmax:
         with when(self._featured):
             self._bend(scores, first, octets)
         with when(masked):
+            window = self._options.window_left
             for tile, half in self.places:
+                limit = self._limit((tile, half))
+                low = let(T.Select(window < 0, i32(_NO_WINDOW), limit - window))
                 for octet in range(octets):
                     for e in range(2):
                         token = let(first + (8 * octet + e) + 2 * self._t)
-                        near = T.Or(
-                            token >= self._low[tile, half], token < self._options.kept_tokens
-                        )
-                        seen = T.And(token <= self._limit[tile, half], near)
+                        near = T.Or(token >= low, token < self._options.kept_tokens)
+                        seen = T.And(token <= limit, near)
                         index = (tile, octet, 2 * half + e)
                         value = T.Select(seen, scores[index], f32(_MASKED))
                         store(scores, value, *index)
@@ -213,6 +223,7 @@ class Softmax:
         inverse = let(T.Select(cap > f32(0), f32(1) / cap, f32(0)))
         value = local(1, "float32")
         for tile, half in self.places:
+            limit = self._limit((tile, half))
             for octet in range(octets):
                 for e in range(2):
                     index = (tile, octet, 2 * half + e)
@@ -222,7 +233,7 @@ class Softmax:
                         grown = T.exp2(value[0] * inverse * f32(2 * _LOG2E)) + f32(1)
                         store(value, cap - cap * (f32(2) / grown))
                     token = first + (8 * octet + e) + 2 * self._t
-                    apart = T.cast(token - self._limit[tile, half], "float32")
+                    apart = T.cast(token - limit, "float32")
                     store(scores, value[0] + self._slope[tile, half] * apart, *index)
 
     def _raise(self, top) -> None:
@@ -248,15 +259,51 @@ def _highest(values):
     return highest
 
 
-def load_queries(shape: RowShape, words, place, q, rows: RowBlock, first, count, lane, sm_scale):
+def load_queries(
+    shape: RowShape, words, place, q, rows: RowBlock, first, count, lane, sm_scale
+) -> None:
     """Rotate ``count`` rows of a block from ``first`` on, scaled for logits in units of log2.
 
     They go to shared memory from word ``place`` on; rows that do not exist are zeros.
     """
+    factor = let(sm_scale * f32(_LOG2E * _rotation_unit(shape.spec)))
+    for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):
+        word = local(1, "uint32")
+        ptx(PAIR[shape.spec.dtype], word[0], *pair)
+        at = let(T.truncdiv(coordinate, 2))
+        chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
+        to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
+        ptx("st.shared.u32", words.ptr_to([let(to)]), word[0])
+
+
+def arrange_queries(
+    shape: RowShape,
+    words,
+    q,
+    rows: RowBlock,
+    first,
+    count,
+    lane,
+    word_of: Callable[[Any, Any], Any],
+) -> None:  # fmt: skip
+    """Rotate rows as `load_queries` does, unscaled, to float16; ``word_of`` says where they go."""
+    factor = f32(_rotation_unit(shape.spec))
+    for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):
+        word = local(1, "uint32")
+        ptx(PAIR["float16"], word[0], *pair)
+        ptx("st.shared.u32", words.ptr_to([let(word_of(row, coordinate))]), word[0])
+
+
+def _rotation_unit(spec: CacheSpec) -> float:
+    return spec.head_dim**-0.5 if spec.cache_format.rotation != "none" else 1.0
+
+
+def _rotated(
+    shape: RowShape, q, rows: RowBlock, first, count, lane, factor
+) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
+    """Row, first coordinate, and a pair of a lane's values, the second one first."""
     spec, values = shape.spec, shape.row_values
-    x, word = local(values, "float32"), local(1, "uint32")
-    rotated = spec.cache_format.rotation != "none"
-    factor = let(sm_scale * f32(_LOG2E * (spec.head_dim**-0.5 if rotated else 1.0)))
+    x = local(values, "float32")
     with I.serial(0, count) as turn:
         row = let(first + turn)
         for i in range(values):
@@ -265,15 +312,11 @@ def load_queries(shape: RowShape, words, place, q, rows: RowBlock, first, count,
             token, head = let(rows.token(row)), let(rows.head(row))
             for i in range(values):
                 store(x, T.cast(q[token, head, lane * values + i], "float32"), i)
-        if rotated:
+        if spec.cache_format.rotation != "none":
             turn_signs(shape, x, lane)
             rotate_row(shape, x, lane)
         for i in range(0, values, 2):
-            ptx(PAIR[spec.dtype], word[0], *[x[i + e] * factor for e in (1, 0)])
-            at = let(T.truncdiv(lane * values + i, 2))
-            chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
-            to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
-            ptx("st.shared.u32", words.ptr_to([let(to)]), word[0])
+            yield row, let(lane * values + i), (x[i + 1] * factor, x[i] * factor)
 
 
 def attend_tile(

@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tq_tvm.kernels.attend_fragments import FragmentShape
 from tq_tvm.kernels.attend_rows import Options, RowBlock, RowShape
 from tq_tvm.kernels.attend_tiles import TileShape
 from tq_tvm.kernels.decode_shape import REGISTERS
@@ -52,9 +53,25 @@ class AttendShape:
         return RowShape(self.spec, self.config.row_tiles, self.config.tile)
 
     @property
+    def in_registers(self) -> bool:
+        """Codes are looked up in registers; otherwise rows are made in shared memory."""
+        return FragmentShape.serves(self.spec)
+
+    @property
+    def fragments(self) -> FragmentShape:
+        """Tiles that are looked up in registers, a warp's."""
+        return FragmentShape(self.spec, self.config.tile)
+
+    @property
     def tiles(self) -> TileShape:
-        """Tiles, a warp's."""
+        """Tiles that are made in shared memory, a warp's."""
         return TileShape(self.spec, self.config.tile, 32, self.config.lanes)
+
+    def output_coordinate(self, octet: int, column):
+        """Coordinate of a column of an octet of a warp's output."""
+        if self.in_registers:
+            return self.fragments.output_coordinate(octet, column)
+        return 8 * octet + column
 
     @property
     def least_tiles(self) -> int:
@@ -69,7 +86,10 @@ class AttendShape:
     @property
     def memory_words(self) -> int:
         """Words of dynamic shared memory; at the end of a piece tiles make room for the output."""
-        warp = self.tiles.dense_words + 2 * self.tiles.packed_words
+        if self.in_registers:
+            warp = self.fragments.words
+        else:
+            warp = self.tiles.dense_words + 2 * self.tiles.packed_words
         output = self.rows.rows * (self.spec.head_dim + 2)
         return self.queries + self.config.warps * max(warp, output)
 

@@ -45,6 +45,7 @@ query 400, pages 300, asking for K 700 and for V 900 (1 x 8192).
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import tvm
 from tvm.script import tirx as T
@@ -86,7 +87,10 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["decode_cuda", "decode_shared_bytes"]
+if TYPE_CHECKING:
+    from tq_tvm.kernels.decode_featured import Featured
+
+__all__ = ["attend_share", "decode_cuda", "decode_shared_bytes"]
 
 
 def decode_shared_bytes(spec: CacheSpec, config: DecodeConfig) -> tuple[int, int]:
@@ -134,7 +138,9 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
             for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
                 for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                    _attend(shape, Q, caches, BT, SL, WS, OUT, b, bx, by, tx, num_groups, sm_scale)
+                    attend_share(
+                        shape, Q, caches, BT, SL, WS, OUT, b, bx, by, tx, num_groups, sm_scale
+                    )
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
             for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
@@ -153,11 +159,11 @@ def _prefetch(argument, line) -> None:
         ptx("prefetch.global.L2", flat.ptr_to([at]))
 
 
-def _attend(
+def attend_share(
     shape: Shape, q, caches, block_table, seq_lens, workspace, out, batch, unit, group, thread,
-    groups, sm_scale,
+    groups, sm_scale, features: Featured | None = None,
 ) -> None:  # fmt: skip
-    """One CTA of the first launch."""
+    """One CTA of the first launch; ``features`` are `decode_featured`'s."""
     spec, warps = shape.spec, shape.config.warps
     # Columns of warps have heads of their own, and go through the same tokens.
     column, inside = let(thread // (32 * warps)), let(thread % (32 * warps))
@@ -186,6 +192,8 @@ def _attend(
     values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
     values.find_metas(reader, kv_head)
     values.hold_table(zero)
+    if features is not None:
+        features.prepare(first_head, heads, t)
     tile = KeyTile.allocate(shape)
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
     with loop(place.tile[0] < place.end[0]):
@@ -213,6 +221,9 @@ def _attend(
             with loop(now[0] < last[0]):
                 store(ahead, now[0] + warps)
                 score(shape, query, table, tile, values.scores)
+                if features is not None:
+                    first = now[0] * shape.config.tile
+                    features.bend(query, values.scores, values.own, first, seq_len[0])
                 with when(ahead[0] < last[0]):
                     reader.load_k(tile, ahead[0])
                     reader.copy_v(ahead[0])
@@ -228,8 +239,9 @@ def _attend(
             with I.If(count == tiles_of(shape, seq_len[0])):
                 with I.Then():
                     write_output(
-                        shape, merged, column, out, sequence, first_head, heads, warp, lane
-                    )
+                        shape, merged, column, out, sequence, first_head, heads, warp, lane,
+                        features,
+                    )  # fmt: skip
                 with I.Else():
                     later = place.tile[0] > group * shares.size[0]
                     slot = let(piece_slot(group, later))

@@ -6,7 +6,7 @@ Pieces lie in the workspace, for a second launch, or in the shared memory of a c
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
@@ -33,6 +33,9 @@ from tq_tvm.kernels.device import (
     wait_for_launch_before,
     when,
 )
+
+if TYPE_CHECKING:
+    from tq_tvm.kernels.decode_featured import Featured
 
 __all__ = [
     "MERGE_THREADS",
@@ -128,8 +131,9 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
 
 
 def write_output(
-    shape: Shape, merged: MergedMemory, column, out, sequence, first_head, heads, warp, lane
-) -> None:
+    shape: Shape, merged: MergedMemory, column, out, sequence, first_head, heads, warp, lane,
+    features: Featured | None = None,
+) -> None:  # fmt: skip
     """Finish a sequence that no other CTA has a piece of: a warp a head rotates back."""
     count = shape.row_values
     x = local(count, "float32")
@@ -138,9 +142,12 @@ def write_output(
         with when(head < heads):
             for i in range(count):
                 store(x, merged.output[column, head, lane * count + i], i)
-            _finish_row(
-                shape, x, merged.total[column, head], out, (sequence, first_head + head), lane
-            )
+            place = (sequence, first_head + head)
+            total = merged.total[column, head]
+            if features is None:
+                _finish_row(shape, x, total, out, place, lane)
+            else:
+                features.finish(x, merged.bound[column, head], total, out, place, lane)
 
 
 def _finish_row(shape: Shape, x, total, out, where, lane) -> None:
@@ -185,7 +192,10 @@ def write_piece(
         store(workspace, merged.total[column, thread], at + 1)
 
 
-def merge_pieces(shape: Shape, seq_lens, workspace, out, batch, head, sequence, thread, groups):
+def merge_pieces(
+    shape: Shape, seq_lens, workspace, out, batch, head, sequence, thread, groups,
+    features: Featured | None = None,
+):  # fmt: skip
     """One CTA of the second launch: merge a sequence's pieces of a query head and rotate back.
 
     A sequence in one piece is finished; one of no tokens gets zeros.
@@ -246,7 +256,10 @@ def merge_pieces(shape: Shape, seq_lens, workspace, out, batch, head, sequence, 
                 store(total, total[0] + totals[w])
                 for i in range(count):
                     store(x, x[i] + partial[w, lane * count + i], i)
-            _finish_row(shape, x, total[0], out, (sequence, head), lane)
+            if features is None:
+                _finish_row(shape, x, total[0], out, (sequence, head), lane)
+            else:
+                features.finish(x, top[0], total[0], out, (sequence, head), lane)
 
 
 def merge_cluster(

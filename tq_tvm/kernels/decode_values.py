@@ -97,7 +97,7 @@ class Values:
     """A warp's sums, and the softmax state of a lane's two columns.
 
     ``bound`` is in units of log2; ``reach`` is the same in units of the scores. ``weights`` sums
-    the weights of V, ``total`` those of the softmax.
+    the weights of V, ``total`` those of the softmax. ``own`` is the first of the lane's tokens.
     """
 
     def __init__(self, shape: Shape, query: Query, memory: SumMemory, warp, lane, g, t) -> None:
@@ -111,7 +111,7 @@ class Values:
         )
         self._norm, self._unit = local(1, "float32"), local(1, "float32")
         self._tiles = local(1, "int32")
-        self._own = let(g + 8 * (t // 2)) if shape.packed else g
+        self.own = let(g + 8 * (t // 2)) if shape.packed else g
         self._meta_half = local(1, "uint32")
         self._low_columns = let(g >= 4)
         self._dither = local(2, "float32")
@@ -139,7 +139,7 @@ class Values:
     def find_metas(self, reader: PageReader, kv_head) -> None:
         """Work out which half of its word is V's meta of the lane's own tokens."""
         selectors = (0x1044, 0x3244) if self._shape.spec.dtype == "bfloat16" else (0x4410, 0x4432)
-        odd = reader.odd_meta(kv_head, self._own)
+        odd = reader.odd_meta(kv_head, self.own)
         store(self._meta_half, T.Select(odd, u32(selectors[1]), u32(selectors[0])))
 
     def start(self) -> None:
@@ -169,7 +169,7 @@ class Values:
     def add(self, ring: ValueRing, first_token, seq_len) -> None:
         """Add the tokens of a tile, whose scores are in ``scores``."""
         metas = local(self._shape.own_tokens, "uint32")
-        ring.metas(metas, self._own)
+        ring.metas(metas, self.own)
         self._mask(metas, first_token, seq_len)
         self._move_bound()
         # Ahead of the weights, whose making hides how long it takes.
@@ -191,7 +191,7 @@ class Values:
                 store(norms, from_half(shape.spec.dtype, metas[n]), n)
         with when(first_token + shape.config.tile > seq_len):
             for n in range(shape.own_tokens):
-                with when(first_token + self._own + apart * n >= seq_len):
+                with when(first_token + self.own + apart * n >= seq_len):
                     for j in range(2):
                         store(self.scores, f32(MASKED), n, j)
                     store(norms, f32(0), n)

@@ -43,7 +43,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     hidden_zeros,
     rotate_rows,
 )
-from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, access
+from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, access, looked_up
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
@@ -162,11 +162,11 @@ class _RotatedSide(_Side):
         """Values of a lane in order of their coordinates, in pairs of the model's dtype."""
         spec, row = self.spec, self._row
         norm, residual = self._scales()
-        values = [f32(c) for c in self._levels()]
+        values = [f32(c) for c in looked_up(self.codec)]
         if residual is not None:
             shift = let(residual * f32(spec.head_dim**0.5))
             values = [value + shift for value in values]
-        table = LevelTable("float16", values)
+        table = LevelTable.rounded("float16", values)
         words = local(spec.head_dim // 8, "uint32")
         for i in range(self.bytes // 4):
             found = self._find(table, i)

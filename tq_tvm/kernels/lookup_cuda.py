@@ -1,4 +1,4 @@
-"""Lloyd-Max rows in lanes by look-ups: what `flatten_cuda` and `prefill_cuda` share.
+"""Lloyd-Max rows in lanes by look-ups: what `flatten_cuda`, `attend_cuda` and `prefill_cuda` share.
 
 A row of 4-bit codes has 16 different values, a value and its negative eight times:
 ``-value(code) = value(code ^ 15)``. So a lane works out the 8 values of codes whose top bit is set
@@ -11,7 +11,7 @@ together, in the order of the coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from tvm.script import tirx as T
@@ -31,60 +31,133 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import Codec
 
-__all__ = ["CodedRow", "LevelTable", "access"]
+__all__ = [
+    "SIGN_BITS",
+    "CodedRow",
+    "HighTable",
+    "LevelTable",
+    "access",
+    "find_mirrored",
+    "find_pairs",
+    "looked_up",
+    "together",
+]
 
 GLOBAL = "ld.global.nc"
 """State space of codes in a cache."""
 
 
-class LevelTable:
-    """Values of a row by code, as words of low and of high bytes."""
+Chain = Generator[None, None, Any]
+"""Instructions that wait for one another; ``yield`` is where others may come between."""
 
-    def __init__(self, dtype: str, values: list) -> None:
-        pairs = local(len(values) // 2, "uint32")
-        for i in range(len(values) // 2):
-            ptx(PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
+
+def alone(chain: Chain) -> Any:
+    """The result of a chain, nothing between its instructions."""
+    (result,) = together([chain])
+    return result
+
+
+def together(chains: list[Chain]) -> list[Any]:
+    """Results of chains of the same steps, whose instructions take turns: each waits less."""
+    results: list[Any] = [None] * len(chains)
+    running = dict(enumerate(chains))
+    while running:
+        for number, chain in list(running.items()):
+            try:
+                next(chain)
+            except StopIteration as end:
+                results[number] = end.value
+                del running[number]
+    return results
+
+
+def looked_up(codec: Codec) -> list[float]:
+    """Levels that a table has: of 16, the positive ones."""
+    levels = list(codec.centroids)
+    return levels[len(levels) // 2 :] if len(levels) == 16 else levels
+
+
+class LevelTable:
+    """Values by code, as words of low and of high bytes; ``pairs`` has them as words of two."""
+
+    def __init__(self, pairs, count: int) -> None:
         self.low, self.high = (local(2, "uint32") for _ in range(2))
-        for i in range(len(values) // 4):
+        for i in range(count // 4):
             store(self.low, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x6420), i)
             store(self.high, byte_perm(pairs[2 * i], pairs[2 * i + 1], 0x7531), i)
-        if len(values) == 4:
+        if count == 4:
             store(self.low, self.low[0], 1)
             store(self.high, self.high[0], 1)
 
-    def find(self, selector, signs=None):
+    @classmethod
+    def rounded(cls, dtype: str, values: list) -> LevelTable:
+        """Of floats that the kernel works out."""
+        pairs = local(len(values) // 2, "uint32")
+        for i in range(len(values) // 2):
+            ptx(PAIR[dtype], pairs[i], values[2 * i + 1], values[2 * i])
+        return cls(pairs, len(values))
+
+    def find(self, selector, signs=None) -> Chain:
         """Four values as words: of codes 0 and 2 of the selector, and of codes 1 and 3."""
         low, high, words = (local(n, "uint32") for n in (1, 1, 2))
         ptx("prmt.b32", low[0], self.low[0], self.low[1], selector)
         ptx("prmt.b32", high[0], self.high[0], self.high[1], selector)
         if signs is not None:
+            yield
             store(high, T.bitwise_xor(high[0], signs))
+        yield
         store(words, byte_perm(low[0], high[0], 0x6240), 0)
         store(words, byte_perm(low[0], high[0], 0x7351), 1)
         return words
 
 
-def _find_mirrored(table: LevelTable, word):
-    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each."""
+class HighTable:
+    """Four values whose low bytes are alike: ``low`` has it four times, ``high`` the others."""
+
+    def __init__(self, low, high) -> None:
+        self.low, self.high = low, high
+
+    def find(self, selector) -> Chain:
+        """Four values as words, see `LevelTable.find`."""
+        high, words = local(1, "uint32"), local(2, "uint32")
+        ptx("prmt.b32", high[0], self.high, self.high, selector)
+        yield
+        store(words, byte_perm(self.low, high[0], 0x6240), 0)
+        store(words, byte_perm(self.low, high[0], 0x7351), 1)
+        return words
+
+
+SIGN_BITS = 0x80808080
+
+
+def find_mirrored(table: LevelTable, word, sign_bits=None) -> Chain:
+    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each.
+
+    ``sign_bits`` is `SIGN_BITS` in a register that the compiler does not know, or None: it copies
+    what it knows for every ``prmt``.
+    """
+    sign_bits = u32(SIGN_BITS) if sign_bits is None else sign_bits
     turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
     found = local((2, 2), "uint32")
     # The top bit of every nibble that has none, and seven below it.
     store(turned, T.bitwise_and(T.bitwise_not(word), u32(0x88888888)))
+    yield
     sevens = turned[0] - T.shift_right(turned[0], u32(3))
     store(selector, T.bitwise_and(T.bitwise_xor(word, sevens), u32(0x77777777)), 0)
     store(selector, T.shift_right(selector[0], u32(16)), 1)
     for half in range(2):
         nibbles = turned[0] if half == 0 else T.shift_right(turned[0], u32(16))
         # 0x80 for a nibble of 0, 0xFF for 8: its copy of the top bit.
-        ptx("prmt.b32", signs[half], u32(0x80808080), u32(0x80808080), nibbles)
-        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(0x80808080)), half)
-        words = table.find(selector[half], signs[half])
+        ptx("prmt.b32", signs[half], sign_bits, sign_bits, nibbles)
+        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(SIGN_BITS)), half)
+        yield
+        words = yield from table.find(selector[half], signs[half])
         for nibble in range(2):
             store(found, words[nibble], nibble, half)
     return found
 
 
-def _find(table: LevelTable, word, third):
+def find_pairs(table: LevelTable | HighTable, word, third) -> Chain:
     """Values of a word of 2-bit codes: ``[field, half]``.
 
     ``third``, if not None, has a third bit of every code at the lowest of its two.
@@ -99,7 +172,8 @@ def _find(table: LevelTable, word, third):
             store(selector, T.bitwise_or(selector[0], above), 0)
         store(selector, T.shift_right(selector[0], u32(16)), 1)
         for half in range(2):
-            words = table.find(selector[half])
+            yield
+            words = yield from table.find(selector[half])
             for upper in range(2):
                 store(found, words[upper], 2 * upper + odd, half)
     return found
@@ -158,16 +232,12 @@ class CodedRow:
         for i in which:
             store(self.third, T.shift_right(self.third[i], T.cast(half, "uint32")), i)
 
-    def _levels(self) -> list[float]:
-        """Levels that are looked up."""
-        levels = list(self.codec.centroids)
-        return levels[len(levels) // 2 :] if len(levels) == 16 else levels
-
     def _find(self, table: LevelTable, i: int):
         """Values of word ``i``: ``[field, half]``."""
         if self.field == 4:
-            return _find_mirrored(table, self.codes[i])
-        return _find(table, self.codes[i], self.third[i] if self.planes > 1 else None)
+            return alone(find_mirrored(table, self.codes[i]))
+        third = self.third[i] if self.planes > 1 else None
+        return alone(find_pairs(table, self.codes[i], third))
 
     def _scales(self):
         """Scale and, for a codec with signs, residual."""
@@ -179,11 +249,11 @@ class CodedRow:
         """Of each field: the coordinate of the lane's first value, and words of two values."""
         scale, residual = self._scales()
         sigma = self.dim**-0.5
-        values = [scale * f32(c * sigma) for c in self._levels()]
+        values = [scale * f32(c * sigma) for c in looked_up(self.codec)]
         if residual is not None:
             shift = let(scale * residual)
             values = [value + shift for value in values]
-        table = LevelTable(self.dtype, values)
+        table = LevelTable.rounded(self.dtype, values)
         fields, words = 8 // self.field, max(1, self.bytes // 2)
         found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
         for i in range(max(1, self.bytes // 4)):

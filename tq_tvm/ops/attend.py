@@ -14,9 +14,14 @@ from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _values
 from tq_tvm.ops._attention import check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.ops.workspace import as_scratch, choose_attend_launch, choose_prefill
-from tq_tvm.spec import CacheSpec
-from tq_tvm.splits import attend_floats
+from tq_tvm.ops.workspace import (
+    as_scratch,
+    choose_attend_launch,
+    choose_launch,
+    choose_prefill,
+)
+from tq_tvm.spec import CacheSpec, functions_on
+from tq_tvm.splits import attend_floats, workspace_floats
 
 __all__ = ["Features", "attend"]
 
@@ -158,39 +163,48 @@ def attend(
     tokens, batch = q.shape[0], seq_lens.shape[0]
     if tokens == 0 or batch == 0:
         return
-    starts, longest = cu_seqlens_q, max_seqlen_q
-    if starts is None:
-        starts, longest = _single_starts(batch, q.device), 1
     context = block_table.shape[1] * spec.page_size
     if context == 0 or pages[0] == 0:
-        _write_nothing(out, lse, sinks, starts)
+        _write_nothing(out, lse, sinks, cu_seqlens_q)
         return
     if max_seq_len is not None:
         context = max(min(context, max_seq_len), 1)
     none = torch.empty(0, dtype=torch.float32, device=q.device)
-    features = (
-        starts,
+    features: tuple[torch.Tensor, ...] = (
         none if sinks is None else sinks,
         none if alibi_slopes is None else alibi_slopes,
     )
     written: tuple[torch.Tensor, ...] = (out, none.expand(tokens, 0) if lse is None else lse)
     numbers: tuple[float | int, ...] = (sm_scale, soft_cap, window_left, kept_tokens)
-    chunk = None
-    if q.is_cuda and starts is cu_seqlens_q:
+    kind = "cuda" if q.is_cuda else "llvm"
+    chunk, floats = None, 0
+    if q.is_cuda and cu_seqlens_q is not None:
         # Without a bound, chunks are taken to be alike.
-        most = -(-tokens // batch) if longest is None else min(longest, tokens)
+        most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)
         chunk = choose_prefill(prefill, spec, tokens, batch, context, most)
-    if chunk is not None:
-        loaded, variant = prefill, chunk
+    if cu_seqlens_q is None and window_left < 0 and "decode_featured" in functions_on(spec, kind):
+        loaded = load("decode_featured", spec, q.device)
+        variant, parts = choose_launch(loaded, spec, batch, context)
+        floats = workspace_floats(spec, batch, parts, variant.launch)
+        numbers = (parts, sm_scale, soft_cap)
     else:
-        variant, parts = choose_attend_launch(loaded, spec, tokens, batch, context, longest)
-        floats = attend_floats(spec, tokens, parts, variant.launch)
+        starts, longest = cu_seqlens_q, max_seqlen_q
+        if starts is None:
+            starts, longest = _single_starts(batch, q.device), 1
+        features = (starts, *features)
+        if chunk is not None:
+            loaded, variant = prefill, chunk
+        else:
+            variant, parts = choose_attend_launch(loaded, spec, tokens, batch, context, longest)
+            floats = attend_floats(spec, tokens, parts, variant.launch)
+            numbers = (parts, *numbers)
+    if chunk is None:
         if workspace is None:
             scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
         else:
             scratch = as_scratch(_OP, workspace, floats, q.device)
-        written, numbers = (scratch, *written), (parts, *numbers)
+        written = (scratch, *written)
 
     def ordered(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (*inputs[:7], *features, *inputs[7:], *written)
@@ -221,10 +235,14 @@ def _single_starts(batch: int, device: torch.device) -> torch.Tensor:
 
 
 def _write_nothing(
-    out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None, starts: torch.Tensor
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    starts: torch.Tensor | None,
 ) -> None:
     """Results where no sequence can have a token; rows of no sequence are left alone."""
-    used = (torch.arange(out.shape[0], device=out.device) < starts[-1])[:, None]
+    count = len(out) if starts is None else starts[-1]
+    used = (torch.arange(out.shape[0], device=out.device) < count)[:, None]
     out.masked_fill_(used[..., None], 0)
     if lse is not None:
         nothing = torch.full((), -math.inf, device=lse.device) if sinks is None else sinks

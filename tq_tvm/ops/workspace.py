@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
-from tq_tvm.spec import CacheSpec, check_target, gpus_decode
+from tq_tvm.spec import CacheSpec, check_target, functions_on, gpus_decode
 from tq_tvm.splits import (
     attend_launch_keys,
     attend_parts,
@@ -83,7 +83,20 @@ def paged_decode_workspace_size(
     if not decodes:
         # Each sequence has a token of ``attend``.
         return 4 * _attend_floats(spec, max(batch, max_tokens or 0), max_context, device)
-    loaded = load("decode", spec, device)
+    most = _decode_floats("decode", spec, batch, max_context, device)
+    if max_tokens is not None:
+        most = max(most, _attend_floats(spec, max_tokens, max_context, device))
+        if "decode_featured" in functions_on(spec, kind):
+            sizes = (max_tokens, max_context, device)
+            most = max(most, _decode_floats("decode_featured", spec, *sizes))
+    return 4 * most
+
+
+def _decode_floats(
+    function: str, spec: CacheSpec, batch: int, max_context: int, device: torch.device
+) -> int:
+    """Floats for every call of ``decode`` or ``decode_featured``."""
+    loaded = load(function, spec, device)
     # A smaller batch gets more parts, and may get another variant.
     floats = (
         workspace_floats(
@@ -92,10 +105,7 @@ def paged_decode_workspace_size(
         for variant in loaded.variants
         for b in range(1, batch + 1)
     )
-    most = max(floats, default=0)
-    if max_tokens is not None:
-        most = max(most, _attend_floats(spec, max_tokens, max_context, device))
-    return 4 * most
+    return max(floats, default=0)
 
 
 def _attend_floats(spec: CacheSpec, max_tokens: int, max_context: int, device: torch.device) -> int:
@@ -137,6 +147,9 @@ def choose_attend_launch(
     longest: int | None,
 ) -> tuple[LoadedVariant, int]:
     """Choose the variant of ``attend`` for a problem, and the number of parts."""
+    if all("rows" in variant.launch for variant in loaded.variants):
+        queries = -(-tokens // batch) if longest is None else longest
+        loaded = loaded.of_rows(queries * spec.group_size)
     variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
     _check_launch(loaded, variant, attend_launch_keys(variant.launch))
     parts = attend_parts(spec, tokens, batch, context, variant.launch, loaded.processors, longest)

@@ -95,8 +95,9 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             (1, 1024, "one short sequence: launches"),
         ]
         chunks = [
-            ("attend", 64, 1, 8192, "one token with features"),
+            ("attend", 64, 1, 8192, "one token in a window"),
             ("attend", 64, 4, 8192, "several tokens of a draft"),
+            ("attend", 64, 8, 8192, "more rows than a tensor core takes at a time"),
             ("attend", 1, 4, 8192, "one sequence: splits and the merge"),
             ("prefill", 1, 2048, 32768, "a chunk over a long past"),
             ("prefill", 1, 512, 32768, "fewer CTAs than fill the GPU twice"),
@@ -136,8 +137,11 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
 def decision_sizes(
     function: str, shape: dict[str, int], target: TargetInfo
 ) -> dict[str, int] | None:
-    """Sizes that say which decisions are on offer: of ``decode`` on a GPU with clusters.
+    """Sizes that say which decisions are on offer, or which are the defaults: of GPUs' attention.
 
-    None elsewhere: all sizes have the same.
+    Of ``decode`` where there are clusters. None elsewhere: all sizes have the same.
     """
-    return shape if function == "decode" and target.has_clusters else None
+    if target.kind != "cuda":
+        return None
+    sized = function == "attend" or (function == "decode" and target.has_clusters)
+    return shape if sized else None

@@ -145,6 +145,14 @@ inline uint32_t pack(float high, float low) {
   return uint32_t{Format::encode(high)} << 16 | Format::encode(low);
 }
 
+// float holds sums of two halves without rounding that matters to a half.
+inline uint32_t add_halves(uint32_t a, uint32_t b) {
+  auto sum = [=](int shift) {
+    return HalfFormat::decode(uint16_t(a >> shift)) + HalfFormat::decode(uint16_t(b >> shift));
+  };
+  return pack<HalfFormat>(sum(16), sum(0));
+}
+
 }  // namespace emulated
 
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {

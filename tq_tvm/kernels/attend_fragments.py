@@ -1,0 +1,600 @@
+"""Lloyd-Max K and V for ``attend`` on GPUs: codes in registers become operands of ``mma`` as such.
+
+A warp has tiles of its own. A lane is ``(g, t)``, g = lane / 4, t = lane % 4. Of token 8 i + g it
+reads a quarter of the codes of K, ``t``'s, and looks them up four at a time: what comes out are
+operands of products of 16 tokens and 16 coordinates, whose order only the queries have to share
+(`FragmentShape.query_word`). V goes through shared memory, where ``ldmatrix`` transposes bytes: of
+tokens 8 i + 2 t and 8 i + 2 t + 1 a lane gets bytes 2 g and 2 g + 1 of each 16, and looks up both
+tokens' codes together, so that a word has one coordinate of two tokens.
+
+Tables hold levels alone, so they are made once; of qjl4 the residual is added, once a row. Scales
+are factors of logits and of weights, floats in shared memory: lane i reads those of token i.
+
+Operands are float16, whatever the model's dtype, sums float32. Weights are times V's scale, which
+may be anything, so they are relative to a running bound of it, `_ROOM` of which is 1: what is 2^-29
+of the largest or less has fewer bits. V's levels are in a unit that rounds them least; of two bits,
+in one that gives both magnitudes the same low byte, which then needs no look-up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import numpy as np
+from tvm.script import tirx as T
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.attend_rows import RowShape, Softmax
+from tq_tvm.kernels.attend_tiles import Seen
+from tq_tvm.kernels.device import (
+    FULL_WARP,
+    PAIR,
+    as_bits,
+    as_float,
+    byte_perm,
+    f32,
+    from_half,
+    high_half,
+    i32,
+    let,
+    local,
+    low_half,
+    mma,
+    ptx,
+    store,
+    u32,
+    warp_barrier,
+    when,
+)
+from tq_tvm.kernels.hadamard_cuda import PRODUCTS
+from tq_tvm.kernels.lookup_cuda import (
+    SIGN_BITS,
+    Chain,
+    HighTable,
+    LevelTable,
+    find_mirrored,
+    find_pairs,
+    looked_up,
+    together,
+)
+from tq_tvm.spec import CacheSpec, Codec
+
+__all__ = ["FragmentShape", "Fragments"]
+
+_LANES = 4
+"""Lanes that share a row of K."""
+
+_LOG2E = 1.4426950408889634
+
+_ROOM = 512.0
+"""Weights are up to 2^6: times this they are still below the largest float16."""
+
+_MARGIN = 1.25
+"""Scales of V differ little: with this margin their bound seldom moves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FragmentShape:
+    """Static sizes of a warp's tiles of ``tile`` tokens."""
+
+    spec: CacheSpec
+    tile: int
+
+    @staticmethod
+    def serves(spec: CacheSpec) -> bool:
+        """Whether both codecs are looked up, and V's planes are whole chunks of 16 bytes."""
+        fmt = spec.cache_format
+        coded = fmt.key.family == fmt.value.family == "lloyd_max"
+        return coded and all(spec.head_dim * bits // 8 % 16 == 0 for bits in fmt.value.plane_bits)
+
+    @property
+    def key(self) -> Codec:
+        """K's codec."""
+        return self.spec.cache_format.key
+
+    @property
+    def value(self) -> Codec:
+        """V's codec."""
+        return self.spec.cache_format.value
+
+    @property
+    def octets(self) -> int:
+        """Octets of tokens."""
+        return self.tile // 8
+
+    @property
+    def pages(self) -> int:
+        """Pages that a tile touches."""
+        return max(1, self.tile // self.spec.page_size)
+
+    @property
+    def key_fields(self) -> int:
+        """Codes of K in a byte of the first plane."""
+        return 8 // self.key.plane_bits[0]
+
+    @property
+    def key_words(self) -> int:
+        """Words of a lane in the first plane of a row of K."""
+        return self.spec.head_dim // (4 * _LANES * self.key_fields)
+
+    @property
+    def key_planes(self) -> int:
+        """Planes of a row of K: the second has third bits."""
+        return len(self.key.plane_bits)
+
+    @property
+    def steps(self) -> int:
+        """Products that a row of K takes."""
+        return self.spec.head_dim // 16
+
+    @property
+    def value_fields(self) -> int:
+        """Codes of V in a byte of the first plane."""
+        return 8 // self.value.plane_bits[0]
+
+    @property
+    def value_chunks(self) -> int:
+        """Chunks of 16 bytes of the first plane of a row of V."""
+        return self.spec.head_dim // (16 * self.value_fields)
+
+    @property
+    def third_chunks(self) -> int:
+        """Chunks of the third bits of a row of V."""
+        return self.value_chunks // 2 if len(self.value.plane_bits) > 1 else 0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a row of V."""
+        return self.value_chunks + self.third_chunks
+
+    @property
+    def value_plane(self) -> int:
+        """Words from a chunk of V to the next: padding puts lanes of a copy into other banks."""
+        return 4 * self.tile + (4 if self.chunks > 1 else 0)
+
+    @property
+    def value_words(self) -> int:
+        """Words of V's codes."""
+        return self.chunks * self.value_plane
+
+    @property
+    def scale_words(self) -> int:
+        """Words of the factors of logits and weights, and of residuals."""
+        return self.tile * (3 if self.key.residual_sign else 2)
+
+    @property
+    def words(self) -> int:
+        """Words of shared memory of a warp: two tiles of V, and scales of one."""
+        return 2 * self.value_words + self.scale_words
+
+    @functools.cached_property
+    def value_unit(self) -> float:
+        """What V's levels are multiplied by, so that float16 rounds them least."""
+        levels = np.array([c for c in self.value.centroids if c > 0])
+        density = np.exp(-np.square(levels) / 2)
+
+        def error(unit: float) -> float:
+            rounded = (levels * unit).astype(np.float16)
+            apart = len(levels) == 2 and len(set(rounded.view(np.uint16) & 0xFF)) > 1
+            off = rounded.astype(np.float64) / unit - levels
+            return float(np.sum(density * np.square(off))) + apart
+
+        return min((float(unit) for unit in np.linspace(1, 2, 4001)), key=error)
+
+    def query_word(self, row, coordinate):
+        """Where a query's pair of coordinates is, in words: the order in which lanes hold K.
+
+        A step takes four words of every lane: rows g and g + 8 of coordinates that are bytes 0 and
+        1 of one of its words of codes, then of bytes 2 and 3.
+        """
+        plane = self.spec.head_dim // self.key_fields
+        byte, field = T.truncmod(coordinate, plane), T.truncdiv(coordinate, plane)
+        own = 4 * self.key_words
+        lane, inside = T.truncdiv(byte, own), T.truncmod(byte, own)
+        step = field * self.key_words + T.truncdiv(inside, 4)
+        step = T.truncdiv(row, 16) * self.steps + step
+        number = T.truncmod(T.truncdiv(row, 8), 2) + T.truncmod(T.truncdiv(inside, 2), 2) * 2
+        return (step * 32 + T.truncmod(row, 8) * 4 + lane) * 4 + number
+
+    def output_coordinate(self, octet: int, column):
+        """The coordinate of a column of an octet of outputs."""
+        chunk, field, byte = octet // (2 * self.value_fields), octet // 2, octet % 2
+        field = field % self.value_fields
+        return column * 2 + (16 * chunk + byte + field * (self.spec.head_dim // self.value_fields))
+
+
+class _Place:
+    """Addresses of a lane in one cache tensor: rows of a head, as far as lanes differ."""
+
+    def __init__(self, shape: FragmentShape, argument, elements: int, head, token, span: int,
+                 column) -> None:  # fmt: skip
+        spec = shape.spec
+        self._shape, self._span = shape, span
+        self._flat = pages.flat(argument)
+        bshd = spec.layout == "bshd"
+        self._row = elements * (spec.num_kv_heads if bshd else 1)
+        first = head * (elements if bshd else elements * spec.page_size)
+        self._token = token
+        inside = T.truncmod(token, spec.page_size) if span > spec.page_size else token
+        self._lane, self._stride = local(1, "int32"), local(1, "int32")
+        store(self._lane, first + inside * self._row + column)
+        store(self._stride, T.cast(argument.buffer.strides[0], "int32"))
+        self._bases = local(shape.pages, "int64")
+
+    def move(self, page, offset) -> None:
+        """Go to a tile, which begins at ``offset`` of the first of its pages."""
+        for i in range(self._shape.pages):
+            inside = self._lane[0] + offset * self._row if i == 0 else self._lane[0]
+            at = T.cast(page[i], "int64") * T.cast(self._stride[0], "int64")
+            store(self._bases, at + T.cast(inside, "int64"), i)
+
+    def pointer(self, token: int, column: int = 0, more=None):
+        """Of the lane's token of a load or copy whose first one is ``token``."""
+        size = self._shape.spec.page_size
+        page, offset = (token // size, token % size) if self._shape.pages > 1 else (0, token)
+        base = self._bases[page]
+        for other in range(1, min(self._span // size, self._shape.pages - page)):
+            # Small pages: lanes of one copy are in several.
+            own = T.truncdiv(self._token, size) >= other
+            base = T.Select(own, self._bases[page + other], base)
+        base = base if more is None else base + T.cast(more, "int64")
+        return self._flat.ptr_to([base + T.int64(offset * self._row + column)])
+
+
+class Fragments:
+    """K and V of one sequence and KV head, a warp's, ``tile`` tokens at a time.
+
+    `find_pages` of the first tile, `ask` for it, `turn`; then `attend` to one after the other.
+    """
+
+    def __init__(
+        self, shape: FragmentShape, words, begin, caches, head, lane, sm_scale, unknown_zero
+    ) -> None:
+        k, v, k_meta, v_meta = caches
+        spec = shape.spec
+        self._shape, self._words, self._lane = shape, words, lane
+        self._g, self._t = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
+        self._page, self._offset = local(shape.pages, "int32"), local(1, "int32")
+        self._codes = local((shape.octets, shape.key_planes * shape.key_words), "uint32")
+        self._turns = -(-shape.tile // 32)
+        self._metas = local((self._turns, 2), "uint32")
+        self._scales = begin + 2 * shape.value_words
+        own = 4 * shape.key_words
+        key_bytes = shape.key.packed_bytes(spec.head_dim)
+        value_bytes = shape.value.packed_bytes(spec.head_dim)
+        # Lanes that copy a row of V: as many as it has chunks, or the next power of two.
+        self._sharing = 1 << (shape.chunks - 1).bit_length()
+        self._copied = 32 // self._sharing
+        chunk, token = let(lane % self._sharing), let(T.truncdiv(lane, self._sharing))
+        self._chunk = chunk
+        self._to = let(chunk * shape.value_plane + token * 4)
+        self._k = _Place(shape, k, key_bytes, head, self._g, 8, self._t * own)
+        self._v = _Place(shape, v, value_bytes, head, token, self._copied, chunk * 16)
+        self._k_meta, self._v_meta = (
+            _Place(shape, meta, len(codec.meta), head, lane, min(32, shape.tile), 0)
+            for meta, codec in ((k_meta, shape.key), (v_meta, shape.value))
+        )
+        if shape.key_planes > 1:
+            # Lanes that are two apart read the same third bits.
+            self._third = let(spec.head_dim // 4 + (self._t % 2 - self._t) * own)
+            self._later = let(T.cast(T.truncdiv(self._t, 2), "uint32"))
+        unit = spec.head_dim**-0.5
+        self._key_factor = let(sm_scale * f32(_LOG2E * unit))
+        self._value_factor = unit / shape.value_unit
+        self._bound, self._inverse = local(1, "float32"), local(1, "float32")
+        self._key_pairs = _constants(looked_up(shape.key), unknown_zero)
+        count = len(looked_up(shape.key))
+        self._key_table = None if shape.key.residual_sign else LevelTable(self._key_pairs, count)
+        self._value_table = self._table_of_values(unknown_zero)
+        self._sign_bits = let(T.bitwise_or(u32(SIGN_BITS), unknown_zero))
+        # The tile of V that is copied to; the other one is read.
+        self._tile = local(1, "int32")
+        store(self._tile, begin)
+        self._both = let(2 * begin + shape.value_words)
+
+    def _table_of_values(self, unknown_zero) -> LevelTable | HighTable:
+        levels = [c * self._shape.value_unit for c in looked_up(self._shape.value)]
+        if len(levels) > 4:
+            return LevelTable(_constants(levels, unknown_zero), len(levels))
+        halves = _halves(levels)
+        (low,) = {half & 0xFF for half in halves}
+        high = sum((half >> 8) << (8 * i) for i, half in enumerate(halves))
+        hidden = [let(T.bitwise_or(u32(w), unknown_zero)) for w in (low * 0x01010101, high)]
+        return HighTable(*hidden)
+
+    def start(self) -> None:
+        """No tokens yet."""
+        store(self._bound, f32(1e-30))
+        store(self._inverse, f32(0))
+
+    def finish(self, softmax: Softmax) -> None:
+        """Give the output its unit."""
+        unit = let(self._bound[0] * f32(1 / _ROOM))
+        self._scale_output(softmax, unit)
+
+    @staticmethod
+    def _scale_output(softmax: Softmax, factor) -> None:
+        for index in itertools.product(*(range(int(n)) for n in softmax.output.shape)):
+            store(softmax.output, softmax.output[index] * factor, *index)
+
+    def find_pages(self, table, sequence, first, seen: Seen) -> None:
+        """Look up the pages of a tile, ahead of `ask`, whose addresses wait for them.
+
+        Of pages that no row of the block sees, which may be anything, another one is read.
+        """
+        size, tile = self._shape.spec.page_size, self._shape.tile
+        shift = size.bit_length() - 1
+        token = local(1, "int32")
+        for i in range(self._shape.pages):
+            at = let(first + i * size)
+            last = at + (min(size, tile) - 1)
+            within = T.And(at <= seen.last, T.Or(last >= seen.low, at < seen.kept))
+            store(token, T.Select(within, at, seen.last))
+            store(self._page, table[sequence, T.shift_right(token[0], shift)], i)
+        if tile < size:
+            store(self._offset, T.bitwise_and(first, size - 1))
+        else:
+            store(self._offset, i32(0))
+
+    def ask(self, first, seen: Seen) -> None:
+        """Begin to read the tile from token ``first`` on; `find_pages` has been there.
+
+        Scales of tokens that no row of the block sees are zeros, and codes whatever is there.
+        """
+        shape = self._shape
+        for place in (self._k, self._v, self._k_meta, self._v_meta):
+            place.move(self._page, self._offset[0])
+        wide = min(4, shape.key_words)
+        # Third bits share sectors with pairs.
+        kept = "" if shape.key_planes > 1 else ".L1::no_allocate"
+        for octet in range(shape.octets):
+            for i in range(0, shape.key_words, wide):
+                self._load_codes(octet, i, wide, kept, self._k.pointer(8 * octet, 4 * i))
+            if shape.key_planes > 1:
+                for i in range(0, shape.key_words, wide):
+                    at = self._k.pointer(8 * octet, 4 * i, self._third)
+                    self._load_codes(octet, shape.key_words + i, wide, kept, at)
+        self._copy_values()
+        for turn in range(self._turns):
+            token = let(first + (self._lane + 32 * turn))
+            for side in range(2):
+                store(self._metas, u32(0), turn, side)
+            exists = seen.includes(token)
+            with when(exists if shape.tile >= 32 else T.And(self._lane < shape.tile, exists)):
+                for side, (place, codec) in enumerate(
+                    ((self._k_meta, shape.key), (self._v_meta, shape.value))
+                ):
+                    at = place.pointer(32 * turn)
+                    if len(codec.meta) == 2:
+                        ptx("ld.global.nc.u32", self._metas[turn, side], at)
+                    else:
+                        short = local(1, "uint16")
+                        ptx("ld.global.nc.u16", short[0], at)
+                        store(self._metas, T.cast(short[0], "uint32"), turn, side)
+
+    def _load_codes(self, octet: int, first: int, count: int, kept: str, pointer) -> None:
+        kind = f"v{count}.u32" if count > 1 else "u32"
+        registers = [self._codes[octet, first + e] for e in range(count)]
+        ptx(f"ld.global.nc{kept}.L2::128B.{kind}", *registers, pointer)
+
+    def _copy_values(self) -> None:
+        shape = self._shape
+
+        def copy() -> None:
+            for first in range(0, shape.tile, self._copied):
+                place = self._words.ptr_to([self._tile[0] + (self._to + 4 * first)])
+                ptx("cp.async.cg.shared.global.L2::128B", place, self._v.pointer(first), 16)
+
+        if shape.chunks == self._sharing:
+            copy()
+        else:
+            with when(self._chunk < shape.chunks):
+                copy()
+
+    def turn(self) -> None:
+        """All copies of a tile, or none, are under way: go to the other place."""
+        ptx("cp.async.commit_group")
+        store(self._tile, self._both - self._tile[0])
+
+    def attend(self, rows: RowShape, queries, softmax: Softmax, first, masked, ask_next) -> None:
+        """Scores, weights and output of the tile that begins with token ``first``.
+
+        ``ask_next`` calls `ask` and `find_pages` for the next one, where K's registers are free.
+        """
+        shape = self._shape
+        self._leave_scales(softmax)
+        warp_barrier()
+        scores = local((rows.row_tiles, shape.octets, 4), "float32")
+        self._score(rows, queries, scores)
+        for octet in range(shape.octets):
+            factors = self._factors(0, octet)
+            for m, e in itertools.product(range(rows.row_tiles), range(4)):
+                store(scores, scores[m, octet, e] * factors[e % 2], m, octet, e)
+        ask_next()
+        self.turn()
+        softmax.weigh(scores, first, masked)
+        ptx("cp.async.wait_group", 1)
+        warp_barrier()
+        self._add_values(rows, softmax, scores)
+
+    def _factors(self, side: int, octet: int):
+        """Factors of logits, or of weights, of tokens 2 t and 2 t + 1 of an octet."""
+        factors = local(2, "float32")
+        begin = self._scales + (side * self._shape.tile + 8 * octet) + 2 * self._t
+        ptx("ld.shared.v2.f32", factors[0], factors[1], self._words.ptr_to([begin]))
+        return factors
+
+    def _leave_scales(self, softmax: Softmax) -> None:
+        """Factors of the lane's tokens, where all lanes read them."""
+        shape, dtype, words = self._shape, self._shape.spec.dtype, self._words
+        values = local(self._turns, "float32")
+        top = local(1, "uint32")
+        store(top, u32(0))
+        for turn in range(self._turns):
+            # Of lanes that have no token it is zero.
+            value = from_half(dtype, self._metas[turn, 1]) * f32(self._value_factor)
+            store(values, value, turn)
+            store(top, T.max(top[0], as_bits(T.fabs(values[turn]))))
+        # Of floats that are not negative, bits have their order.
+        ptx("redux_sync.max.u32", top[0], top[0], u32(FULL_WARP))
+        with when(top[0] > as_bits(self._bound[0])):
+            bound = let(as_float(top[0]) * f32(_MARGIN))
+            self._scale_output(softmax, let(self._bound[0] / bound))
+            store(self._bound, bound)
+            store(self._inverse, f32(_ROOM) / bound)
+        residual = local(1, "uint32")
+
+        def leave(turn: int) -> None:
+            token, key = let(self._lane + 32 * turn), self._metas[turn, 0]
+            scale = low_half(dtype, key) if shape.key.residual_sign else from_half(dtype, key)
+            factors = (scale * self._key_factor, values[turn] * self._inverse[0])
+            for side, factor in enumerate(factors):
+                at = words.ptr_to([self._scales + side * shape.tile + token])
+                ptx("st.shared.f32", at, factor)
+            if shape.key.residual_sign:
+                # Twice in a word, in units of levels.
+                unit = let(high_half(dtype, key) * f32(shape.spec.head_dim**0.5))
+                ptx(PAIR["float16"], residual[0], unit, unit)
+                at = words.ptr_to([self._scales + 2 * shape.tile + token])
+                ptx("st.shared.u32", at, residual[0])
+
+        for turn in range(self._turns):
+            if shape.tile >= 32:
+                leave(turn)
+            else:
+                with when(self._lane < shape.tile):
+                    leave(turn)
+
+    def _score(self, rows: RowShape, queries, scores) -> None:
+        shape, words = self._shape, self._words
+        product = PRODUCTS["float16"]
+        own = let(queries + 4 * self._lane)
+        # Tables of rows take registers, of which 32 rows of queries leave few.
+        abreast = 2 if shape.key.residual_sign and rows.row_tiles > 1 else shape.octets
+        for first in range(0, shape.octets, abreast):
+            octets = range(first, first + abreast)
+            tables = [self._table_of(octet) for octet in octets]
+            for word in range(shape.key_words):
+                operands = {}
+                for field, m in itertools.product(range(shape.key_fields), range(rows.row_tiles)):
+                    step = field * shape.key_words + word
+                    a = local(4, "uint32")
+                    at = words.ptr_to([own + 128 * (m * shape.steps + step)])
+                    ptx("ld.shared.v4.u32", *[a[e] for e in range(4)], at)
+                    operands[field, m] = [a[e] for e in range(4)]
+                found = together(
+                    [
+                        self._keys(table, octet, word)
+                        for octet, table in zip(octets, tables, strict=True)
+                    ]
+                )
+                for field, (i, octet), m in itertools.product(
+                    range(shape.key_fields), enumerate(octets), range(rows.row_tiles)
+                ):
+                    result = [scores[m, octet, e] for e in range(4)]
+                    start = result if word or field else [f32(0)] * 4
+                    b = [found[i][field, half] for half in range(2)]
+                    mma(product, result, operands[field, m], b, start)
+
+    def _table_of(self, octet: int) -> LevelTable:
+        """The table of the lane's row of K; the residual of codes whose top bit is set is added."""
+        if self._key_table is not None:
+            return self._key_table
+        shape, words = self._shape, self._words
+        residual, pairs = local(1, "uint32"), local(4, "uint32")
+        at = words.ptr_to([self._scales + (2 * shape.tile + 8 * octet) + self._g])
+        ptx("ld.shared.u32", residual[0], at)
+        for i in range(4):
+            ptx("add.rn.f16x2", pairs[i], self._key_pairs[i], residual[0])
+        return LevelTable(pairs, 8)
+
+    def _keys(self, table: LevelTable, octet: int, word: int) -> Chain:
+        """Values of a word of K's codes, ``[field, half]``."""
+        shape, codes = self._shape, self._codes
+        if shape.key_fields == 2:
+            return find_mirrored(table, codes[octet, word], self._sign_bits)
+        third = None
+        if shape.key_planes > 1:
+            third = let(T.shift_right(codes[octet, shape.key_words + word], self._later))
+        return find_pairs(table, codes[octet, word], third)
+
+    def _add_values(self, rows: RowShape, softmax: Softmax, scores) -> None:
+        shape = self._shape
+        product = PRODUCTS["float16"]
+        octets = 4 if shape.tile >= 32 else 2
+        for first in range(0, shape.octets, octets):
+            read = self._read_values(first, octets)
+            factors = [self._factors(1, first + octet) for octet in range(octets)]
+            weights = [
+                self._weights(scores, factors[2 * step : 2 * step + 2], m, first + 2 * step)
+                for step in range(octets // 2)
+                for m in range(rows.row_tiles)
+            ]
+            for chunk in range(shape.value_chunks):
+                found = together([self._values(read[i], chunk) for i in range(octets)])
+                for step, field, byte, m in itertools.product(
+                    range(octets // 2), range(shape.value_fields), range(2), range(rows.row_tiles)
+                ):
+                    octet = (chunk * shape.value_fields + field) * 2 + byte
+                    result = [softmax.output[m, octet, e] for e in range(4)]
+                    b = [found[2 * step + half][field, byte] for half in range(2)]
+                    mma(product, result, weights[step * rows.row_tiles + m], b, result)
+
+    @staticmethod
+    def _weights(scores, factors, m: int, first: int):
+        """Weights of two octets, times V's factors, as an operand."""
+        a = local(4, "uint32")
+        for i in range(4):
+            own, half = factors[i // 2], 2 * (i % 2)
+            pair = [scores[m, first + i // 2, half + e] * own[e] for e in (1, 0)]
+            ptx(PAIR["float16"], a[i], *pair)
+        return [a[i] for i in range(4)]
+
+    def _read_values(self, first: int, octets: int):
+        """Codes of V ``[octet][chunk]``: bytes 2 g, 2 g + 1 of two tokens, token by token."""
+        shape, tile = self._shape, self._tile[0]
+        read = [[None] * shape.chunks for _ in range(octets)]
+        # Four matrices at a time: of 32 tokens and a chunk, or of 16 tokens and two.
+        abreast = 4 // octets
+        lane = let(T.truncmod(self._lane, 8 * octets) * 4)
+        other = let(T.truncdiv(self._lane, 8 * octets) * shape.value_plane)
+        for chunk in range(0, shape.chunks, abreast):
+            words = local(4, "uint32")
+            at = tile + lane + (chunk * shape.value_plane + 32 * first)
+            # Past the last chunk it is read twice.
+            at = at + other if chunk + 1 < shape.chunks and abreast > 1 else at
+            name = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+            ptx(name, *[words[i] for i in range(4)], self._words.ptr_to([at]))
+            for i in range(octets * min(abreast, shape.chunks - chunk)):
+                read[i % octets][chunk + i // octets] = let(byte_perm(words[i], u32(0), 0x3120))
+        return read
+
+    def _values(self, codes, chunk: int) -> Chain:
+        """Values of an octet of tokens and a chunk of V, ``[field, byte]``: of two tokens each."""
+        shape = self._shape
+        if shape.value_fields == 2:
+            return find_mirrored(self._value_table, codes[chunk], self._sign_bits)
+        third = None
+        if shape.third_chunks:
+            # A byte has the bits of two bytes of pairs: a half of the chunks, then the other.
+            later = chunk // shape.third_chunks
+            third = codes[shape.value_chunks + chunk % shape.third_chunks]
+            third = let(T.shift_right(third, u32(1))) if later else third
+        return find_pairs(self._value_table, codes[chunk], third)
+
+
+def _halves(levels) -> list[int]:
+    """Bits of float16."""
+    return [int(bits) for bits in np.array(levels).astype(np.float16).view(np.uint16)]
+
+
+def _constants(levels, unknown_zero):
+    """Words of two levels in registers that the compiler cannot know: see `decode_score`."""
+    halves = _halves(levels)
+    pairs = local(len(levels) // 2, "uint32")
+    for i in range(len(levels) // 2):
+        word = halves[2 * i] | halves[2 * i + 1] << 16
+        store(pairs, T.bitwise_or(u32(word), unknown_zero), i)
+    return pairs

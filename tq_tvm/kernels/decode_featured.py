@@ -1,0 +1,139 @@
+r"""``decode_featured`` on NVIDIA GPUs: ``decode`` with what ``attend`` adds to one token.
+
+Equation
+    As ``kernels.attend``, for one query token a sequence and no window: soft cap, ALiBi, sinks, and
+    the log-sum-exp. The kernel is ``decode_cuda``'s, at the decisions that ``decode`` has.
+
+Buffers
+    Those of ``kernels.decode``, and sinks ``[HQ]`` or ``[0]``, alibi_slopes ``[HQ]`` or ``[0]``,
+    float32, in; lse ``[B, HQ]`` or ``[B, 0]``, float32, out; soft_cap, a scalar, 0: none.
+
+Static, dynamic, tail
+    As ``decode``. What is not asked for is skipped by a branch that all warps take alike.
+
+Numerics
+    As ``decode``; logits are bent in float32, in units of log2.
+
+Cost of one token and KV head: the bytes of ``decode``; of a logit ALiBi takes 4 operations, a soft
+cap 7, two of them exponentials or reciprocals, against some 100 for its part of K and V.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.attend_rows import Options, RowShape, finish_row
+from tq_tvm.kernels.decode_cuda import attend_share
+from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
+from tq_tvm.kernels.decode_query import Query
+from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
+from tq_tvm.kernels.device import f32, let, local, store, when
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["Featured", "decode_featured"]
+
+_LOG2E = math.log2(math.e)
+
+
+class Featured:
+    """Features of a call, and how a logit and a row take them."""
+
+    def __init__(self, shape: Shape, sinks, alibi_slopes, lse, soft_cap) -> None:
+        self._shape, self._lse = shape, lse
+        self._options = Options(sinks, alibi_slopes, None, soft_cap, None, None)
+
+    def prepare(self, first_head, heads, t) -> None:
+        """Slopes of a lane's columns, whose heads stay the same."""
+        slopes, cap = self._options.alibi_slopes, self._options.soft_cap
+        self._slope = local(2, "float32")
+        sloped = let(T.cast(slopes.shape[0], "int32") > 0)
+        for j in range(2):
+            head = let((2 * t + j) % 4 if self._shape.packed else 2 * t + j)
+            store(self._slope, f32(0), j)
+            with when(T.And(sloped, head < heads)):
+                store(self._slope, slopes[first_head + head] * f32(_LOG2E), j)
+        self._cap = let(cap * f32(_LOG2E))
+        self._inverse = let(T.Select(cap > f32(0), f32(2 * _LOG2E) / self._cap, f32(0)))
+        self._bent = let(T.Or(sloped, cap > f32(0)))
+
+    def bend(self, query: Query, scores, own_token, first, seq_len) -> None:
+        """Soft cap and ALiBi of the scores of a tile, which stay in their unit."""
+        shape, apart = self._shape, 16 if self._shape.packed else 8
+        value = local(1, "float32")
+        with when(self._bent):
+            for j in range(2):
+                unit = let(f32(1) / query.scale[j])
+                for n in range(shape.own_tokens):
+                    store(value, scores[n, j] * query.scale[j])
+                    with when(self._cap > f32(0)):
+                        # tanh x = 1 - 2 / (1 + e^2x)
+                        grown = T.exp2(value[0] * self._inverse) + f32(1)
+                        store(value, self._cap - self._cap * (f32(2) / grown))
+                    apart_from = T.cast(first + own_token + (apart * n + 1) - seq_len, "float32")
+                    store(scores, (value[0] + self._slope[j] * apart_from) * unit, n, j)
+
+    def finish(self, x, top, total, out, place, lane) -> None:
+        """Divide a row that a warp shares, rotate it back, and write it and its lse."""
+        rows = RowShape(self._shape.spec, 1, self._shape.config.tile)
+        finish_row(rows, x, top, total, place, self._options, out, self._lse, lane)
+
+
+def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
+    """The TensorIR for one configuration without clusters, all sizes dynamic."""
+    shape = Shape(spec, config)
+    dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
+
+    @T.prim_func(s_tir=True)
+    def main(
+        q: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        sinks: T.handle,
+        alibi_slopes: T.handle,
+        workspace: T.handle,
+        out: T.handle,
+        lse: T.handle,
+        num_groups: T.int32,
+        sm_scale: T.float32,
+        soft_cap: T.float32,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        b = T.int64()
+        w = T.int64()
+        p = T.int64()
+        hs = T.int64()
+        ha = T.int64()
+        hl = T.int64()
+        ws = T.int64()
+        Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        SK = T.match_buffer(sinks, (hs,), "float32", align=4)
+        AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
+        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+        OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
+        LSE = T.match_buffer(lse, (b, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
+        features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap))
+        for by in T.thread_binding(num_groups, thread="blockIdx.y"):
+            for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
+                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                    attend_share(
+                        shape, Q, caches, BT, SL, WS, OUT, b, bx, by, tx, num_groups, sm_scale,
+                        features,
+                    )  # fmt: skip
+        for by2 in T.thread_binding(b, thread="blockIdx.y"):
+            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                    merge_pieces(shape, SL, WS, OUT, b, bx2, by2, tx2, num_groups, features)
+
+    return main
