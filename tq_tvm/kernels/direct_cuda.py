@@ -127,9 +127,13 @@ class DirectRow:
 
     def read_codes(self, pointer: Callable[[Any], Any], part) -> None:
         """Read the codes of lane ``part``; ``pointer`` is of an element of the row."""
+        apart = self._lanes * self.piece
+        self.read_pieces(lambda n: pointer(T.cast(part * self.piece + n * apart, "int64")))
+
+    def read_pieces(self, pointer: Callable[[int], Any]) -> None:
+        """Read the codes; ``pointer`` is of the lane's n-th piece."""
         for n in range(self.pieces):
-            at = T.cast(part * self.piece + n * self._lanes * self.piece, "int64")
-            access(self._space, self.codes, n * self._words, self._words, pointer(at))
+            access(self._space, self.codes, n * self._words, self._words, pointer(n))
 
     def blank(self) -> None:
         """Codes and scales of a row of zeros."""
@@ -139,11 +143,16 @@ class DirectRow:
 
     def lines(self, part):
         """The coordinate of the lane's first value, and words of two values, of each piece."""
+        for first, line in self.pieces_of_lines():
+            yield first + part * self.piece, line
+
+    def pieces_of_lines(self):
+        """The same of lane 0's coordinates."""
         for field, line in enumerate(self._lines()):
             words = len(line) // self.pieces
             for n in range(self.pieces):
                 first = field * self.elements + n * self._lanes * self.piece
-                yield first + part * self.piece, line[n * words : (n + 1) * words]
+                yield first, line[n * words : (n + 1) * words]
 
     def _lines(self) -> list[list]:
         """Words of two values each, of each field of the codes."""

@@ -1,0 +1,362 @@
+"""K or V of a tile of ``attend`` and ``prefill`` on GPUs: how a thread copies and decodes it.
+
+See `attend_tiles`. A row is in chunks of 16 bytes; chunk c of row r is where chunk c ^ (r % 8)
+would be, so that the eight rows of a matrix of ``ldmatrix`` are in different banks. Of codes of
+direct codecs whose rows have 128 bytes or more, halves of each 128 are exchanged in every second
+row: eight lanes read one half of a row, and the next eight the other half of the next row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.device import let, local, ptx, store, u32, when
+from tq_tvm.kernels.direct_cuda import DIRECT_LANES, DirectRow
+from tq_tvm.kernels.lookup_cuda import CodedRow
+from tq_tvm.spec import CacheSpec, Codec
+
+__all__ = ["DirectSide", "Seen", "Side", "TileMemory", "TileShape", "as_register"]
+
+_HALF = 64
+"""Bytes that `DIRECT_LANES` read at a time, half of what the banks have."""
+
+
+def as_register(value):
+    """Name an integer that addresses are made of: TVM simplifies what it can see through there."""
+    register = local(1, "int32")
+    store(register, value)
+    return register[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TileShape:
+    """Static sizes: ``tile`` tokens, the threads that work on them, and lanes that decode a row.
+
+    The lanes are those of Lloyd-Max codecs; others have `DIRECT_LANES`.
+    """
+
+    spec: CacheSpec
+    tile: int
+    threads: int
+    lanes: int
+
+    @property
+    def row_words(self) -> int:
+        """Words of a row of the model's dtype."""
+        return self.spec.head_dim // 2
+
+    @property
+    def sides(self) -> tuple[Codec, Codec]:
+        """Codecs of K and V."""
+        fmt = self.spec.cache_format
+        return fmt.key, fmt.value
+
+    @property
+    def code_words(self) -> tuple[int, int]:
+        """Words of the codes of K and of V, or of rows that stay as they are."""
+        key, value = (
+            self.tile * c.packed_bytes(self.spec.head_dim) // (4 if c.packed else 2)
+            for c in self.sides
+        )
+        return key, value
+
+    @property
+    def packed_words(self) -> int:
+        """Words of codes and scales of a tile."""
+        return sum(self.code_words) + 2 * self.tile
+
+    @property
+    def dense_words(self) -> int:
+        """Words of K and V of the model's dtype, where they are decoded."""
+        return sum(codec.packed for codec in self.sides) * self.tile * self.row_words
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """Tokens that rows of a block see: the first ``kept``, and from ``low`` to ``last``."""
+
+    low: Any
+    last: Any
+    kept: Any
+
+    def includes(self, token):
+        """Whether a token is one of them."""
+        return T.And(token <= self.last, T.Or(token >= self.low, token < self.kept))
+
+
+class TileMemory:
+    """Where the threads' tiles are in dynamic shared memory.
+
+    From ``dense`` on K, then V, of the model's dtype: it has to be a multiple of a row's words.
+    From ``packed`` on codes and scales of two tiles.
+    """
+
+    def __init__(self, shape: TileShape, words, dense, packed) -> None:
+        key, both = shape.code_words[0], sum(shape.code_words)
+        self.words = words
+        decoded = shape.tile * shape.row_words if shape.sides[0].packed else 0
+        self.dense = [dense, dense + decoded]
+        self.codes = [packed, packed + key]
+        self.metas = [packed + both, packed + (both + shape.tile)]
+
+
+class Side:
+    """K or V of the tiles: addresses of one thread."""
+
+    def __init__(
+        self, shape: TileShape, memory: TileMemory, number: int, cache, meta, head, thread
+    ) -> None:
+        spec, tile = shape.spec, shape.tile
+        self._shape, self._memory, self._thread = shape, memory, thread
+        self._number, self.codec = number, shape.sides[number]
+        self._head = head
+        self._codes, self._code_stride = pages.flat(cache), self._stride(cache)
+        self._elements = self.codec.packed_bytes(spec.head_dim)
+        self._width = 1 if self.codec.packed else 2
+        self._chunk = math.gcd(self._elements * self._width, 16)
+        if self.codec.meta:
+            self._metas, self._meta_stride = pages.flat(meta), self._stride(meta)
+            # Threads behind those that read a scale of K read one of V.
+            self._own = let((thread + number * tile) % shape.threads)
+            self._meta = local(1, "uint32")
+
+    @staticmethod
+    def _stride(argument):
+        stride = local(1, "int32")
+        store(stride, T.cast(argument.buffer.strides[0], "int32"))
+        return stride
+
+    def _base(self, page, offset, elements: int, stride):
+        """First element of the row of this head at an offset of a page."""
+        spec = self._shape.spec
+        bshd = spec.layout == "bshd"
+        first = self._head if bshd else self._head * spec.page_size
+        inside = first * elements + offset * (self._apart * elements)
+        return T.cast(page, "int64") * T.cast(stride[0], "int64") + T.cast(inside, "int64")
+
+    @property
+    def _apart(self) -> int:
+        """Rows from a token of a page to the next."""
+        spec = self._shape.spec
+        return spec.num_kv_heads if spec.layout == "bshd" else 1
+
+    def ask(self, table, sequence, first, seen: Seen, packed) -> None:
+        """Begin to copy the rows from token ``first`` on.
+
+        Of tokens that no row of the block sees, codes are whatever is there, and scales are zeros,
+        or without scales the codes; their pages are not looked up.
+        """
+        shape, tile, size = self._shape, self._shape.tile, self._shape.spec.page_size
+        shift = size.bit_length() - 1
+        count = len(self.codec.meta)
+        strides = [(self._elements, self._code_stride)]
+        if count:
+            strides.append((count, self._meta_stride))
+        if tile <= size:
+            page = as_register(table[sequence, T.shift_right(first, shift)])
+            offset = as_register(T.bitwise_and(first, size - 1))
+            bases = [let(self._base(page, offset, n, stride)) for n, stride in strides]
+
+            def source(row, number: int):
+                inside = row * (self._apart * strides[number][0])
+                return bases[number] + T.cast(inside, "int64")
+        else:
+
+            def source(row, number: int):
+                # Registers: TVM takes minutes to simplify what it can see through here.
+                token, page = local(1, "int32"), local(1, "int32")
+                store(token, first + row)
+                store(token, T.Select(seen.includes(token[0]), token[0], seen.last))
+                store(page, table[sequence, T.shift_right(token[0], shift)])
+                return self._base(page[0], T.bitwise_and(token[0], size - 1), *strides[number])
+
+        self._copy(lambda row: source(row, 0), first, seen, packed)
+        if not count:
+            return
+        store(self._meta, u32(0))
+        with when(T.And(self._own < tile, seen.includes(first + self._own))):
+            at = self._metas.ptr_to([source(self._own, 1)])
+            if count == 2:
+                ptx("ld.global.nc.u32", self._meta[0], at)
+            else:
+                short = local(1, "uint16")
+                ptx("ld.global.nc.u16", short[0], at)
+                store(self._meta, T.cast(short[0], "uint32"))
+
+    def _copy(self, source, first, seen: Seen, packed) -> None:
+        """Begin to copy codes; ``source`` is the first element of a row."""
+        shape, tile = self._shape, self._shape.tile
+        chunks = self._elements // self._chunk
+        cached = "cg" if self._chunk == 16 else "ca"
+        for turn in range(-(-tile * chunks // shape.threads)):
+            piece = as_register(turn * shape.threads + self._thread)
+
+            def copy(piece=piece):
+                row, chunk = T.truncdiv(piece, chunks), T.truncmod(piece, chunks)
+                at = source(as_register(row)) + T.cast(as_register(chunk) * self._chunk, "int64")
+                to = self._memory.codes[self._number] + packed + piece * (self._chunk // 4)
+                place = self._memory.words.ptr_to([as_register(to)])
+                ptx(
+                    f"cp.async.{cached}.shared.global", place, self._codes.ptr_to([at]), self._chunk
+                )
+
+            if (turn + 1) * shape.threads <= tile * chunks:
+                copy()
+            else:
+                with when(piece < tile * chunks):
+                    copy()
+
+    def leave_metas(self, packed) -> None:
+        """Put the scales where `decode` reads them."""
+        if not self.codec.meta:
+            return
+        with when(self._own < self._shape.tile):
+            to = self._memory.metas[self._number] + packed + self._own
+            ptx("st.shared.u32", self._memory.words.ptr_to([to]), self._meta[0])
+
+    def decode(self, packed) -> None:
+        """Rows of the model's dtype from codes and scales."""
+        shape, memory = self._shape, self._memory
+        words, begin = memory.words, memory.dense[self._number]
+        abreast = shape.threads // shape.lanes
+        part = as_register(self._thread % shape.lanes)
+        for turn in range(shape.tile // abreast):
+            row = as_register(turn * abreast + self._thread // shape.lanes)
+            coded = CodedRow(
+                shape.spec.head_dim, shape.spec.dtype, self.codec, shape.lanes, "ld.shared"
+            )
+            codes = as_register(memory.codes[self._number] + packed + row * (self._elements // 4))
+            # Words are the unit of the buffer; codes may begin inside one.
+            view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
+            coded.read_codes(
+                lambda at, codes=codes, view=view: view.ptr_to([4 * codes + T.cast(at, "int32")]),
+                part,
+            )
+            at = memory.metas[self._number] + packed + row
+            ptx("ld.shared.u32", coded.meta[0], words.ptr_to([at]))
+            for first, line in coded.lines(part):
+                self._write(begin, row, first, line)
+
+    def _write(self, begin, row, first, line) -> None:
+        """Write words of a row from coordinate ``first`` on, chunk by chunk."""
+        shape, words = self._shape, self._memory.words
+        for i in range(0, len(line), 4):
+            count = min(4, len(line) - i)
+            word = as_register(T.truncdiv(first, 2) + i)
+            chunk = T.bitwise_xor(T.truncdiv(word, 4), T.truncmod(row, 8))
+            at = begin + row * shape.row_words + chunk * 4 + T.truncmod(word, 4)
+            kind = "u32" if count == 1 else f"v{count}.u32"
+            pieces = [line[i + n] for n in range(count)]
+            ptx(f"st.shared.{kind}", words.ptr_to([as_register(at)]), *pieces)
+
+
+class DirectSide(Side):
+    """The same of a direct codec: what differs from thread to thread is worked out once.
+
+    Turn by turn a thread's rows differ by a number of rows, a power of two, so its addresses differ
+    by a constant, and what is exchanged by an exclusive or with one.
+    """
+
+    def __init__(
+        self, shape: TileShape, memory: TileMemory, number: int, cache, meta, head, thread
+    ) -> None:
+        super().__init__(shape, memory, number, cache, meta, head, thread)
+        self._scale = None
+        if self.codec.tensor_scale:
+            self._scale = local(1, "float32")
+            store(self._scale, meta.buffer[0])
+        self._row_words = self._elements * self._width // 4
+        self._exchanged = self.codec.packed and self._elements >= 2 * _HALF
+        # Copying: a chunk of a row.
+        chunks = self._row_words // 4
+        self._copied = shape.threads // chunks
+        row, chunk = thread // chunks, thread % chunks
+        self._row = as_register(row)
+        self._from = as_register(row * (self._apart * self._elements) + chunk * (16 // self._width))
+        if self._exchanged:
+            chunk = T.bitwise_xor(chunk, row % 2 * (_HALF // 16))
+        elif not self.codec.packed:
+            chunk = T.bitwise_xor(chunk, row % 8)
+        self._to = as_register(row * self._row_words + chunk * 4)
+        if not self.codec.packed:
+            return
+        # Decoding: pieces of a row, in bytes, and where their values go, in words.
+        self._abreast = shape.threads // DIRECT_LANES
+        row, part = thread // DIRECT_LANES, thread % DIRECT_LANES
+        self._decoded = as_register(row)
+        self._piece = min(8, self._elements // DIRECT_LANES)
+        own = row * self._elements + part * self._piece
+        turned = row % 2 * _HALF if self._exchanged else 0
+        self._read = [as_register(own + turned), as_register(own + (_HALF - turned))]
+        word = part * (self._piece // 2)
+        chunk = T.bitwise_xor(T.truncdiv(word, 4), row % 8)
+        self._written = as_register(row * shape.row_words + chunk * 4 + T.truncmod(word, 4))
+
+    def _copy(self, source, first, seen: Seen, packed) -> None:
+        shape, tile = self._shape, self._shape.tile
+        begin = self._memory.codes[self._number] + packed
+        paged = tile > shape.spec.page_size
+        column = self._from - self._row * (self._apart * self._elements)
+        start = None if paged else let(source(0) + T.cast(self._from, "int64"))
+
+        def copy(turn: int) -> None:
+            before = turn * self._copied
+            row = as_register(self._row + before)
+            if paged:
+                at = source(row) + T.cast(column, "int64")
+            else:
+                at = start + T.int64(before * self._apart * self._elements)
+            to = self._to
+            if not self.codec.packed and before % 8:
+                to = T.bitwise_xor(to, before % 8 * 4)
+            place = self._memory.words.ptr_to([as_register(begin + to) + before * self._row_words])
+            operands = [place, self._codes.ptr_to([at]), 16]
+            if not self.codec.meta:
+                size = local(1, "uint32")
+                store(size, T.Select(seen.includes(first + row), u32(16), u32(0)))
+                operands.append(size[0])
+            ptx("cp.async.cg.shared.global", *operands)
+
+        for turn in range(-(-tile // self._copied)):
+            if (turn + 1) * self._copied <= tile:
+                copy(turn)
+            else:
+                with when(self._row + turn * self._copied < tile):
+                    copy(turn)
+
+    def decode(self, packed) -> None:
+        """Rows of the model's dtype from codes and scales."""
+        shape, memory, words = self._shape, self._memory, self._memory.words
+        # Words are the unit of the buffer; codes may begin inside one.
+        view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
+        codes = 4 * (memory.codes[self._number] + packed)
+        reads = [as_register(codes + at) for at in self._read]
+        metas = as_register(memory.metas[self._number] + packed + self._decoded)
+        written = as_register(memory.dense[self._number] + self._written)
+        scale = None if self._scale is None else self._scale[0]
+        for turn in range(shape.tile // self._abreast):
+            row = turn * self._abreast
+            coded = DirectRow(
+                shape.spec.head_dim, shape.spec.dtype, self.codec, DIRECT_LANES, "ld.shared", scale
+            )
+
+            def pointer(n: int, row=row):
+                if self._exchanged:
+                    return view.ptr_to([reads[n % 2] + (row * self._elements + n // 2 * 2 * _HALF)])
+                apart = DIRECT_LANES * self._piece
+                return view.ptr_to([reads[0] + (row * self._elements + n * apart)])
+
+            coded.read_pieces(pointer)
+            if self.codec.meta:
+                ptx("ld.shared.u32", coded.meta[0], words.ptr_to([metas + row]))
+            for first, line in coded.pieces_of_lines():
+                chunk = first // 8
+                turned = (chunk ^ row) % 8 * 4
+                at = T.bitwise_xor(written, turned) if turned else written
+                at = at + (row * shape.row_words + chunk // 8 * 32)
+                ptx(f"st.shared.v{len(line)}.u32", words.ptr_to([at]), *line)
