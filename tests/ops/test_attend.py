@@ -367,3 +367,16 @@ def test_pages_of_eight_and_head_dim_512(library):
     one = cache.decode(q[-1:], table, lens)
     want = reference.paged_decode(spec, q[-1:], *cache.tensors(), table, lens)
     assert (one.float() - want).norm() / want.norm() <= LIMIT[torch.float16]
+
+
+def test_starts_of_single_queries_are_made_once_for_many_batches(device, monkeypatch):
+    """What a graph has seen stays where it is when more are needed."""
+    monkeypatch.setattr(attend_ops, "_starts", {})
+    single_starts = attend_ops._single_starts
+    few = single_starts(3, device)
+    assert few.tolist() == [0, 1, 2, 3]
+    many = single_starts(5000, device)
+    assert many.dtype == torch.int32
+    assert torch.equal(many.cpu(), torch.arange(5001).int())
+    assert single_starts(3, device).data_ptr() == many.data_ptr() != few.data_ptr()
+    assert few.tolist() == [0, 1, 2, 3]
