@@ -25,10 +25,10 @@ CASES = {
     "head256": (CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "tq44"), WIDE),
     "int8": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "int8"), WIDE),
     "int4_half": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "int4"), TALL),
-    "fp8": (CacheSpec(128, 4, 1, 32, "bfloat16", "bhsd", "fp8"), TALL),
+    "fp8": (CacheSpec(64, 4, 1, 32, "bfloat16", "bhsd", "fp8"), TALL),
     "none": (CacheSpec(64, 8, 2, 16, "bfloat16", "bshd", "none"), WIDE),
-    "int8_mse4": (CacheSpec(128, 4, 1, 64, "float16", "bshd", "tq84"), WIDE),
-    "none_fp8": (CacheSpec(128, 4, 2, 16, "float16", "bhsd", "none-fp8-plain"), TALL),
+    "int8_mse4": (CacheSpec(64, 4, 1, 64, "float16", "bshd", "tq84"), WIDE),
+    "none_fp8": (CacheSpec(64, 4, 2, 16, "float16", "bhsd", "none-fp8-plain"), TALL),
 }
 FEW = {"lengths": [300, 3, 200, 0, 65, 40, 0], "queries": [4, 1, 8, 0, 2, 0, 1]}
 

@@ -22,10 +22,10 @@ CASES = {
     "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), FLAT),
     "head256": (CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "tq44"), FLAT),
     "int8": (CacheSpec(64, 8, 2, 64, "float16", "bshd", "int8"), FLAT),
-    "int4": (CacheSpec(128, 4, 1, 16, "bfloat16", "bhsd", "int4"), FLAT),
+    "int4": (CacheSpec(64, 4, 1, 16, "bfloat16", "bhsd", "int4"), FLAT),
     "fp8_half": (CacheSpec(64, 8, 2, 16, "float16", "bshd", "fp8-fp8-signed"), TALL),
-    "none": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "none"), TALL),
-    "int8_mse2": (CacheSpec(128, 4, 1, 16, "bfloat16", "bshd", "int8-mse2-plain-norm"), FLAT),
+    "none": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "none"), FLAT),
+    "int8_mse2": (CacheSpec(64, 4, 1, 16, "bfloat16", "bshd", "int8-mse2-plain-norm"), FLAT),
     "mse3_none": (CacheSpec(64, 4, 2, 32, "float16", "bhsd", "mse3-none-signed-norm"), FLAT),
 }
 

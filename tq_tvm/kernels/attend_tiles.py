@@ -6,7 +6,9 @@ registers. `Tiles.decode` makes rows of the model's dtype of them, as ``flatten`
 lanes a row. Rows of the codec ``none`` are copied to where they are read.
 
 A row is in chunks of 16 bytes; chunk c of row r is where chunk c ^ (r % 8) would be, so that the
-eight rows of a matrix of ``ldmatrix`` are in different banks.
+eight rows of a matrix of ``ldmatrix`` are in different banks. Of codes of direct codecs whose rows
+have 128 bytes or more, halves of each 128 are exchanged in every second row: eight lanes read one
+half of a row, and the next eight the other half of the next row.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["Seen", "TileMemory", "TileShape", "Tiles"]
+
+_HALF = 64
+"""Bytes that `DIRECT_LANES` read at a time, half of what the banks have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +114,11 @@ class _Side:
         self._number, self.codec = number, shape.sides[number]
         self._head = head
         self._codes, self._code_stride = pages.flat(cache), self._stride(cache)
+        self._direct = self.codec.family != "lloyd_max"
         self._elements = self.codec.packed_bytes(spec.head_dim)
         self._width = 1 if self.codec.packed else 2
         self._chunk = math.gcd(self._elements * self._width, 16)
+        self._exchanged = self._direct and self.codec.packed and self._elements >= 2 * _HALF
         self._scale = None
         if self.codec.meta:
             self._metas, self._meta_stride = pages.flat(meta), self._stride(meta)
@@ -181,7 +188,10 @@ class _Side:
                 row = _register(T.truncdiv(piece, chunks))
                 chunk = _register(T.truncmod(piece, chunks))
                 begin = T.cast(chunk * (self._chunk // self._width), "int64")
-                if self.codec.packed:
+                if self._exchanged:
+                    moved = T.bitwise_xor(chunk, T.truncmod(row, 2) * (_HALF // 16))
+                    inside = row * (self._elements // 4) + moved * 4
+                elif self.codec.packed:
                     inside = piece * (self._chunk // 4)
                 else:
                     moved = T.bitwise_xor(chunk, T.truncmod(row, 8))
@@ -225,25 +235,27 @@ class _Side:
         """Rows of the model's dtype from codes and scales."""
         shape, memory = self._shape, self._memory
         words, begin = memory.words, memory.dense[self._number]
-        table = self.codec.family == "lloyd_max"
-        lanes = shape.lanes if table else DIRECT_LANES
+        lanes = DIRECT_LANES if self._direct else shape.lanes
         abreast = shape.threads // lanes
         part = _register(self._thread % lanes)
         for turn in range(shape.tile // abreast):
             row = _register(turn * abreast + self._thread // lanes)
             dim, dtype = shape.spec.head_dim, shape.spec.dtype
-            if table:
-                coded = CodedRow(dim, dtype, self.codec, lanes, "ld.shared")
-            else:
+            if self._direct:
                 scale = None if self._scale is None else self._scale[0]
                 coded = DirectRow(dim, dtype, self.codec, lanes, "ld.shared", scale)
+            else:
+                coded = CodedRow(dim, dtype, self.codec, lanes, "ld.shared")
             codes = _register(memory.codes[self._number] + packed + row * (self._elements // 4))
             # Words are the unit of the buffer; codes may begin inside one.
             view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
-            coded.read_codes(
-                lambda at, codes=codes, view=view: view.ptr_to([4 * codes + T.cast(at, "int32")]),
-                part,
-            )
+            other = _register(T.truncmod(row, 2) * _HALF) if self._exchanged else None
+
+            def pointer(at, codes=codes, view=view, other=other):
+                at = T.cast(at, "int32")
+                return view.ptr_to([4 * codes + (at if other is None else at ^ other)])
+
+            coded.read_codes(pointer, part)
             if self.codec.meta:
                 at = memory.metas[self._number] + packed + row
                 ptx("ld.shared.u32", coded.meta[0], words.ptr_to([at]))
