@@ -33,7 +33,7 @@ FORMAT_SPECS = [
 # What GPUs serve.
 SERVED = [
     CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42"),
-    CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"),
+    CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"),
     CacheSpec(256, 4, 2, 32, "bfloat16", "bshd", "mse3-mse4-plain-unbiased"),
     CacheSpec(64, 8, 1, 64, "float16", "bshd", "qjl4-mse2-signed-leastsquares"),
     CacheSpec(128, 4, 2, 64, "bfloat16", "bhsd", "tq22"),
@@ -43,7 +43,7 @@ DIRECT = [
     CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "int8"),
     CacheSpec(64, 6, 1, 16, "float16", "bhsd", "int4"),
     CacheSpec(128, 4, 2, 32, "bfloat16", "bhsd", "fp8"),
-    CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "none"),
+    CacheSpec(256, 4, 2, 8, "bfloat16", "bshd", "none"),
     CacheSpec(128, 4, 1, 64, "float16", "bshd", "tq84"),
     CacheSpec(64, 4, 2, 32, "float16", "bshd", "none-fp8-signed"),
     CacheSpec(256, 4, 1, 16, "bfloat16", "bhsd", "fp8-mse3-plain-unbiased"),

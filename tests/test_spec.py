@@ -303,7 +303,6 @@ def test_what_readers_need_not_know():
         dataclasses.replace(SPEC, format="tq84", window=16),
         dataclasses.replace(SPEC, head_dim=96),
         dataclasses.replace(SPEC, head_dim=512),
-        dataclasses.replace(SPEC, page_size=8),
         dataclasses.replace(SPEC, head_dim_v=64),
         dataclasses.replace(SPEC, window=16),
         dataclasses.replace(SPEC, dtype="float32"),

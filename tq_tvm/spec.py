@@ -37,7 +37,6 @@ __all__ = [
     "FUNCTIONS",
     "GPU_FUNCTIONS",
     "GPU_HEAD_DIMS",
-    "GPU_PAGE_SIZES",
     "HEAD_DIMS",
     "K4V2",
     "LAYOUTS",
@@ -62,7 +61,6 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576)
 ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
 GPU_HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
-GPU_PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_WINDOW = 256
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("bshd", "bhsd")
@@ -391,7 +389,7 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if isinstance(spec, RotateSpec):
         return spec.functions
     fmt = spec.cache_format
-    plain = spec.head_dim_v is None and spec.window == 0 and spec.page_size in GPU_PAGE_SIZES
+    plain = spec.head_dim_v is None and spec.window == 0
     if not plain or dim not in GPU_HEAD_DIMS:
         return ()
     decodes = gpus_decode(fmt.key, fmt.value, dim)
@@ -426,8 +424,7 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        f"V, pages of {GPU_PAGE_SIZES[0]} tokens or more and no window, for decode of Lloyd-Max "
-        "codecs, but not of mse3 for V at head_dim 64; "
+        "V and no window, for decode of Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
         "or a rotation of a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )

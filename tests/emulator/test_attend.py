@@ -20,13 +20,13 @@ WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, lanes=2, registers=168, reach
 TALL = AttendConfig(warps=2, row_tiles=2, tile=16, lanes=4, registers=255, reach=2, overlap=1)
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
-    "group6_half": (CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"), TALL),
+    "group6_half": (CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"), TALL),
     "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), WIDE),
     "head256": (CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "tq44"), WIDE),
     "int8": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "int8"), WIDE),
     "int4_half": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "int4"), TALL),
     "fp8": (CacheSpec(64, 4, 1, 32, "bfloat16", "bhsd", "fp8"), TALL),
-    "none": (CacheSpec(64, 8, 2, 16, "bfloat16", "bshd", "none"), WIDE),
+    "none": (CacheSpec(64, 8, 2, 8, "bfloat16", "bshd", "none"), WIDE),
     "int8_mse4": (CacheSpec(64, 4, 1, 64, "float16", "bshd", "tq84"), WIDE),
     "none_fp8": (CacheSpec(64, 4, 2, 16, "float16", "bhsd", "none-fp8-plain"), TALL),
 }

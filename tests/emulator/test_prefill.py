@@ -18,11 +18,11 @@ TALL = {"warps": 4, "row_tiles": 2, "tile": 64, "lanes": 4, "registers": 255}
 FLAT = {"warps": 2, "row_tiles": 1, "tile": 32, "lanes": 8, "registers": 255}
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), TALL),
-    "group6_half": (CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"), FLAT),
+    "group6_half": (CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"), FLAT),
     "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), FLAT),
     "head256": (CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "tq44"), FLAT),
     "int8": (CacheSpec(64, 8, 2, 64, "float16", "bshd", "int8"), FLAT),
-    "int4": (CacheSpec(64, 4, 1, 16, "bfloat16", "bhsd", "int4"), FLAT),
+    "int4": (CacheSpec(64, 4, 1, 8, "bfloat16", "bhsd", "int4"), FLAT),
     "fp8_half": (CacheSpec(64, 8, 2, 16, "float16", "bshd", "fp8-fp8-signed"), TALL),
     "none": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "none"), FLAT),
     "int8_mse2": (CacheSpec(64, 4, 1, 16, "bfloat16", "bshd", "int8-mse2-plain-norm"), FLAT),

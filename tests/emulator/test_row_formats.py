@@ -24,14 +24,14 @@ LENGTHS = [0, 1, 15, 33, 20]
 # Codecs with each head_dim, where bits of a coordinate are in other places; rules with each way to
 # find a level: the sum of its comparisons, a search, with and without a residual.
 SPECS = [
-    CacheSpec(128, 4, 2, 16, "bfloat16", "bshd", "tq42"),
+    CacheSpec(128, 4, 2, 8, "bfloat16", "bshd", "tq42"),
     CacheSpec(64, 3, 3, 16, "float16", "bhsd", "mse3-mse4-plain-leastsquares"),
     CacheSpec(256, 1, 1, 32, "bfloat16", "bshd", "qjl4-mse3-signed-matched"),
     CacheSpec(128, 2, 2, 64, "float16", "bhsd", "qjl4-mse3-signed-unbiased"),
     CacheSpec(64, 2, 2, 16, "bfloat16", "bshd", "qjl4-mse2-signed-leastsquares"),
     CacheSpec(256, 2, 1, 16, "float16", "bshd", "mse4-mse2-plain-unbiased"),
     CacheSpec(128, 2, 2, 16, "float16", "bshd", "mse2-mse3-signed-norm"),
-    CacheSpec(128, 2, 2, 16, "bfloat16", "bshd", "int8"),
+    CacheSpec(128, 2, 2, 8, "bfloat16", "bshd", "int8"),
     CacheSpec(64, 2, 2, 32, "float16", "bhsd", "int4"),
     CacheSpec(128, 2, 2, 16, "float16", "bshd", "fp8"),
     CacheSpec(64, 2, 2, 16, "bfloat16", "bhsd", "none"),

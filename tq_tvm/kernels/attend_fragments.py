@@ -42,6 +42,7 @@ from tq_tvm.kernels.device import (
     local,
     low_half,
     mma,
+    pointer,
     ptx,
     store,
     u32,
@@ -384,7 +385,7 @@ class Fragments:
 
         def copy() -> None:
             for first in range(0, shape.tile, self._copied):
-                place = self._words.ptr_to([self._tile[0] + (self._to + 4 * first)])
+                place = pointer(self._words, self._tile[0] + (self._to + 4 * first))
                 ptx("cp.async.cg.shared.global.L2::128B", place, self._v.pointer(first), 16)
 
         if shape.chunks == self._sharing:
@@ -423,7 +424,7 @@ class Fragments:
         """Factors of logits, or of weights, of tokens 2 t and 2 t + 1 of an octet."""
         factors = local(2, "float32")
         begin = self._scales + (side * self._shape.tile + 8 * octet) + 2 * self._t
-        ptx("ld.shared.v2.f32", factors[0], factors[1], self._words.ptr_to([begin]))
+        ptx("ld.shared.v2.f32", factors[0], factors[1], pointer(self._words, begin))
         return factors
 
     def _leave_scales(self, softmax: Softmax) -> None:
@@ -451,13 +452,13 @@ class Fragments:
             scale = low_half(dtype, key) if shape.key.residual_sign else from_half(dtype, key)
             factors = (scale * self._key_factor, values[turn] * self._inverse[0])
             for side, factor in enumerate(factors):
-                at = words.ptr_to([self._scales + side * shape.tile + token])
+                at = pointer(words, self._scales + side * shape.tile + token)
                 ptx("st.shared.f32", at, factor)
             if shape.key.residual_sign:
                 # Twice in a word, in units of levels.
                 unit = let(high_half(dtype, key) * f32(shape.spec.head_dim**0.5))
                 ptx(PAIR["float16"], residual[0], unit, unit)
-                at = words.ptr_to([self._scales + 2 * shape.tile + token])
+                at = pointer(words, self._scales + 2 * shape.tile + token)
                 ptx("st.shared.u32", at, residual[0])
 
         for turn in range(self._turns):
@@ -481,7 +482,7 @@ class Fragments:
                 for field, m in itertools.product(range(shape.key_fields), range(rows.row_tiles)):
                     step = field * shape.key_words + word
                     a = local(4, "uint32")
-                    at = words.ptr_to([own + 128 * (m * shape.steps + step)])
+                    at = pointer(words, own + 128 * (m * shape.steps + step))
                     ptx("ld.shared.v4.u32", *[a[e] for e in range(4)], at)
                     operands[field, m] = [a[e] for e in range(4)]
                 found = together(
@@ -504,7 +505,7 @@ class Fragments:
             return self._key_table
         shape, words = self._shape, self._words
         residual, pairs = local(1, "uint32"), local(4, "uint32")
-        at = words.ptr_to([self._scales + (2 * shape.tile + 8 * octet) + self._g])
+        at = pointer(words, self._scales + (2 * shape.tile + 8 * octet) + self._g)
         ptx("ld.shared.u32", residual[0], at)
         for i in range(4):
             ptx("add.rn.f16x2", pairs[i], self._key_pairs[i], residual[0])
@@ -566,7 +567,7 @@ class Fragments:
             # Past the last chunk it is read twice.
             at = at + other if chunk + 1 < shape.chunks and abreast > 1 else at
             name = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
-            ptx(name, *[words[i] for i in range(4)], self._words.ptr_to([at]))
+            ptx(name, *[words[i] for i in range(4)], pointer(self._words, at))
             for i in range(octets * min(abreast, shape.chunks - chunk)):
                 read[i % octets][chunk + i // octets] = let(byte_perm(words[i], u32(0), 0x3120))
         return read

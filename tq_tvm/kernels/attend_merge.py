@@ -19,6 +19,7 @@ from tq_tvm.kernels.device import (
     let,
     local,
     loop,
+    pointer,
     ptx,
     reduce_lanes,
     shared,
@@ -69,7 +70,7 @@ def leave_warp(shape: AttendShape, memory: WarpMemory, softmax: Softmax, warp, g
                 coordinate = shape.output_coordinate(octet, 2 * t + e)
                 place = memory.begin + warp * memory.apart + row * dim + coordinate
                 value = softmax.output[tile, octet, 2 * half + e]
-                ptx("st.shared.f32", memory.words.ptr_to([place]), value)
+                ptx("st.shared.f32", pointer(memory.words, place), value)
         with when(t == 0):
             store(memory.bound, softmax.bound[at], warp, row)
             store(memory.total, softmax.total[at], warp, row)
@@ -97,7 +98,7 @@ def finish_block(
                 store(total, total[0] + memory.total[w, row] * raised)
                 for i in range(count):
                     place = memory.begin + w * memory.apart + row * dim + lane * count + i
-                    ptx("ld.shared.f32", part[0], memory.words.ptr_to([place]))
+                    ptx("ld.shared.f32", part[0], pointer(memory.words, place))
                     store(x, x[i] + part[0] * raised, i)
             if piece is None:
                 place = let(rows.token(row)), let(rows.head(row))

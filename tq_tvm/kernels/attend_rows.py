@@ -29,6 +29,7 @@ from tq_tvm.kernels.device import (
     let,
     local,
     mma,
+    pointer,
     ptx,
     shuffle_xor,
     store,
@@ -273,7 +274,7 @@ def load_queries(
         at = let(T.truncdiv(coordinate, 2))
         chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
         to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
-        ptx("st.shared.u32", words.ptr_to([let(to)]), word[0])
+        ptx("st.shared.u32", pointer(words, to), word[0])
 
 
 def arrange_queries(
@@ -291,7 +292,7 @@ def arrange_queries(
     for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):
         word = local(1, "uint32")
         ptx(PAIR["float16"], word[0], *pair)
-        ptx("st.shared.u32", words.ptr_to([let(word_of(row, coordinate))]), word[0])
+        ptx("st.shared.u32", pointer(words, word_of(row, coordinate)), word[0])
 
 
 def _rotation_unit(spec: CacheSpec) -> float:
@@ -334,7 +335,7 @@ def attend_tile(
             operand = local(4, "uint32")
             at = T.bitwise_xor(begin, 8 * k) + 16 * m * shape.row_words
             registers = [operand[i] for i in range(4)]
-            ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, words.ptr_to([at]))
+            ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, pointer(words, at))
             a.append(registers)
         for block in range(blocks):
             for octet, b in enumerate(tiles.keys(block, k)):

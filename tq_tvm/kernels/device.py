@@ -26,6 +26,7 @@ __all__ = [
     "loop",
     "low_half",
     "mma",
+    "pointer",
     "ptx",
     "reduce_lanes",
     "reduce_together",
@@ -79,6 +80,16 @@ def shared_dynamic(shape, dtype: str):
     whole = I.alloc_buffer(shape, dtype, scope="shared.dyn")
     # A view: TVM would cut the buffer down to what it thinks is touched, from registers in indices.
     return T.decl_buffer(shape, dtype, data=whole.data, scope="shared.dyn")
+
+
+def pointer(words, index):
+    """Address of an element of shared memory, whose index goes through a register.
+
+    TVM joins the regions of all accesses that it can see through: a minute for a kernel of attend.
+    """
+    register = local(1, "int32")
+    store(register, index)
+    return words.ptr_to([register[0]])
 
 
 def let(value):
