@@ -13,7 +13,7 @@ from tq_tvm import schedules
 from tq_tvm.spec import FUNCTIONS, parse_spec
 from tq_tvm.targets import TARGETS, TargetInfo
 from tq_tvm.tuning.database import Metadata, entries, find_records, logs_root
-from tq_tvm.tuning.workloads import Workload, workloads
+from tq_tvm.tuning.workloads import Workload, decision_sizes, workloads
 
 
 def metadata_of(name) -> Metadata:
@@ -71,9 +71,10 @@ def test_a_record_is_found_and_replays(target, entry):
     records = {r.workload: r for r in find_records(entry.function, spec, target)}
     record = records[entry.workload]
     assert (record.size, record.us) == (entry.size, entry.us)
-    instance = schedules.instantiate(entry.function, spec, target.kind, record.trace)
+    sizes = decision_sizes(entry.function, entry.shape, target)
+    instance = schedules.instantiate(entry.function, spec, target.kind, record.trace, sizes)
     assert instance.config == entry.config
-    default = schedules.instantiate(entry.function, spec, target.kind, None)
+    default = schedules.instantiate(entry.function, spec, target.kind, None, sizes)
     assert instance.tuned == (instance.config != default.config)
 
 
@@ -83,7 +84,8 @@ def test_a_summary_is_consistent(target, entry):
     spec = parse_spec(entry.spec)
     workload = Workload(entry.function, spec, entry.shape, "a test")
     assert (entry.workload, entry.size) == (workload.label, workload.size)
-    default = schedules.instantiate(entry.function, spec, target.kind, None).config
+    sizes = decision_sizes(entry.function, entry.shape, target)
+    default = schedules.instantiate(entry.function, spec, target.kind, None, sizes).config
     assert entry.us <= entry.default_us
     assert entry.us < entry.default_us or entry.config == default
     assert 0 <= entry.failures < entry.trials

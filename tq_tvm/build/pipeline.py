@@ -52,6 +52,10 @@ def _lower_apart(lower: tvm.ir.transform.Pass) -> tvm.ir.transform.Pass:
         disabled = [*context.disabled_pass, "s_tir.CompactBufferAllocation"]
         with tvm.transform.PassContext(config=context.config, disabled_pass=disabled):
             result.update(lower(tvm.IRModule(made, attrs=mod.attrs)))
+        if len(mod.functions) > 1:
+            # A function that is alone becomes a library's entry, of which there can be one.
+            for name, func in result.functions.items():
+                result[name] = func.without_attr("tirx.is_entry_func")
         return result
 
     return run
