@@ -5,7 +5,7 @@ import torch
 from tq_tvm import CacheSpec, PagedKVCache, hadamard_rotate
 
 _LENGTHS = (0, 1, 63, 200)
-_FORMATS = ("k4v2", "tq22", "tq33", "tq44")
+_FORMATS = ("k4v2", "tq42", "tq33", "int8", "fp8", "none")
 
 
 def main() -> None:
@@ -27,18 +27,21 @@ def _run(spec: CacheSpec) -> None:
     for rotate_back in (False, True):
         cache.flatten(table, lens, out_tokens=total, rotate_back=rotate_back)
     q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
-    outs = [cache.decode(q, table, lens)]
+    slopes = torch.linspace(0, 1, spec.num_q_heads, device="cuda")
+    features = {"soft_cap": 30.0, "sinks": slopes, "alibi_slopes": slopes}
+    outs = [
+        cache.decode(q, table, lens),
+        cache.decode(q, table, lens, return_lse=True, **features)[0],
+    ]
     # All that a sequence has is new, and then its last token: prefill and attend.
     for new in (lens, lens.clamp_max(1)):
         query_starts = torch.cat([new.new_zeros(1), new.cumsum(0)]).int()
         tokens = int(new.sum())
         q = torch.randn(tokens, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
-        slopes = torch.linspace(0, 1, spec.num_q_heads, device="cuda")
         outs += cache.decode(
             q, table, lens, cu_seqlens_q=query_starts, max_seqlen_q=int(new.max()),
-            window_left=40, kept_tokens=3, soft_cap=30.0, sinks=slopes, alibi_slopes=slopes,
-            return_lse=True,
-        )  # fmt: skip
+            window_left=40, kept_tokens=3, return_lse=True, **features,
+        )[:1]  # fmt: skip
     hadamard_rotate(k)
     torch.cuda.synchronize()
     print(f"{spec.format} finite:", all(bool(out.isfinite().all()) for out in outs))
