@@ -53,8 +53,11 @@ Numerics
     reaches only the queries that see it; on a GPU, of V, all of a block of rows that one of them
     sees it in: a weight of zero does not drop what is not a number.
 
-    On a GPU rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype,
-    sums are float32, and a row's bound lags behind its largest logit by up to 6 powers of two.
+    On a GPU sums are float32, and a row's bound lags behind its largest logit by up to 6 powers of
+    two. Of Lloyd-Max pairs rotated queries, levels, and weights times V's scale are rounded to
+    float16, whatever the dtype: rotated queries have to be below 65504, and a weight times its
+    scale that is 2^-29 of the largest or less loses bits. Of other pairs rotated queries, K and V
+    as ``flatten`` gives them, and weights are rounded to dtype.
 
 Cost of one token and KV head: the bytes of ``decode`` for every block of query tokens (a CPU's
 ``block``; on a GPU 16 ``row_tiles`` pairs of a token and a head), and 2 (D + DV) operations a query

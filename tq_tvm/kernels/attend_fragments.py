@@ -14,6 +14,14 @@ Operands are float16, whatever the model's dtype, sums float32. Weights are time
 may be anything, so they are relative to a running bound of it, `_ROOM` of which is 1: what is 2^-29
 of the largest or less has fewer bits. V's levels are in a unit that rounds them least; of two bits,
 in one that gives both magnitudes the same low byte, which then needs no look-up.
+
+32 tokens and 16 rows of k4v2, D = 128, as compiled for sm_90a: some 900 instructions a warp where
+no bound moves, of which look-ups and byte moves (``prmt``) 280, tensor core 64; rows made in shared
+memory took 1450. On an H100, 64 x 8192 of 32/8 heads, 4 tokens a sequence: 252 us, from pages that
+L2 keeps 246, so arithmetic bounds it. ncu: integer pipe 61 % of its peak, issue 51 % of the slots,
+tensor core 23 %, memory 47 %; of two warps a scheduler each waits 1.0 of 3.5 cycles an instruction
+for results of fixed latency, and 11 % of the time there is only one, since a CTA that is favoured
+ends before its neighbour. 32 rows a block take 1.24 times the instructions of 16.
 """
 
 from __future__ import annotations
