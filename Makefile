@@ -11,7 +11,7 @@ demo: venv
 	$(RUN) -m tq_tvm.demo
 
 test: venv
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: venv
 	$(RUN) -m ruff check .

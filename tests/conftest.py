@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tq_tvm.targets import detect
 
@@ -26,10 +27,15 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def library_root(tmp_path_factory):
-    """Where libraries of this session are built; ``TQ_TVM_ARTIFACT_DIR`` brings built ones."""
-    chosen = os.environ.get("TQ_TVM_ARTIFACT_DIR")
-    return chosen, tmp_path_factory.mktemp("artifacts")
+def library_root(tmp_path_factory, request):
+    """Where libraries of this session are built; ``TQ_TVM_ARTIFACT_DIR`` brings built ones.
+
+    Processes of pytest-xdist have one folder, so that none builds what another has built.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if hasattr(request.config, "workerinput") else base) / "artifacts"
+    root.mkdir(exist_ok=True)
+    return os.environ.get("TQ_TVM_ARTIFACT_DIR"), root
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +52,11 @@ def library(library_root):
         pytest.importorskip("tvm", reason="the compiler is not installed; set TQ_TVM_ARTIFACT_DIR")
         from tq_tvm.build.library import build_library
 
-        build_library(spec, detect(device), root)
+        done = root / f"{device.type}_{spec.label}.done"
+        with FileLock(done.with_suffix(".lock")):
+            if not done.exists():
+                build_library(spec, detect(device), root)
+                done.touch()
         built.add((spec, device.type))
         os.environ["TQ_TVM_ARTIFACT_DIR"] = str(root)
 
