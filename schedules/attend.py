@@ -107,7 +107,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     if not FragmentShape.serves(spec):
         values.update(lanes=2, tile=32, registers=255 if tall else 168)
     elif tall:
-        # 64 x 8192 of 32/8 heads, 8 tokens, H100: 381 us in tq42; tables of k4v2's rows take
+        # 64 x 8192 of 32/8 heads, 8 tokens, H100: 373 us in tq42; tables of k4v2's rows take
         # registers, so that 32 tokens at a time spill: 456 us, 16 at a time 427.
         values.update(tile=16 if spec.cache_format.key.residual_sign else 32)
     if tall:

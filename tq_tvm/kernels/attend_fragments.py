@@ -477,8 +477,7 @@ class Fragments:
                     leave(turn)
 
     def _score(self, rows: RowShape, queries, scores) -> None:
-        shape, words = self._shape, self._words
-        product = PRODUCTS["float16"]
+        shape = self._shape
         own = let(queries + 4 * self._lane)
         # Tables of rows take registers, of which 32 rows of queries leave few.
         abreast = 2 if shape.key.residual_sign and rows.row_tiles > 1 else shape.octets
@@ -486,29 +485,38 @@ class Fragments:
             octets = range(first, first + abreast)
             tables = [self._table_of(octet) for octet in octets]
             for word in range(shape.key_words):
-                operands = {}
-                for field, m in itertools.product(range(shape.key_fields), range(rows.row_tiles)):
-                    step = field * shape.key_words + word
-                    a = local(4, "uint32")
-                    at = pointer(words, own + 128 * (m * shape.steps + step))
-                    ptx("ld.shared.v4.u32", *[a[e] for e in range(4)], at)
-                    operands[field, m] = [a[e] for e in range(4)]
+                places = list(itertools.product(range(shape.key_fields), range(rows.row_tiles)))
+                steps = [m * shape.steps + field * shape.key_words + word for field, m in places]
+                operand = self._queries(own, steps[0])
                 found = together(
                     [
                         self._keys(table, octet, word)
                         for octet, table in zip(octets, tables, strict=True)
                     ]
                 )
-                for field, (i, octet), m in itertools.product(
-                    range(shape.key_fields), enumerate(octets), range(rows.row_tiles)
-                ):
-                    result = [scores[m, octet, e] for e in range(4)]
-                    start = result if word or field else [f32(0)] * 4
-                    b = [found[i][field, half] for half in range(2)]
-                    mma(product, result, operands[field, m], b, start)
+                for (field, m), after in zip(places, [*steps[1:], None], strict=True):
+                    # Ahead of the products before its own.
+                    following = None if after is None else self._queries(own, after)
+                    for i, octet in enumerate(octets):
+                        result = [scores[m, octet, e] for e in range(4)]
+                        start = result if word or field else [f32(0)] * 4
+                        b = [found[i][field, half] for half in range(2)]
+                        mma(PRODUCTS["float16"], result, operand, b, start)
+                    operand = following
+
+    def _queries(self, own, step: int) -> list:
+        """The operand of a step of a row tile."""
+        a = local(4, "uint32")
+        registers = [a[e] for e in range(4)]
+        ptx("ld.shared.v4.u32", *registers, pointer(self._words, own + 128 * step))
+        return registers
 
     def _table_of(self, octet: int) -> LevelTable:
-        """The table of the lane's row of K; the residual of codes whose top bit is set is added."""
+        """The table of the lane's row of K; the residual of codes whose top bit is set is added.
+
+        Products of their own for the signs of residuals need no such table, but half as many more
+        of the tensor core: 454 us instead of 428 for 8 tokens, 266 instead of 261 for 4, H100.
+        """
         if self._key_table is not None:
             return self._key_table
         shape, words = self._shape, self._words
@@ -532,7 +540,7 @@ class Fragments:
     def _add_values(self, rows: RowShape, softmax: Softmax, scores) -> None:
         shape = self._shape
         product = PRODUCTS["float16"]
-        octets = 4 if shape.tile >= 32 else 2
+        octets = 4 if shape.tile >= 32 and rows.row_tiles == 1 else 2
         for first in range(0, shape.octets, octets):
             read = self._read_values(first, octets)
             factors = [self._factors(1, first + octet) for octet in range(octets)]
