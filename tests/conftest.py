@@ -11,6 +11,18 @@ from filelock import FileLock
 from tq_tvm.targets import detect
 
 
+def pytest_configure(config) -> None:
+    """Share the cores between processes of pytest-xdist; kernels keep more than one thread.
+
+    Idle threads of torch spin: with too many a test of 3 s took 150.
+    """
+    if hasattr(config, "workerinput"):
+        threads = max(1, (os.cpu_count() or 1) // config.workerinput["workercount"])
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["TQ_TVM_NUM_THREADS"] = str(max(2, threads))
+        torch.set_num_threads(threads)
+
+
 def _gpu_reason() -> str | None:
     return None if torch.cuda.is_available() else "no CUDA GPU on this machine"
 
