@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tvm
-from tq_tvm.schedules import attend, decode, factories, fill, flatten, prefill, rotate
+from tq_tvm.schedules import attend, decode, factories, fill, flatten, mla, prefill, rotate
 from tq_tvm.schedules.anchors import anchor, decisions
 from tq_tvm.schedules.decisions import Decide, decided, sampled
 from tq_tvm.schedules.rows import ROW_MULTIPLE
@@ -29,6 +29,7 @@ from tq_tvm.kernels.decode_featured import decode_featured
 from tq_tvm.kernels.decode_shape import DecodeConfig
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
+from tq_tvm.kernels.mla import mla as mla_kernel
 from tq_tvm.kernels.prefill import prefill as prefill_kernel
 from tq_tvm.kernels.rotate import rotate as rotate_kernel
 from tq_tvm.spec import GPU_HEAD_DIMS, CacheSpec, Spec, check_target
@@ -53,12 +54,14 @@ _SPACES: dict[str, Any] = {
     "decode": decode,
     "attend": attend,
     "prefill": prefill,
+    "mla": mla,
 }
 
 _ANCHORED: dict[str, Callable[..., PrimFunc]] = {
     "decode": decode_kernel,
     "attend": attend_kernel,
     "prefill": prefill_kernel,
+    "mla": mla_kernel,
 }
 """Functions whose decisions are sampled on an anchor, and the factories of their kernels."""
 

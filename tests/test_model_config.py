@@ -18,6 +18,14 @@ LLAMA = {
     "num_key_value_heads": 8,
     "torch_dtype": "bfloat16",
 }
+DEEPSEEK = {
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "torch_dtype": "bfloat16",
+}
 QWEN = {
     "hidden_size": 2048,
     "num_attention_heads": 32,
@@ -35,6 +43,12 @@ QWEN = {
         (LLAMA, {"tensor_parallel": 16}, "k4v2_d128_hq2_hk1_p64_bf16_bshd"),
         (QWEN, {"page_size": 16, "layout": "bhsd"}, "k4v2_d128_hq32_hk4_p16_f16_bhsd"),
         ({"text_config": QWEN, "hidden_size": 1}, {}, "k4v2_d128_hq32_hk4_p64_f16_bshd"),
+        (
+            DEEPSEEK,
+            {"format": "tq42", "tensor_parallel": 8},
+            "mse4-none-signed-matched_d512v64_hq16_hk1_p64_bf16_bshd",
+        ),
+        (DEEPSEEK, {"format": "fp8"}, "fp8-none_d512v64_hq128_hk1_p64_bf16_bshd"),
         ({"hidden_size": 768, "num_attention_heads": 12}, {}, "k4v2_d64_hq12_hk12_p64_bf16_bshd"),
     ],
 )
@@ -48,7 +62,9 @@ def test_specs_of_models(tmp_path, config, options, label):
 @pytest.mark.parametrize(
     ("changes", "options", "part"),
     [
-        ({"kv_lora_rank": 512}, {}, r"config must be a model .* got kv_lora_rank \(MLA\)"),
+        ({"kv_lora_rank": 512}, {}, "qk_rope_head_dim must be a positive integer"),
+        ({"kv_lora_rank": 256, "qk_rope_head_dim": 64}, {}, "must be 512 and 64, got 256 and 64"),
+        ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, {}, "format must be one whose keys"),
         ({"num_attention_heads": None}, {}, "num_attention_heads must be a positive integer"),
         ({"num_key_value_heads": 5}, {}, "num_attention_heads must be a multiple of 5"),
         ({"hidden_size": 4100}, {}, "hidden_size must be a multiple of 32"),

@@ -319,6 +319,18 @@ def test_gpus_refuse_what_they_have_no_kernel_of(spec):
         assert functions_on(served, "cuda") == served.functions
 
 
+def test_latent_caches_have_a_function_of_their_own():
+    latent = CacheSpec(512, 128, 1, format="mse4-none-signed-matched", head_dim_v=64)
+    assert "mla" in functions_on(latent, "llvm")
+    assert [part.value_dim for part in latent.latent_parts] == [512, 64]
+    changes = [{"num_kv_heads": 2}, {"head_dim_v": 128}, {"window": 3}, {"format": "tq44"}]
+    for change in (*changes, {"format": "qjl4-none-plain-norm"}):
+        other = dataclasses.replace(latent, **change)
+        assert "mla" not in functions_on(other, "llvm")
+        with pytest.raises(UnsupportedSpecError, match="op: spec must be a latent cache's"):
+            check_target("op", other, "llvm", "mla")
+
+
 @pytest.mark.parametrize(
     "name", ["tq43", "int8", "int4", "fp8", "none", "tq84", "mse2-fp8-plain-norm"]
 )

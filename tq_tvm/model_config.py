@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tq_tvm.errors import UnsupportedSpecError
-from tq_tvm.spec import CacheSpec
+from tq_tvm.formats import CODECS, CacheFormat, get_format
+from tq_tvm.spec import LATENT_DIMS, CacheSpec
 
 __all__ = ["spec_of_model"]
 
@@ -42,8 +43,13 @@ def spec_of_model(
     Raises
     ------
     UnsupportedSpecError
-        The file is no such config, its attention has no K and V of heads (MLA), its heads cannot be
-        shared, or there are no kernels of its sizes.
+        The file is no such config, its heads cannot be shared, or there are no kernels of its sizes
+        or, of a latent cache, of the format.
+
+    Notes
+    -----
+    With ``kv_lora_rank`` (MLA) it is the spec of a latent cache, see `tq_tvm.mla_decode`: the key
+    codec of ``format`` for latents, ``none`` for rope parts. Every rank has all latents.
 
     Examples
     --------
@@ -52,13 +58,20 @@ def spec_of_model(
     'tq42_d128_hq16_hk4_p64_bf16_bshd'
     """
     fields = _text(_read(config))
-    if fields.get("kv_lora_rank"):
-        _refuse("config", "a model with K and V of its own for each head", "kv_lora_rank (MLA)")
     heads = _size(fields, "num_attention_heads")
+    latent = _has(fields, "kv_lora_rank")
     kv_heads = (
         _size(fields, "num_key_value_heads") if _has(fields, "num_key_value_heads") else heads
     )
-    if _has(fields, "head_dim"):
+    rope_dim = None
+    if latent:
+        kv_heads = 1
+        head_dim, rope_dim = (_size(fields, n) for n in ("kv_lora_rank", "qk_rope_head_dim"))
+        if (head_dim, rope_dim) != LATENT_DIMS:
+            expected = " and ".join(map(str, LATENT_DIMS))
+            _refuse("kv_lora_rank and qk_rope_head_dim", expected, f"{head_dim} and {rope_dim}")
+        format = _latent_format(format)
+    elif _has(fields, "head_dim"):
         head_dim = _size(fields, "head_dim")
     else:
         width = _size(fields, "hidden_size")
@@ -83,7 +96,17 @@ def spec_of_model(
         dtype=dtype,
         layout=layout,
         format=format,
+        head_dim_v=rope_dim,
     )
+
+
+def _latent_format(format: str) -> str:
+    """The key codec of a format, and rope parts as they are."""
+    fmt = get_format(format)
+    if fmt.key.residual_sign:
+        _refuse("format", "one whose keys have no residual signs, such as tq42", fmt.name)
+    rule = fmt.scale_rule if fmt.key.family == "lloyd_max" else None
+    return CacheFormat(fmt.key, CODECS["none"], fmt.rotation, rule).name
 
 
 def _read(config: Path | str | Mapping[str, Any]) -> Mapping[str, Any]:

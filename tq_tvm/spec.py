@@ -39,6 +39,7 @@ __all__ = [
     "GPU_HEAD_DIMS",
     "HEAD_DIMS",
     "K4V2",
+    "LATENT_DIMS",
     "LAYOUTS",
     "MAX_WINDOW",
     "NORM_EPS",
@@ -62,6 +63,8 @@ ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
 GPU_HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_WINDOW = 256
+LATENT_DIMS = (512, 64)
+"""Of a latent cache of MLA: the latent, kept as K, and the rope part of keys, kept as V."""
 DTYPES = ("float16", "bfloat16", "float32")
 LAYOUTS = ("bshd", "bhsd")
 
@@ -75,6 +78,7 @@ FUNCTIONS = {
     "decode_featured": "decode",
     "attend": "attend",
     "prefill": "prefill",
+    "mla": "mla",
 }
 """Functions of a library, each with the kernel that it is a form of."""
 
@@ -253,7 +257,27 @@ class CacheSpec:
     @property
     def functions(self) -> tuple[str, ...]:
         """Functions of a library of this spec, on some target or other: see `functions_on`."""
-        return tuple(FUNCTIONS)
+        return tuple(name for name in FUNCTIONS if name != "mla" or self.is_latent)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the cache may be one of MLA, which ``mla`` attends to: see `latent_parts`."""
+        fmt = self.cache_format
+        dims = (self.head_dim, self.value_dim) == LATENT_DIMS and self.num_kv_heads == 1
+        return (
+            dims and self.window == 0 and fmt.value.family == "none" and not fmt.key.residual_sign
+        )
+
+    @property
+    def latent_parts(self) -> tuple[CacheSpec, CacheSpec]:
+        """Of a latent cache: latents as K and V at once, and rope parts as both."""
+        fmt = self.cache_format
+        rope = CacheFormat(fmt.value, fmt.value, fmt.rotation)
+        latent = CacheFormat(fmt.key, fmt.key, fmt.rotation, fmt.scale_rule)
+        return (
+            dataclasses.replace(self, format=latent.name, head_dim_v=None),
+            dataclasses.replace(self, format=rope.name, head_dim=self.value_dim, head_dim_v=None),
+        )
 
     @property
     def rotation(self) -> RotateSpec:
@@ -272,7 +296,7 @@ class CacheSpec:
         """
         if function == "rotate":
             return self.rotation
-        if function in ("decode", "decode_featured", "attend", "prefill"):
+        if function in ("decode", "decode_featured", "attend", "prefill", "mla"):
             return self._as_read()
         spec = dataclasses.replace(self, num_q_heads=self.num_kv_heads)
         if function == "fill_table":
@@ -420,6 +444,12 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     served = functions_on(spec, kind)
     if function in served or (function is None and served):
         return
+    if function == "mla" and function not in spec.functions:
+        raise UnsupportedSpecError(
+            f"{op}: spec must be a latent cache's (head_dim 512 of one KV head in a codec without "
+            f"residual signs, head_dim_v 64 in the codec none, no window), got {spec.label}; "
+            "use another call"
+        )
     dims = ", ".join(map(str, GPU_HEAD_DIMS))
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(

@@ -18,7 +18,7 @@ pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed"
 
 import tvm
 import tvm_ffi
-from tq_tvm.schedules import attend, decode, factories, fill, flatten, prefill, rotate, rows
+from tq_tvm.schedules import attend, decode, factories, fill, flatten, mla, prefill, rotate, rows
 from tq_tvm.schedules.decisions import sampled
 from tvm import tirx
 from tvm.backend.cuda import export_cuda_host
@@ -37,11 +37,12 @@ from tq_tvm.tuning.workloads import Workload
 
 SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
 OTHER = CacheSpec(64, 8, 2, 32, "float16", "bhsd")
+LATENT = CacheSpec(512, 6, 1, 16, "bfloat16", "bshd", "mse4-none-signed-matched", 64)
 KINDS = ("llvm", "cuda")
 ATTENTION = ("decode", "attend", "prefill")
 # Which nobody searches: it has the decisions of decode.
 FEATURED = "decode_featured"
-ROW_KERNELS = [name for name in FUNCTIONS if name not in (*ATTENTION, FEATURED)]
+ROW_KERNELS = [name for name in FUNCTIONS if name not in (*ATTENTION, FEATURED, "mla")]
 # A GPU's fill and flatten are made by a factory, see test_factories.py.
 SCHEDULED = [*((name, "llvm") for name in ROW_KERNELS), ("rotate", "cuda")]
 MODULES = {
@@ -51,10 +52,12 @@ MODULES = {
     "decode": decode,
     "attend": attend,
     "prefill": prefill,
+    "mla": mla,
 }
 # Samples of every function of SPEC, and one more of some functions of OTHER.
 SEEDS = (1, 2, 3)
 OF_OTHER = ["rotate", "fill_table", "flatten_unrotated", "decode", "attend"]
+OF_LATENT = ["mla"]
 ON_GPU = [name for name in functions_on(SPEC, "cuda") if name != FEATURED]
 ON_CPU = functions_on(SPEC, "llvm")
 ON_KIND = [*((name, "llvm") for name in ON_CPU), *((name, "cuda") for name in ON_GPU)]
@@ -69,6 +72,7 @@ def shape(function, spec, sequences=2, width=3):
         "rotate": {"n": tokens + 5},
         "fill_slots": {"tokens": tokens - 5, "pages": pages["pages"]},
         "decode": pages,
+        "mla": pages,
         "attend": {"tokens": sequences * 11, **pages},
     }.get(function, {"tokens": tokens, **pages})
 
@@ -130,6 +134,7 @@ def cpu_samples(tmp_path_factory):
     """One library of every sample, on functions of dynamic shape; kernels that are equal, once."""
     functions, found = {}, {}
     points = [*itertools.product(ON_CPU, [SPEC], SEEDS), *((f, OTHER, 9) for f in OF_OTHER)]
+    points += [(f, LATENT, 9) for f in OF_LATENT]
     for function, spec, seed in points:
         instance = replay(function, spec, "llvm", seed)
         name = f"{function}_{spec.head_dim}_" + "_".join(map(str, instance.config.values()))
@@ -146,7 +151,11 @@ def cpu_samples(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("spec", "function"),
-    [*((SPEC, f) for f in ON_CPU), *((OTHER, f) for f in OF_OTHER)],
+    [
+        *((SPEC, f) for f in ON_CPU),
+        *((OTHER, f) for f in OF_OTHER),
+        *((LATENT, f) for f in OF_LATENT),
+    ],
     ids=lambda p: getattr(p, "label", p),
 )
 def test_cpu_samples_are_right(cpu_samples, function, spec):

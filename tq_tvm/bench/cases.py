@@ -18,12 +18,18 @@ from torch.nn.attention.bias import causal_lower_right
 from tq_tvm.bench.baseline import Baseline
 from tq_tvm.bench.peers import DecodeInputs, decode_peers, rotate_peers
 from tq_tvm.bench.steps import fill_steps, rotate_steps
-from tq_tvm.ops import PagedKVCache, hadamard_rotate, paged_decode_workspace_size
+from tq_tvm.ops import (
+    PagedKVCache,
+    hadamard_rotate,
+    mla_decode,
+    paged_decode_workspace_size,
+)
 from tq_tvm.spec import CacheSpec, RotateSpec, Spec, functions_on, gpus_decode
 
 __all__ = ["Case", "Workload", "make_case", "workloads"]
 
 _SERVED = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+_LATENT = CacheSpec(512, 16, 1, format="mse4-none-signed-matched", head_dim_v=64)
 _GROUPS = (1, 2, 5, 6, 7, 16)
 _FORMATS = ("tq22", "tq32", "tq33", "tq42", "tq43", "tq44", "int4", "int8", "fp8", "none")
 _ROTATED = (64, 128, 256, 512, 1024, 4096)
@@ -121,6 +127,7 @@ def workloads(kind: str) -> list[Workload]:
             Workload("flatten", _SERVED, 2, 1024, rotate_back=True),
             Workload("decode", _SERVED, 2, 1024),
             Workload("decode", _SERVED, 4, 4096),
+            Workload("mla", _LATENT, 2, 1024),
         ]
     shapes = [
         *(dataclasses.replace(_SERVED, num_q_heads=8 * group) for group in _GROUPS),
@@ -178,6 +185,7 @@ def make_case(
         "decode": _decode,
         "attend": _attend,
         "prefill": _attend,
+        "mla": _mla,
     }
     case = makers[workload.kernel](workload, device)
     # The rotation's peer costs nothing where it is missing; those of decode fill whole caches.
@@ -406,6 +414,36 @@ def _attend(workload: Workload, device: torch.device) -> Case:
         rows=None if bent or workload.kernel == "prefill" else new * spec.group_size,
         size=tokens * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
         baselines=baselines,
+    )
+
+
+def _mla(workload: Workload, device: torch.device) -> Case:
+    spec, batch = workload.cache_spec, workload.batch
+    pages, table, lengths = _pages(workload, device)
+    cache = _random_cache(spec, pages, device)
+    dtype = getattr(torch, spec.dtype)
+    dims, heads = (spec.head_dim, spec.value_dim), spec.num_q_heads
+    queries = [torch.randn(batch, heads, dim, device=device, dtype=dtype) for dim in dims]
+    out = torch.empty_like(queries[0])
+    # A latent is key and value.
+    keys = torch.randn(batch, 1, workload.context, sum(dims), device=device, dtype=dtype)
+    query = torch.cat(queries, dim=-1).view(batch, heads, 1, -1)
+    scale = 192**-0.5
+
+    def dense() -> torch.Tensor:
+        values = keys[..., : spec.head_dim]
+        return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
+
+    inputs: tuple[Any, ...] = (*queries, *cache.tensors(), table, lengths)
+    moved = 2 * out.numel() * out.element_size() + queries[1].numel() * out.element_size()
+    return Case(
+        call=lambda: mla_decode(*inputs, sm_scale=scale, policy=spec.format, out=out),
+        bytes=batch * workload.context * spec.bytes_per_token + moved,
+        function="mla",
+        size=batch * table.shape[1] * spec.page_size * spec.head_dim,
+        baselines={
+            "torch sdpa, dense": Baseline(dense, keys.numel() * keys.element_size() + moved)
+        },
     )
 
 

@@ -24,7 +24,7 @@ def describe(row: Row) -> str:
         text = f"{size['batch']} x {size['context']}"
         if "shortest" in size:
             text = f"{size['batch']} x {size['shortest']}..{size['context']}"
-        if row.kernel == "decode":
+        if row.kernel in ("decode", "mla"):
             text += f", {size['q_heads']}/{size['kv_heads']}"
         if "new_tokens" in size:
             text = f"{size['batch']} x {size['new_tokens']} over {size['context']}"

@@ -1,12 +1,13 @@
 """The torch calls: checks, registration with torch.library, and the kernels behind them."""
 
 from tq_tvm import artifacts
-from tq_tvm.ops import attend, decode, fill, flatten, rotate, workspace
+from tq_tvm.ops import attend, decode, fill, flatten, mla, rotate, workspace
 from tq_tvm.ops.cache import PagedKVCache
 from tq_tvm.ops.decode import paged_decode
 from tq_tvm.ops.fill import fill_kv_cache
 from tq_tvm.ops.flatten import flatten_kv_cache
 from tq_tvm.ops.merge import merge_attention_states
+from tq_tvm.ops.mla import mla_decode
 from tq_tvm.ops.pages import copy_pages, table_from_indptr, table_to_indptr
 from tq_tvm.ops.rotate import hadamard_rotate
 from tq_tvm.ops.workspace import paged_decode_workspace_size
@@ -19,6 +20,7 @@ __all__ = [
     "flatten_kv_cache",
     "hadamard_rotate",
     "merge_attention_states",
+    "mla_decode",
     "paged_decode",
     "paged_decode_workspace_size",
     "table_from_indptr",
@@ -28,7 +30,7 @@ __all__ = [
 
 def clear_cache() -> None:
     """Forget which libraries serve which call, so that the search path is read again."""
-    for module in (attend, decode, fill, flatten, rotate):
+    for module in (attend, decode, fill, flatten, mla, rotate):
         module._loaded.clear()
     workspace.choose_launch.cache_clear()
     workspace.choose_attend_launch.cache_clear()

@@ -5,6 +5,7 @@ from tq_tvm.reference.codec import boundary_distance, decode_rows, encode_rows
 from tq_tvm.reference.decode import attention, paged_decode
 from tq_tvm.reference.fill import Window, fill_kv_cache, token_slots
 from tq_tvm.reference.flatten import flatten_kv_cache, sequence_rows
+from tq_tvm.reference.mla import paged_mla
 from tq_tvm.reference.packing import pack_codes, unpack_codes
 from tq_tvm.reference.rotate import hadamard_matrix, hadamard_rotate, rotate_back, rotate_rows
 
@@ -23,6 +24,7 @@ __all__ = [
     "pack_codes",
     "paged_attend",
     "paged_decode",
+    "paged_mla",
     "rotate_back",
     "rotate_rows",
     "sequence_rows",

@@ -129,6 +129,7 @@ def make_case(workload: Workload, device: torch.device, seed: int = 0) -> Case:
         "decode": _decode,
         "attend": _attend,
         "prefill": _attend,
+        "mla": _mla,
     }
     return makers[workload.kernel](workload, device)
 
@@ -270,6 +271,53 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     return Case(arguments, poison, check)
 
 
+def _mla(workload: Workload, device: torch.device) -> Case:
+    spec, batch = workload.cache_spec, workload.shape["batch"]
+    dtype = getattr(torch, spec.dtype)
+    caches = _random_caches(spec, workload.shape["pages"], device)
+    table, lengths = _table(workload, device)
+    q_latent, q_rope = (
+        torch.randn(batch, spec.num_q_heads, dim, device=device).to(dtype)
+        for dim in (spec.head_dim, spec.value_dim)
+    )
+    out = torch.empty_like(q_latent)
+    lse = torch.empty(batch, spec.num_q_heads, device=device)
+    scale = (spec.head_dim + spec.value_dim) ** -0.5
+    context = int(lengths[0])
+
+    def arguments(launch: dict[str, int]) -> list:
+        parts = num_parts(spec, batch, context, launch, processors(device))
+        floats = workspace_floats(spec.latent_parts[0], batch, parts, launch)
+        workspace = torch.full((floats,), float("nan"), device=device)
+        inputs = [q_latent, q_rope, *_arguments(spec, caches), table, lengths]
+        return [*inputs, workspace, out, lse, parts, scale]
+
+    def check() -> float:
+        chosen = sorted({0, batch - 1})[:_CHECKED_SEQUENCES]
+        want, want_lse = reference.paged_mla(
+            spec, q_latent[chosen], q_rope[chosen], *caches, table[chosen], lengths[chosen],
+            sm_scale=scale,
+        )  # fmt: skip
+        worst = _relative("mla", out[chosen], want)
+        return max(worst, _lse_error("mla", lse[chosen], want_lse, dtype))
+
+    def poison() -> None:
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+
+    return Case(arguments, poison, check)
+
+
+def _lse_error(name: str, got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> float:
+    """The largest difference: an error of lse is one of all weights."""
+    off = (got - want).abs().max().item()
+    if not off <= _tolerance(dtype):
+        raise WrongResultError(
+            f"{name}: error of lse must be at most {_tolerance(dtype)}, got {off}"
+        )
+    return off
+
+
 def _attend(workload: Workload, device: torch.device) -> Case:
     """As many new tokens of each sequence; no feature is asked for but lse."""
     spec, batch, tokens = workload.cache_spec, workload.shape["batch"], workload.shape["tokens"]
@@ -308,13 +356,7 @@ def _attend(workload: Workload, device: torch.device) -> Case:
                 window=(window[0], window[1], window[2][b : b + 1]) if window else None,
             )  # fmt: skip
             worst = max(worst, _relative(workload.function, out[own], want))
-            # An error of lse is one of all weights.
-            off = (lse[own] - want_lse).abs().max().item()
-            if not off <= _tolerance(dtype):
-                raise WrongResultError(
-                    f"{workload.function}: error of lse must be at most {_tolerance(dtype)}, "
-                    f"got {off}"
-                )
+            _lse_error(workload.function, lse[own], want_lse, dtype)
         return worst
 
     def poison() -> None:

@@ -50,9 +50,9 @@ class Workload:
         if self.function == "rotate":
             return self.shape["n"] * self.spec.rotation.dim
         heads, dim = self.cache_spec.num_kv_heads, self.cache_spec.head_dim
-        if self.function in ("decode", "attend", "prefill"):
+        if self.function in ("decode", "attend", "prefill", "mla"):
             context = self.shape["table_width"] * self.cache_spec.page_size
-            queries = self.shape["batch" if self.function == "decode" else "tokens"]
+            queries = self.shape["tokens" if "tokens" in self.shape else "batch"]
             return queries * heads * context * dim
         return self.shape["tokens"] * heads * dim
 
@@ -125,7 +125,11 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         *larger,
         Workload("flatten", spec, _tokens(spec, *gather), "prefill over a packed past"),
         Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
-        *(Workload("decode", spec, _batch(spec, b, c), why) for b, c, why in decodes),
+        *(
+            Workload(function, spec, _batch(spec, b, c), why)
+            for function in ("decode", "mla")
+            for b, c, why in decodes
+        ),
         *(
             Workload(function, spec, {"tokens": b * n, **_batch(spec, b, c)}, why)
             for function, b, n, c, why in chunks
