@@ -20,6 +20,10 @@ class GivenSlots:
     def start(self, token) -> None:
         """Nothing to look for."""
 
+    def ring_row(self, token):
+        """Nowhere: a slot does not tell which sequence it is of."""
+        return None
+
     def find(self, token):
         """Page and offset of a token, and whether it is stored."""
         slot = let(self._slots[token])
@@ -28,10 +32,14 @@ class GivenSlots:
 
 
 class TableSlots:
-    """Slots of tokens in turn: what changes with the sequence or the page is kept until it does."""
+    """Slots of tokens in turn: what changes with the sequence or the page is kept until it does.
 
-    def __init__(self, spec: CacheSpec, table, lens, starts, batch) -> None:
+    ``rings`` has the ring of each sequence, where the spec has a window.
+    """
+
+    def __init__(self, spec: CacheSpec, table, lens, starts, batch, rings=None) -> None:
         self._size, self._table, self._lens, self._starts = spec.page_size, table, lens, starts
+        self._window, self._rings = spec.window, rings
         self._batch = T.cast(batch, "int32")
         self._sequence, self._next, self._shift, self._row, self._page, self._end = (
             local(1, "int32") for _ in range(6)
@@ -65,3 +73,18 @@ class TableSlots:
             store(self._row, row)
             store(self._page, self._table[self._sequence[0], row])
         return self._page[0], let(T.bitwise_and(position, self._size - 1)), stored
+
+    def ring_row(self, token):
+        """Row of a ring that a token which was found goes to, and whether it is among the newest.
+
+        None without a window.
+        """
+        if self._rings is None:
+            return None
+        position = let(self._shift[0] + token)
+        ring, row = local(1, "int32"), T.truncmod(position, self._window)
+        newest = let(position >= self._lens[self._sequence[0]] - self._window)
+        store(ring, i32(0))
+        with when(newest):
+            store(ring, self._rings[self._sequence[0]])
+        return let(ring[0] * self._window + row), newest
