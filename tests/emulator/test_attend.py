@@ -22,6 +22,7 @@ CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
     "group6_half": (CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"), TALL),
     "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), WIDE),
+    "mse2_64": (CacheSpec(64, 6, 1, 16, "float16", "bshd", "mse3-mse2-signed-norm"), TALL),
     "head256": (CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "tq44"), WIDE),
     "int8": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "int8"), WIDE),
     "int4_half": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "int4"), TALL),
