@@ -377,7 +377,9 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
 
     Examples
     --------
-    >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")
+    >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")[-2:]
+    ('flatten_unrotated', 'attend')
+    >>> functions_on(CacheSpec(128, 32, 8, dtype="float32"), "cuda")
     ()
     """
     if kind != "cuda":
@@ -389,15 +391,21 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if isinstance(spec, RotateSpec):
         return spec.functions
     fmt = spec.cache_format
-    plain = spec.head_dim_v is None and spec.window == 0
-    if not plain or dim not in GPU_HEAD_DIMS:
+    if spec.head_dim_v is not None or dim not in GPU_HEAD_DIMS:
         return ()
+    served = spec.functions
+    if spec.window:
+        # ``attend`` reads the window for all calls.
+        served = tuple(name for name in served if FUNCTIONS[name] not in ("decode", "prefill"))
     decodes = gpus_decode(fmt.key, fmt.value, dim)
-    return tuple(name for name in spec.functions if decodes or FUNCTIONS[name] != "decode")
+    return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
 
 
 def gpus_decode(key: Codec, value: Codec, head_dim: int) -> bool:
-    """Whether GPUs have ``decode`` of two codecs; where they have not, ``attend`` does its work."""
+    """Whether GPUs have ``decode`` of two codecs, without a window of the spec.
+
+    Where they have not, ``attend`` does its work.
+    """
     tables = key.family == value.family == "lloyd_max"
     return tables and (value.bits != 3 or head_dim >= 128)
 
@@ -424,7 +432,7 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        "V and no window, for decode of Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
+        "V, for decode of no window and Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
         "or a rotation of a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )

@@ -151,6 +151,8 @@ class Softmax:
         self.bound, self.total, self._slope = (local((tiles, 2), "float32") for _ in range(3))
         self._rows: RowBlock | None = None
         self._first: Any = None
+        # Where the tokens end that are attended to, if rows see more than those.
+        self.end: Any = None
         self.output = local((tiles, shape.spec.head_dim // 8, 4), "float32")
         self._sloped = let(T.cast(options.alibi_slopes.shape[0], "int32") > 0)
         self._featured = let(T.Or(self._sloped, options.soft_cap > f32(0)))
@@ -184,7 +186,7 @@ class Softmax:
     def weigh(self, scores, first, masked) -> None:
         """Scores, in units of log2, become weights; ``masked`` says if any are not attended to."""
         shape, bound = self._shape, self.bound
-        octets = shape.tile // 8
+        octets = int(scores.shape[1])
         with when(self._featured):
             self._bend(scores, first, octets)
         with when(masked):
@@ -197,6 +199,8 @@ class Softmax:
                         token = let(first + (8 * octet + e) + 2 * self._t)
                         near = T.Or(token >= low, token < self._options.kept_tokens)
                         seen = T.And(token <= limit, near)
+                        if self.end is not None:
+                            seen = T.And(token < self.end, seen)
                         index = (tile, octet, 2 * half + e)
                         value = T.Select(seen, scores[index], f32(_MASKED))
                         store(scores, value, *index)

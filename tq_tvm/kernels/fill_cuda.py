@@ -21,6 +21,7 @@ and 4 (2 and 3 at D = 64) are ``t``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -269,7 +270,6 @@ def _emit(
                 fetch()
                 token, head = row_of(first[0])
                 page, offset, wanted = slots.find(token)
-                ring_row = slots.ring_row(token)
                 exists = T.And(wanted, first[0] + g < total)
                 ptx("cp.async.wait_group", config.stages - 1)
                 for n, one_side in enumerate(sides):
@@ -277,9 +277,10 @@ def _emit(
                     if signs is not None:
                         signs.turn(one_side.words)
                     keep = None
-                    if ring_row is not None:
-                        flat = arguments.rings[one_side.name]
-                        keep = _keeper(spec, row, flat, ring_row, head, t, exists)
+                    if arguments.rings:
+                        newest = T.And(exists, slots.is_newest(token))
+                        at = functools.partial(_ring_place, spec, slots, token, head)
+                        keep = _keeper(row, arguments.rings[one_side.name], at, t, newest)
                     encoded = one_side.encode(ones, g, t, keep)
                     where = (page, offset, head, exists)
                     _write(spec, arguments, one_side, t, where, encoded)
@@ -296,19 +297,21 @@ def _emit(
                 work(("v",))
 
 
-def _keeper(
-    spec: CacheSpec, row: RowBits, flat, ring_row, head, t, exists
-) -> Callable[[Any], None]:
-    """What writes words of a row into its ring, if the token is among the newest."""
-    at, newest = ring_row
+def _keeper(row: RowBits, flat, place: Callable[[], Any], t, newest) -> Callable[[Any], None]:
+    """What writes words of a row to its place in a ring, if the token is among the newest."""
 
     def keep(words) -> None:
-        with when(T.And(exists, newest)):
-            inside = T.cast(head * spec.head_dim, "int64")
-            begin = let(_wide_product(at, i32(spec.num_kv_heads * spec.head_dim)) + inside)
-            _write_plane(row, flat, begin, t, 0, 16, words)
+        with when(newest):
+            _write_plane(row, flat, let(place()), t, 0, 16, words)
 
     return keep
+
+
+def _ring_place(spec: CacheSpec, slots, token, head):
+    """First element of a row in the rings."""
+    dim = spec.head_dim
+    row = _wide_product(slots.ring_row(token), i32(spec.num_kv_heads * dim))
+    return row + T.cast(head * dim, "int64")
 
 
 def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded: Encoded) -> None:

@@ -20,10 +20,6 @@ class GivenSlots:
     def start(self, token) -> None:
         """Nothing to look for."""
 
-    def ring_row(self, token):
-        """Nowhere: a slot does not tell which sequence it is of."""
-        return None
-
     def find(self, token):
         """Page and offset of a token, and whether it is stored."""
         slot = let(self._slots[token])
@@ -74,17 +70,11 @@ class TableSlots:
             store(self._page, self._table[self._sequence[0], row])
         return self._page[0], let(T.bitwise_and(position, self._size - 1)), stored
 
-    def ring_row(self, token):
-        """Row of a ring that a token which was found goes to, and whether it is among the newest.
+    def is_newest(self, token):
+        """Whether a token that was found is in the window of its sequence."""
+        return self._shift[0] + token >= self._lens[self._sequence[0]] - self._window
 
-        None without a window.
-        """
-        if self._rings is None:
-            return None
-        position = let(self._shift[0] + token)
-        ring, row = local(1, "int32"), T.truncmod(position, self._window)
-        newest = let(position >= self._lens[self._sequence[0]] - self._window)
-        store(ring, i32(0))
-        with when(newest):
-            store(ring, self._rings[self._sequence[0]])
-        return let(ring[0] * self._window + row), newest
+    def ring_row(self, token):
+        """Row of its ring that it goes to, among those of all rings."""
+        inside = T.truncmod(self._shift[0] + token, self._window)
+        return self._rings[self._sequence[0]] * self._window + inside

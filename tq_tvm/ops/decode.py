@@ -118,8 +118,7 @@ def paged_decode(
         ``[1]`` on the device, which saves a launch. None in other formats.
     window
         ``k_window``, ``v_window`` and ``window_slots`` as `tq_tvm.fill_kv_cache` writes them: the
-        newest N tokens of each sequence are attended from there, the others from the cache. On the
-        CPU.
+        newest N tokens of each sequence are attended from there, the others from the cache.
     out
         ``[B, HQ, DV]``, or ``[T, HQ, DV]``, contiguous, dtype of ``q``; it must not overlap ``q``.
     workspace
@@ -139,7 +138,7 @@ def paged_decode(
         No kernel is generated for this format and these shapes, or not for this device, or not of
         what was asked for: calls with any of ``cu_seqlens_q`` to ``lse`` need the function
         ``attend`` of a library, others ``decode``, in whose place GPUs have ``attend`` of formats
-        that are not Lloyd-Max's.
+        that are not Lloyd-Max's, and of specs with a window.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -218,8 +217,8 @@ def paged_decode(
 
 def _attend_plainly(q: torch.Tensor, *others: Any) -> None:
     """One token a sequence: ``decode``, or ``attend`` where a GPU has none."""
-    codecs = _check.codecs_of(_OP, others[11])
-    if q.is_cuda and q.ndim and not gpus_decode(*codecs, q.shape[-1]):
+    codecs, windowed = _check.codecs_of(_OP, others[11]), others[14] is not None
+    if q.is_cuda and q.ndim and (windowed or not gpus_decode(*codecs, q.shape[-1])):
         attend(q, *others, *_PLAIN)
     else:
         _decode(q, *others)
