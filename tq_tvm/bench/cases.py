@@ -80,6 +80,8 @@ class Workload:
             "layout": spec.layout,
             "graph": self.graph,
         }
+        if spec.window:
+            fields["window"] = spec.window
         if self.shortest is not None:
             fields["shortest"] = self.shortest
         if self.kernel in ("attend", "prefill"):
@@ -134,6 +136,7 @@ def workloads(kind: str) -> list[Workload]:
     many_heads = dataclasses.replace(_SERVED, num_q_heads=64)
     mse4 = dataclasses.replace(_SERVED, format="tq42")
     few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
+    windowed = dataclasses.replace(_SERVED, window=64)
     return [
         Workload("decode", _SERVED, 64, 8192),
         Workload("decode", _SERVED, 16, 32768),
@@ -149,6 +152,7 @@ def workloads(kind: str) -> list[Workload]:
         *(Workload("attend", _SERVED, 64, 8192, feature=name) for name in ("lse", *_FEATURES)),
         *(Workload("attend", _SERVED, 64, 8192, new_tokens=new) for new in (4, 8)),
         *(Workload("attend", mse4, 64, 8192, new_tokens=new) for new in (1, 4, 8)),
+        *(Workload("attend", spec, 64, 8192) for spec in (_SERVED, windowed)),
         Workload("attend", _SERVED, 64, 4096),
         Workload("attend", _SERVED, 64, 32768, feature="window of 4096"),
         Workload("prefill", _SERVED, 1, 32768, new_tokens=2048),
@@ -214,9 +218,13 @@ def _pages(workload: Workload, device: torch.device) -> tuple[int, torch.Tensor,
     return pages, table, lengths
 
 
-def _random_cache(spec: CacheSpec, pages: int, device: torch.device) -> PagedKVCache:
+def _random_cache(
+    spec: CacheSpec, pages: int, device: torch.device, sequences: int = 0
+) -> PagedKVCache:
     """Codes are uniform, scales those of Gaussian rows: every program takes the same time."""
-    cache = PagedKVCache(spec, pages, device)
+    cache = PagedKVCache(spec, pages, device, sequences=sequences)
+    for ring in cache.window() or ():
+        ring.normal_()
     fmt, root = spec.cache_format, spec.head_dim**0.5
     sides = (fmt.key, cache.k_cache, cache.k_meta), (fmt.value, cache.v_cache, cache.v_meta)
     for codec, codes, metas in sides:
@@ -364,7 +372,7 @@ def _decode(workload: Workload, device: torch.device) -> Case:
 def _attend(workload: Workload, device: torch.device) -> Case:
     spec, batch, new = workload.cache_spec, workload.batch, workload.new_tokens
     pages, table, lengths = _pages(workload, device)
-    cache = _random_cache(spec, pages, device)
+    cache = _random_cache(spec, pages, device, batch if spec.window else 0)
     dtype = getattr(torch, spec.dtype)
     tokens, heads = batch * new, spec.num_q_heads
     q = torch.randn(tokens, heads, spec.head_dim, device=device, dtype=dtype)
@@ -383,6 +391,7 @@ def _attend(workload: Workload, device: torch.device) -> Case:
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     seen = min(workload.context, _WINDOW) if "window_left" in features else workload.context
     rows = batch * seen * spec.num_kv_heads
+    dense_rows = batch * min(seen, spec.window) * spec.num_kv_heads
     queries = 2 * q.numel() * q.element_size()
     baselines = {}
     if not features:
@@ -397,11 +406,15 @@ def _attend(workload: Workload, device: torch.device) -> Case:
     # A plain token a sequence is decode's, but for the starts.
     if new > 1 or not features:
         features = {**features, "cu_seqlens_q": starts, "max_seqlen_q": new}
+    if spec.window:
+        features["window_slots"] = torch.randperm(batch, device=device).int()
     single = "cu_seqlens_q" not in features and "window_left" not in features
     bent = single and "decode_featured" in functions_on(spec, device.type)
     return Case(
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace, **features),
-        bytes=rows * spec.bytes_per_token_head + queries,
+        bytes=(rows - dense_rows) * spec.bytes_per_token_head
+        + dense_rows * _dense_bytes(spec)
+        + queries,
         function="decode_featured" if bent else workload.kernel,
         rows=None if bent or workload.kernel == "prefill" else new * spec.group_size,
         size=tokens * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
