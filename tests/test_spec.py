@@ -338,12 +338,12 @@ def test_gpus_have_some_functions_of_other_formats(name):
     check_target("op", dataclasses.replace(SPEC, format="tq44", head_dim=64), "cuda", "decode")
 
 
-def test_gpus_read_a_window_by_attend():
+def test_gpus_read_a_window_by_decode_and_attend():
     spec = dataclasses.replace(SPEC, window=16)
     missing = set(spec.functions) - set(functions_on(spec, "cuda"))
-    assert missing == {"decode", "decode_featured", "prefill"}
-    with pytest.raises(UnsupportedSpecError, match=f"got {spec.label} for decode; use"):
-        check_target("op", spec, "cuda", "decode")
+    assert missing == {"decode_featured", "prefill"}
+    with pytest.raises(UnsupportedSpecError, match=f"got {spec.label} for prefill; use"):
+        check_target("op", spec, "cuda", "prefill")
 
 
 # --- functions

@@ -395,17 +395,14 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
         return ()
     served = spec.functions
     if spec.window:
-        # ``attend`` reads the window for all calls.
-        served = tuple(name for name in served if FUNCTIONS[name] not in ("decode", "prefill"))
+        # There ``attend`` does what these do.
+        served = tuple(name for name in served if name not in GPU_FUNCTIONS)
     decodes = gpus_decode(fmt.key, fmt.value, dim)
     return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
 
 
 def gpus_decode(key: Codec, value: Codec, head_dim: int) -> bool:
-    """Whether GPUs have ``decode`` of two codecs, without a window of the spec.
-
-    Where they have not, ``attend`` does its work.
-    """
+    """Whether GPUs have ``decode`` of two codecs; where they have not, ``attend`` does its work."""
     tables = key.family == value.family == "lloyd_max"
     return tables and (value.bits != 3 or head_dim >= 128)
 
@@ -432,7 +429,7 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        "V, for decode of no window and Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
+        "V, for decode of Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
         "or a rotation of a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )

@@ -1,6 +1,11 @@
-"""``fill`` and ``attend`` for GPUs of specs with a window of unquantised rows."""
+"""``fill`` and ``decode`` for GPUs of specs with a window of unquantised rows.
+
+Of ``attend`` see ``test_attend``.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -8,12 +13,17 @@ from specs import kernel_caches, make_batch
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
+from tq_tvm.schedules import decode as space
+
 from emulator import compile_functions
+from emulator.attend_batches import Problem
 from emulator.guarded import Guarded
 from emulator.row_checks import TOLERANCE, check_filled, guard_caches, new_rows
 from tq_tvm import reference
+from tq_tvm.kernels.decode import decode
 from tq_tvm.kernels.fill_cuda import FillConfig, fill_cuda
 from tq_tvm.spec import CacheSpec
+from tq_tvm.splits import workspace_floats
 
 FILL = FillConfig(warps=2, tiles=2, contracted=1, sides=1, stages=2, registers=96)
 FILLED = [
@@ -64,3 +74,43 @@ def test_fill(tmp_path, spec):
         apart = (got.float() - want.float()).nan_to_num().norm()
         assert apart <= TOLERANCE[got.dtype] * want.float().nan_to_num().norm()
         guard.check()
+
+
+# Windows that are no multiple of what a warp reads, of one token, and of all of some sequences.
+DECODED = {
+    "group4": CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", window=50),
+    "group6": CacheSpec(64, 6, 1, 16, "float16", "bhsd", window=1),
+    "head256": CacheSpec(256, 2, 1, 32, "float16", "bshd", "tq44", window=136),
+}
+
+
+@pytest.fixture(scope="module")
+def decode_of(tmp_path_factory):
+    """``decode`` of a case, compiled once, and its decisions."""
+    directory = tmp_path_factory.mktemp("decode")
+
+    @functools.cache
+    def function(case):
+        config = space.defaults(DECODED[case], "cuda") | {"warps": 2, "tile": 32}
+        func = decode(DECODED[case], "cuda", config)
+        return compile_functions({"decode": func}, directory)["decode"], config
+
+    return function
+
+
+@pytest.mark.parametrize("case", DECODED)
+@pytest.mark.parametrize("parts", [1, 3, 9])
+def test_decode(decode_of, case, parts):
+    """Sequences in one piece, in several, with all their tokens in the window, and without any."""
+    spec, (function, config) = DECODED[case], decode_of(case)
+    lengths = [300, 3, 200, 0, 65, 50, 1]
+    problem = Problem(spec, {}, lengths=lengths, queries=[1] * len(lengths), want_lse=False)
+    launch = space.launch(spec, "cuda", config)
+    workspace = Guarded((workspace_floats(spec, len(lengths), parts, launch),), torch.float32)
+    given = problem.arguments()
+    function(
+        *given[:7], *problem.rings, workspace.tensor, problem.out, parts, spec.head_dim**-0.5,
+        descending=parts == 3,
+    )  # fmt: skip
+    workspace.check()
+    problem.check()

@@ -138,7 +138,7 @@ def paged_decode(
         No kernel is generated for this format and these shapes, or not for this device, or not of
         what was asked for: calls with any of ``cu_seqlens_q`` to ``lse`` need the function
         ``attend`` of a library, others ``decode``, in whose place GPUs have ``attend`` of formats
-        that are not Lloyd-Max's, and of specs with a window.
+        that are not Lloyd-Max's.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -217,8 +217,8 @@ def paged_decode(
 
 def _attend_plainly(q: torch.Tensor, *others: Any) -> None:
     """One token a sequence: ``decode``, or ``attend`` where a GPU has none."""
-    codecs, windowed = _check.codecs_of(_OP, others[11]), others[14] is not None
-    if q.is_cuda and q.ndim and (windowed or not gpus_decode(*codecs, q.shape[-1])):
+    codecs = _check.codecs_of(_OP, others[11])
+    if q.is_cuda and q.ndim and not gpus_decode(*codecs, q.shape[-1]):
         attend(q, *others, *_PLAIN)
     else:
         _decode(q, *others)
@@ -268,6 +268,7 @@ def _decode(
         or block_table.ndim != 2
         or _check.suspect_rows(q, out, compact=True, apart=True)
         or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
+        or _check.suspect_window(window)
     ):
         spec, inputs = _check_arguments(arguments, layout, policy, scales, window)
         if found is None:
