@@ -378,7 +378,7 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     Examples
     --------
     >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")[-2:]
-    ('flatten_unrotated', 'attend')
+    ('decode', 'attend')
     >>> functions_on(CacheSpec(128, 32, 8, dtype="float32"), "cuda")
     ()
     """
