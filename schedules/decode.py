@@ -112,11 +112,8 @@ _THREADS = 512
 
 
 def is_short(spec: CacheSpec, sizes: Mapping[str, int] | None) -> bool:
-    """Whether a workload of these sizes may take clusters; without sizes it may not.
-
-    Clusters do not read a spec's window.
-    """
-    return sizes is not None and not spec.window and _tokens(spec, sizes) <= SHORT[-1][0]
+    """Whether a workload of these sizes may take clusters; without sizes it may not."""
+    return sizes is not None and _tokens(spec, sizes) <= SHORT[-1][0]
 
 
 def _tokens(spec: CacheSpec, sizes: Mapping[str, int]) -> int:

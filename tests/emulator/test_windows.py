@@ -80,6 +80,7 @@ def test_fill(tmp_path, spec):
 DECODED = {
     "group4": CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", window=50),
     "group6": CacheSpec(64, 6, 1, 16, "float16", "bhsd", window=1),
+    "cluster": CacheSpec(64, 6, 1, 16, "float16", "bhsd", window=70),
     "head256": CacheSpec(256, 2, 1, 32, "float16", "bshd", "tq44", window=136),
 }
 
@@ -91,7 +92,9 @@ def decode_of(tmp_path_factory):
 
     @functools.cache
     def function(case):
-        config = space.defaults(DECODED[case], "cuda") | {"warps": 2, "tile": 32}
+        cluster = 8 if case == "cluster" else 0
+        own = {"warps": 2, "tile": 32, "cluster": cluster}
+        config = space.defaults(DECODED[case], "cuda") | own
         func = decode(DECODED[case], "cuda", config)
         return compile_functions({"decode": func}, directory)["decode"], config
 
@@ -99,7 +102,7 @@ def decode_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", DECODED)
-@pytest.mark.parametrize("parts", [1, 3, 9])
+@pytest.mark.parametrize("parts", [1, 3, 8])
 def test_decode(decode_of, case, parts):
     """Sequences in one piece, in several, with all their tokens in the window, and without any."""
     spec, (function, config) = DECODED[case], decode_of(case)

@@ -259,7 +259,7 @@ def attend_share(
         with when(count > 0):
             store(now, place.offset[0] + warp)
             store(last, place.offset[0] + count)
-            # The first tile is on its way while the queries are prepared.
+            # The first tile is on its way while the queries are prepared, and the window.
             query.load(q, sequence, first_head, heads)
             with when(now[0] < last[0]):
                 reader.find_pages(sequence, now[0], seq_len[0])
@@ -267,6 +267,8 @@ def attend_share(
                 reader.copy_v(now[0])
                 reader.find_pages(sequence, now[0] + warps, seq_len[0])
             ring.turn()
+            if isinstance(features, Window):
+                features.prefetch(sequence, kv_head, inside, 32 * warps)
             query.quantise()
             barrier()
             query.prepare(sm_scale, zero)

@@ -265,8 +265,9 @@ def merge_pieces(
 
 
 def merge_cluster(
-    shape: Shape, merged: MergedMemory, out, sequence, unit, rank, ctas, warp, lane
-) -> None:
+    shape: Shape, merged: MergedMemory, out, sequence, unit, rank, ctas, warp, lane,
+    window: Window | None = None,
+) -> None:  # fmt: skip
     """Finish a share of a cluster's heads, which every CTA has left in its shared memory.
 
     A head is a warp's: it reads the pieces of all CTAs, merges them and rotates back.
@@ -320,5 +321,9 @@ def merge_cluster(
         with when(tile * shape.heads + head < spec.group_size):
             # Lanes of the lower half have all CTAs between them.
             store(total, shuffle(total[0], 0))
-            finish_row(shape, x, total[0], out, (sequence, first + head), lane)
+            place = (sequence, first + head)
+            if window is None:
+                finish_row(shape, x, total[0], out, place, lane)
+            else:
+                window.finish(x, shuffle(top[0], 0), total[0], out, place, lane)
         store(job, job[0] + ctas * shape.config.warps * shape.abreast)

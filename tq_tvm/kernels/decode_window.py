@@ -5,8 +5,8 @@ kernel attends to the packed tokens before them; who finishes a query head's row
 ring's to it in float32: without positions their order does not matter, so that they are rows 0, 1,
 and so on. A warp has `_ABREAST` rows on their way together, each lane with a piece of them all.
 
-64 tokens of D = 128 take some 1700 instructions of a warp, 5 % of those of its part of 8192 packed
-tokens.
+Of a token a lane converts and multiplies D / 32 values of K and as many of V, beside some ten
+instructions for addresses, loads, and its part of the sums over lanes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from tq_tvm.kernels.device import (
     shuffle,
     shuffle_xor,
     store,
+    when,
 )
 
 __all__ = ["PackedLengths", "Window"]
@@ -40,7 +41,9 @@ _LOG2E = math.log2(math.e)
 _MASKED = -3e38
 """Logit of a row that is not a token's."""
 
-_ABREAST = 8
+_ABREAST = 16
+_LINE = 128
+"""Bytes of a line of memory."""
 
 
 class PackedLengths:
@@ -60,6 +63,21 @@ class Window:
         k, v, self._slots = rings
         self._shape, self._q, self._seq_lens, self._sm_scale = shape, q, seq_lens, sm_scale
         self._k, self._v = pages.flat_buffer(k), pages.flat_buffer(v)
+
+    def prefetch(self, sequence, kv_head, thread, threads: int) -> None:
+        """Bring a sequence's rows of a KV head to L2, by some threads, before they are read."""
+        window, dim = self._shape.spec.window, self._shape.spec.head_dim
+        lines = 2 * dim // _LINE
+        ring = let(T.cast(self._slots[sequence], "int64") * T.int64(window * self._stride))
+        for turn in range(-(-window * lines // threads)):
+            piece = let(turn * threads + thread)
+            inside = T.truncdiv(piece, lines) * self._stride + T.truncmod(piece, lines) * (
+                _LINE // 2
+            )
+            at = let(ring + T.cast(kv_head * dim + inside, "int64"))
+            with when(piece < window * lines):
+                for rows in (self._k, self._v):
+                    ptx("prefetch.global.L2", rows.ptr_to([at]))
 
     def prepare(self, first_head, heads, t) -> None:
         """Nothing that logits of packed tokens need."""
@@ -151,7 +169,7 @@ class Window:
         return [half(dtype, word) for word in words for half in (low_half, high_half)]
 
     def _dots(self, query, base, first, lane):
-        """Logit of row ``first + lane % 8``: sums over lanes, exchanged while there are several."""
+        """Logit of row ``first + lane % 16``; while there are several sums, lanes halve them."""
         # Rows past the last token are others of the ring, whose logits nobody takes.
         read = self._read(self._k, base, first, i32(self._shape.spec.window - 1))
         sums = local(_ABREAST, "float32")
@@ -160,15 +178,13 @@ class Window:
             store(sums, query[0] * values[0], n)
             for i in range(1, len(values)):
                 store(sums, sums[n] + query[i] * values[i], n)
-        for mask in (4, 2, 1):
+        for mask in (8, 4, 2, 1):
             upper = let(T.bitwise_and(lane, mask) != 0)
             for n in range(mask):
                 kept = T.Select(upper, sums[n + mask], sums[n])
                 given = T.Select(upper, sums[n], sums[n + mask])
                 store(sums, kept + shuffle_xor(given, mask), n)
-        for mask in (8, 16):
-            store(sums, sums[0] + shuffle_xor(sums[0], mask), 0)
-        return sums[0]
+        return let(sums[0] + shuffle_xor(sums[0], _ABREAST))
 
     def _add(self, x, weights, base, first, tokens) -> None:
         """Add `_ABREAST` rows of V by the weights that lanes have."""
