@@ -393,10 +393,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     fmt = spec.cache_format
     if spec.head_dim_v is not None or dim not in GPU_HEAD_DIMS:
         return ()
-    served = spec.functions
-    if spec.window:
-        # There ``attend`` does what these do.
-        served = tuple(name for name in served if name not in GPU_FUNCTIONS)
+    # Long chunks over a window are ``attend``'s, too.
+    served = tuple(name for name in spec.functions if name != "prefill" or not spec.window)
     decodes = gpus_decode(fmt.key, fmt.value, dim)
     return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
 

@@ -267,7 +267,8 @@ def attend_share(
                 reader.copy_v(now[0])
                 reader.find_pages(sequence, now[0] + warps, seq_len[0])
             ring.turn()
-            if isinstance(features, Window):
+            if spec.window:
+                assert features is not None
                 features.prefetch(sequence, kv_head, inside, 32 * warps)
             query.quantise()
             barrier()

@@ -12,6 +12,8 @@ instructions for addresses, loads, and its part of the sums over lanes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -87,17 +89,23 @@ class Window:
 
     def finish(self, x, top, total, out, place, lane) -> None:
         """Add the window to a row that a warp shares, divide, rotate back and write it."""
-        finish_row(
-            self._shape, x, self._add_window(x, let(top), total, place, lane), out, place, lane
-        )
+        _, total = self.add(x, top, total, place, lane)
+        finish_row(self._shape, x, total, out, place, lane)
 
-    def _add_window(self, x, top, total, place, lane):
-        """Add the window to a row, and to its total, which is returned."""
+    def add(
+        self, x, top, total, place, lane, bend: Callable[[Any, Any, Any], Any] | None = None
+    ) -> tuple[Any, Any]:
+        """Add the window to a row; return its bound and its total then.
+
+        ``bend`` makes a logit of itself, its query head, and how old the token is.
+        """
+        top = let(top)
         shape, window, count = self._shape, self._shape.spec.window, self._shape.row_values
         spec = shape.spec
         sequence, head = place
         query = self._query(sequence, head, lane)
-        tokens = let(T.min(self._seq_lens[sequence], i32(window)))
+        length = let(self._seq_lens[sequence])
+        tokens = let(T.min(length, i32(window)))
         inside = let(T.truncdiv(head, spec.group_size) * spec.head_dim + lane * count)
         row = T.cast(self._slots[sequence], "int64") * T.int64(window * self._stride)
         base = let(row + T.cast(inside, "int64"))
@@ -113,6 +121,11 @@ class Window:
                 own = T.And(token == at[0], at[0] + lane % _ABREAST < tokens)
                 store(logits, T.Select(own, found, logits[i]), i)
                 store(at, at[0] + _ABREAST)
+            if bend is not None:
+                row = let(lane + 32 * i)
+                age = T.truncmod(length - 1 - row, window)
+                bent = bend(logits[i], head, age)
+                store(logits, T.Select(row < tokens, bent, f32(_MASKED)), i)
         bound, sum_ = local(1, "float32"), local(1, "float32")
         store(bound, logits[0])
         for i in range(1, int(logits.shape[0])):
@@ -131,7 +144,7 @@ class Window:
                 self._add(x, logits[i], base, at[0], tokens)
                 store(at, at[0] + _ABREAST)
         reduce_lanes(sum_, 0, lambda a, b: a + b)
-        return let(sum_[0] + total * shrink)
+        return bound[0], let(sum_[0] + total * shrink)
 
     @property
     def _stride(self) -> int:
