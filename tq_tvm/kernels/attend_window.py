@@ -17,7 +17,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import Softmax
+from tq_tvm.kernels.attend_rows import QueryOperands, Softmax
 from tq_tvm.kernels.attend_shape import WINDOW_TILE, AttendShape
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.device import (
@@ -25,6 +25,7 @@ from tq_tvm.kernels.device import (
     byte_perm,
     f32,
     high_half,
+    i32,
     let,
     local,
     low_half,
@@ -63,8 +64,11 @@ class WindowRows:
         scores = local((rows.row_tiles, _OCTETS, 4), "float32")
         # Of tokens past the last one, rows of others: their logits are masked.
         keys = [self._keys(self._base(ring, first + (8 * i + self._g))) for i in range(_OCTETS)]
+        queries = self._arranged_queries
+        if not shape.in_registers:
+            queries = QueryOperands(rows, self._words, 0, i32(0), self._lane).read
         for step in range(shape.spec.head_dim // 16):
-            a = [self._queries(m, step) for m in range(rows.row_tiles)]
+            a = [queries(m, step) for m in range(rows.row_tiles)]
             for octet, m in itertools.product(range(_OCTETS), range(rows.row_tiles)):
                 result = [scores[m, octet, e] for e in range(4)]
                 start = result if step else [f32(0)] * 4
@@ -111,17 +115,11 @@ class WindowRows:
                 ptx(f"ld.global.nc.{kind}", *registers, self._k.ptr_to([at]))
         return [[words[step, half] for half in range(2)] for step in range(steps)]
 
-    def _queries(self, m: int, step: int) -> list[Any]:
-        """A step of a row tile of queries, in the model's dtype."""
+    def _arranged_queries(self, m: int, step: int) -> list[Any]:
+        """What `QueryOperands` read, of queries as `Fragments` have them, in the model's dtype."""
         shape, words = self._shape, self._words
         a = local(4, "uint32")
         registers = [a[e] for e in range(4)]
-        if not shape.in_registers:
-            row_words = shape.rows.row_words
-            row, chunk = self._lane % 16, T.bitwise_xor(self._lane % 8, self._lane // 16) * 4
-            at = T.bitwise_xor(row * row_words + chunk, 8 * step) + 16 * m * row_words
-            ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, pointer(words, at))
-            return registers
         at = 4 * self._lane + 128 * (m * shape.fragments.steps + step)
         ptx("ld.shared.v4.u32", *registers, pointer(words, at))
         if shape.spec.dtype != "float16":
