@@ -43,6 +43,7 @@ Numerics
     output. Of a weight times the norm of its V the 15 bits count from the largest weight times the
     largest norm: a row of V that is hundreds of times longer than others, and has a small weight,
     loses bits (6 % of an output where a row 333 times as long had some 1e-4 of the weights).
+    Rows of a spec's window are multiplied in float32.
 
 Cost of one token and KV head (k4v2, D = 128): 102 bytes read; see ``decode_cuda`` for operations.
 

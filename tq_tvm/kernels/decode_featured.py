@@ -1,12 +1,13 @@
 r"""``decode_featured`` on NVIDIA GPUs: ``decode`` with what ``attend`` adds to one token.
 
 Equation
-    As ``kernels.attend``, for one query token a sequence and no window: soft cap, ALiBi, sinks, and
-    the log-sum-exp. The kernel is ``decode_cuda``'s, at the decisions that ``decode`` has.
+    As ``kernels.attend``, for one query token a sequence and no ``window_left``: soft cap, ALiBi,
+    sinks, and the log-sum-exp. The kernel is ``decode_cuda``'s, at the decisions of ``decode``.
 
 Buffers
-    Those of ``kernels.decode``, and sinks ``[HQ]`` or ``[0]``, alibi_slopes ``[HQ]`` or ``[0]``,
-    float32, in; lse ``[B, HQ]`` or ``[B, 0]``, float32, out; soft_cap, a scalar, 0: none.
+    Those of ``kernels.decode``, and before those of a window sinks ``[HQ]`` or ``[0]`` and
+    alibi_slopes ``[HQ]`` or ``[0]``, float32, in; lse ``[B, HQ]`` or ``[B, 0]``, float32, out;
+    soft_cap, a scalar, 0: none.
 
 Static, dynamic, tail
     As ``decode``. What is not asked for is skipped by a branch that all warps take alike.
