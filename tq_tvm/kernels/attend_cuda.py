@@ -316,6 +316,9 @@ def _attend(
                 store(until, T.min(last[0], span.packed))
             with when(now[0] < until[0]):
                 walk.begin(block_table, sequence, span, now[0], packed)
+            if window is not None:
+                with when(last[0] > until[0]):
+                    window.prefetch(sequence, thread, shape.threads)
             turns = -(-shape.rows.rows // config.warps)
             walk.load_queries(q, rows, let(warp * turns), turns)
             softmax.start(rows, i32(0))

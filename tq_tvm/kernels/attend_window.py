@@ -20,6 +20,7 @@ from tq_tvm.kernels import pages
 from tq_tvm.kernels.attend_rows import QueryOperands, Softmax
 from tq_tvm.kernels.attend_shape import WINDOW_TILE, AttendShape
 from tq_tvm.kernels.attend_tiles import Seen
+from tq_tvm.kernels.decode_window import prefetch_ring
 from tq_tvm.kernels.device import (
     PAIR,
     byte_perm,
@@ -54,6 +55,11 @@ class WindowRows:
         self._k, self._v = pages.flat_buffer(k), pages.flat_buffer(v)
         self._head, self._lane, self._sm_scale = head, lane, sm_scale
         self._g, self._t = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
+
+    def prefetch(self, sequence, thread, threads: int) -> None:
+        """`prefetch_ring` of a sequence."""
+        rings, ring = (self._k, self._v), self._slots[sequence]
+        prefetch_ring(self._shape.spec, rings, ring, self._head, thread, threads)
 
     def attend(self, softmax: Softmax, sequence, first, seen: Seen) -> None:
         """Scores, weights and output of the tokens from ``first`` on."""

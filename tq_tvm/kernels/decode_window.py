@@ -36,8 +36,9 @@ from tq_tvm.kernels.device import (
     store,
     when,
 )
+from tq_tvm.spec import CacheSpec
 
-__all__ = ["PackedLengths", "Window"]
+__all__ = ["PackedLengths", "Window", "prefetch_ring"]
 
 _LOG2E = math.log2(math.e)
 _MASKED = -3e38
@@ -46,6 +47,23 @@ _MASKED = -3e38
 _ABREAST = 16
 _LINE = 128
 """Bytes of a line of memory."""
+
+
+def prefetch_ring(spec: CacheSpec, rings, ring, kv_head, thread, threads: int) -> None:
+    """Bring a ring's rows of a KV head to L2, by some threads, before they are read.
+
+    ``rings`` are all of K's as one axis, and V's.
+    """
+    dim, stride = spec.head_dim, spec.num_kv_heads * spec.head_dim
+    lines = 2 * dim // _LINE
+    first = let(T.cast(ring, "int64") * T.int64(spec.window * stride))
+    for turn in range(-(-spec.window * lines // threads)):
+        piece = let(turn * threads + thread)
+        inside = T.truncdiv(piece, lines) * stride + T.truncmod(piece, lines) * (_LINE // 2)
+        at = let(first + T.cast(kv_head * dim + inside, "int64"))
+        with when(piece < spec.window * lines):
+            for rows in rings:
+                ptx("prefetch.global.L2", rows.ptr_to([at]))
 
 
 class PackedLengths:
@@ -67,19 +85,9 @@ class Window:
         self._k, self._v = pages.flat_buffer(k), pages.flat_buffer(v)
 
     def prefetch(self, sequence, kv_head, thread, threads: int) -> None:
-        """Bring a sequence's rows of a KV head to L2, by some threads, before they are read."""
-        window, dim = self._shape.spec.window, self._shape.spec.head_dim
-        lines = 2 * dim // _LINE
-        ring = let(T.cast(self._slots[sequence], "int64") * T.int64(window * self._stride))
-        for turn in range(-(-window * lines // threads)):
-            piece = let(turn * threads + thread)
-            inside = T.truncdiv(piece, lines) * self._stride + T.truncmod(piece, lines) * (
-                _LINE // 2
-            )
-            at = let(ring + T.cast(kv_head * dim + inside, "int64"))
-            with when(piece < window * lines):
-                for rows in (self._k, self._v):
-                    ptx("prefetch.global.L2", rows.ptr_to([at]))
+        """`prefetch_ring` of a sequence."""
+        ring = self._slots[sequence]
+        prefetch_ring(self._shape.spec, (self._k, self._v), ring, kv_head, thread, threads)
 
     def prepare(self, first_head, heads, t) -> None:
         """Nothing that logits of packed tokens need."""
