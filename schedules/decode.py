@@ -137,7 +137,9 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
         while values["warps"] > 1 and rejected(spec, kind, values) is not None:
             values["warps"] //= 2
     elif spec.cache_format.key.bits == 2:
-        values["abreast"] = 2
+        pair = values | {"abreast": 2}
+        # Two heads of more than 4 queries, or of 256 values, exceed shared memory.
+        values = pair if rejected(spec, kind, pair) is None else values
     return values
 
 

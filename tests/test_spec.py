@@ -300,12 +300,11 @@ def test_what_readers_need_not_know():
     "spec",
     [
         dataclasses.replace(SPEC, format="int8", head_dim=96),
-        dataclasses.replace(SPEC, format="tq84", window=16),
         dataclasses.replace(SPEC, head_dim=96),
         dataclasses.replace(SPEC, head_dim=512),
         dataclasses.replace(SPEC, head_dim_v=64),
-        dataclasses.replace(SPEC, window=16),
         dataclasses.replace(SPEC, dtype="float32"),
+        dataclasses.replace(SPEC, head_dim=96, window=16),
         RotateSpec(96),
     ],
     ids=lambda s: s.label,
@@ -340,6 +339,8 @@ def test_gpus_have_some_functions_of_other_formats(name):
     assert set(functions_on(spec, "llvm")) - set(functions_on(spec, "cuda")) == {"decode"}
     assert set(functions_on(spec, "cuda")) - set(functions_on(spec, "llvm")) == {"prefill"}
     assert "decode_featured" in functions_on(SPEC, "cuda")
+    windowed = dataclasses.replace(spec, window=16)
+    assert set(functions_on(spec, "cuda")) - set(functions_on(windowed, "cuda")) == {"prefill"}
     check_target("op", spec, "cuda")
     check_target("op", spec, "cuda", "fill_slots")
     with pytest.raises(UnsupportedSpecError, match=f"op: spec .* got {spec.label} for decode;"):
@@ -347,6 +348,13 @@ def test_gpus_have_some_functions_of_other_formats(name):
     for served in ("tq43", "tq44"):
         check_target("op", dataclasses.replace(SPEC, format=served), "cuda", "decode")
     check_target("op", dataclasses.replace(SPEC, format="tq44", head_dim=64), "cuda", "decode")
+
+
+def test_gpus_read_a_window_by_decode_and_attend():
+    spec = dataclasses.replace(SPEC, window=16)
+    assert set(spec.functions) - set(functions_on(spec, "cuda")) == {"prefill"}
+    with pytest.raises(UnsupportedSpecError, match=f"got {spec.label} for prefill; use"):
+        check_target("op", spec, "cuda", "prefill")
 
 
 # --- functions

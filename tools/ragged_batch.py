@@ -6,32 +6,35 @@ from tq_tvm import CacheSpec, PagedKVCache, hadamard_rotate
 
 _LENGTHS = (0, 1, 63, 200)
 _FORMATS = ("k4v2", "tq42", "tq33", "int8", "fp8", "none")
+_WINDOWS = {"k4v2": 64, "int8": 40}
 
 
 def main() -> None:
     """Fill, flatten, attend and rotate on the GPU, in formats that have other code."""
-    for name in _FORMATS:
-        _run(CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8, format=name))
+    plain = [(name, 0) for name in _FORMATS]
+    for name, window in (*plain, *_WINDOWS.items()):
+        _run(CacheSpec(128, num_q_heads=32, num_kv_heads=8, format=name, window=window))
 
 
 def _run(spec: CacheSpec) -> None:
     batch, total = len(_LENGTHS), sum(_LENGTHS)
     width = -(-max(_LENGTHS) // spec.page_size)
-    cache = PagedKVCache(spec, batch * width, "cuda")
+    cache = PagedKVCache(spec, batch * width, "cuda", sequences=batch if spec.window else 0)
+    rings = {"window_slots": torch.randperm(batch, device="cuda").int()} if spec.window else {}
     table = torch.randperm(batch * width, device="cuda").int().view(batch, width)
     lens = torch.tensor(_LENGTHS, dtype=torch.int32, device="cuda")
     starts = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
     rows = (total, spec.num_kv_heads, spec.head_dim)
     k, v = (torch.randn(rows, device="cuda").bfloat16() for _ in range(2))
-    cache.fill(k, v, block_table=table, seq_lens=lens, q_start_loc=starts)
+    cache.fill(k, v, block_table=table, seq_lens=lens, q_start_loc=starts, **rings)
     for rotate_back in (False, True):
         cache.flatten(table, lens, out_tokens=total, rotate_back=rotate_back)
     q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
     slopes = torch.linspace(0, 1, spec.num_q_heads, device="cuda")
     features = {"soft_cap": 30.0, "sinks": slopes, "alibi_slopes": slopes}
     outs = [
-        cache.decode(q, table, lens),
-        cache.decode(q, table, lens, return_lse=True, **features)[0],
+        cache.decode(q, table, lens, **rings),
+        cache.decode(q, table, lens, return_lse=True, **features, **rings)[0],
     ]
     # All that a sequence has is new, and then its last token: prefill and attend.
     for new in (lens, lens.clamp_max(1)):
@@ -40,11 +43,11 @@ def _run(spec: CacheSpec) -> None:
         q = torch.randn(tokens, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
         outs += cache.decode(
             q, table, lens, cu_seqlens_q=query_starts, max_seqlen_q=int(new.max()),
-            window_left=40, kept_tokens=3, return_lse=True, **features,
+            window_left=40, kept_tokens=3, return_lse=True, **features, **rings,
         )[:1]  # fmt: skip
     hadamard_rotate(k)
     torch.cuda.synchronize()
-    print(f"{spec.format} finite:", all(bool(out.isfinite().all()) for out in outs))
+    print(f"{spec.label} finite:", all(bool(out.isfinite().all()) for out in outs))
 
 
 if __name__ == "__main__":

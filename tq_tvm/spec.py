@@ -401,7 +401,9 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
 
     Examples
     --------
-    >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")
+    >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")[-2:]
+    ('decode', 'attend')
+    >>> functions_on(CacheSpec(128, 32, 8, dtype="float32"), "cuda")
     ()
     """
     if kind != "cuda":
@@ -413,11 +415,12 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if isinstance(spec, RotateSpec):
         return spec.functions
     fmt = spec.cache_format
-    plain = spec.head_dim_v is None and spec.window == 0
-    if not plain or dim not in GPU_HEAD_DIMS:
+    if spec.head_dim_v is not None or dim not in GPU_HEAD_DIMS:
         return ()
+    # Long chunks over a window are ``attend``'s, too.
+    served = tuple(name for name in spec.functions if name != "prefill" or not spec.window)
     decodes = gpus_decode(fmt.key, fmt.value, dim)
-    return tuple(name for name in spec.functions if decodes or FUNCTIONS[name] != "decode")
+    return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
 
 
 def gpus_decode(key: Codec, value: Codec, head_dim: int) -> bool:
@@ -454,7 +457,7 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        "V and no window, for decode of Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
+        "V, for decode of Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
         "or a rotation of a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )

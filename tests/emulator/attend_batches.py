@@ -26,6 +26,20 @@ FEATURES = {
 }  # fmt: skip
 
 
+TABLE = ("block_table", "seq_lens", "q_start_loc")
+
+
+def new_rings(spec, sequences):
+    """Rings of another order, with two more, full of what is no number; none without a window."""
+    if not spec.window:
+        return ()
+    shape = (sequences + 2, spec.window, spec.num_kv_heads, spec.head_dim)
+    rings = (torch.full(shape, float("nan"), dtype=getattr(torch, spec.dtype)) for _ in range(2))
+    slots = torch.arange(sequences, dtype=torch.int32).flip(0)
+    slots[0] += 2
+    return (*rings, slots)
+
+
 class Problem:
     """Inputs of a batch, what attention gives, and outputs that show writes around them."""
 
@@ -39,7 +53,12 @@ class Problem:
             rows("gaussian", batch.tokens, spec.num_kv_heads, spec.head_dim, seed=s) for s in (1, 2)
         )
         scales = scales_of(spec)
-        reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots, **scales)
+        self.rings = new_rings(spec, len(lengths))
+        where = (batch.block_table, batch.seq_lens, batch.starts)
+        reference.fill_kv_cache(
+            spec, k, v, *batch.caches, **dict(zip(TABLE, where, strict=True)),
+            window=self.rings or None, **scales,
+        )  # fmt: skip
         self.tokens, heads = sum(queries), spec.num_q_heads
         q = rows("gaussian", self.tokens + padding, heads, spec.head_dim, seed=3) * scale
         self.q = q.to(getattr(torch, spec.dtype))
@@ -52,7 +71,7 @@ class Problem:
         self._lse = Guarded((len(q), heads if want_lse else 0), torch.float32)
         self.want, self.want_lse = reference.paged_attend(
             spec, self.q, *batch.caches, batch.block_table, batch.seq_lens,
-            cu_seqlens_q=self.starts, **self.features, **scales,
+            cu_seqlens_q=self.starts, window=self.rings or None, **self.features, **scales,
         )  # fmt: skip
 
     def arguments(self, *workspace):
@@ -61,7 +80,7 @@ class Problem:
         return [
             self.q, *kernel_caches(self.spec, batch.caches), batch.block_table, batch.seq_lens,
             self.starts,
-            given.get("sinks", none), given.get("alibi_slopes", none), *workspace[:1],
+            given.get("sinks", none), given.get("alibi_slopes", none), *self.rings, *workspace[:1],
             self.out, self.lse, *workspace[1:], self.spec.head_dim**-0.5,
             given.get("soft_cap", 0.0), given.get("window_left", -1), given.get("kept_tokens", 0),
         ]  # fmt: skip

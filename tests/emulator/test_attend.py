@@ -18,10 +18,12 @@ from tq_tvm.spec import CacheSpec
 
 WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, lanes=2, registers=168, reach=1, overlap=0)
 TALL = AttendConfig(warps=2, row_tiles=2, tile=16, lanes=4, registers=255, reach=2, overlap=1)
+MSE3 = "mse3-mse2-signed-norm"
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
     "group6_half": (CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"), TALL),
     "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), WIDE),
+    "mse2_64": (CacheSpec(64, 6, 1, 16, "float16", "bshd", MSE3), TALL),
     "head256": (CacheSpec(256, 4, 2, 16, "bfloat16", "bshd", "tq44"), WIDE),
     "int8": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "int8"), WIDE),
     "int4_half": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "int4"), TALL),
@@ -29,6 +31,10 @@ CASES = {
     "none": (CacheSpec(64, 8, 2, 8, "bfloat16", "bshd", "none"), WIDE),
     "int8_mse4": (CacheSpec(64, 4, 1, 64, "float16", "bshd", "tq84"), WIDE),
     "none_fp8": (CacheSpec(64, 4, 2, 16, "float16", "bhsd", "none-fp8-plain"), TALL),
+    # Windows longer than some sequences, of one token, and of all of most sequences.
+    "window": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", window=50), WIDE),
+    "window_one": (CacheSpec(64, 6, 1, 8, "float16", "bhsd", MSE3, window=1), TALL),
+    "window_none": (CacheSpec(64, 4, 1, 16, "bfloat16", "bhsd", "fp8-none", window=128), TALL),
 }
 FEW = {"lengths": [300, 3, 200, 0, 65, 40, 0], "queries": [4, 1, 8, 0, 2, 0, 1]}
 
@@ -62,18 +68,22 @@ def test_equals_reference(compiled, case, features):
     run(compiled(case), case, features).check()
 
 
+@pytest.mark.parametrize("case", ["group4", "window"])
 @pytest.mark.parametrize("parts", [1, 2, 7, 40])
-def test_merges_pieces(compiled, parts):
-    run(compiled("group4"), "group4", "all", parts=parts).check()
+def test_merges_pieces(compiled, case, parts):
+    run(compiled(case), case, "all", parts=parts).check()
 
 
+@pytest.mark.parametrize("case", ["group4", "window"])
 @pytest.mark.parametrize("features", [f for f in FEATURES if f not in ("plain", "all")])
-def test_each_feature(compiled, features):
-    run(compiled("group4"), "group4", features).check()
+def test_each_feature(compiled, case, features):
+    run(compiled(case), case, features).check()
 
 
-def test_many_query_tokens(compiled):
-    run(compiled("group6_half"), "group6_half", "all", queries=[70, 3, 5, 0, 65, 0, 0]).check()
+@pytest.mark.parametrize("case", ["group6_half", "window", "window_none"])
+def test_many_query_tokens(compiled, case):
+    """More than the spec's window, too."""
+    run(compiled(case), case, "all", queries=[70, 3, 5, 0, 65, 0, 0]).check()
 
 
 def test_large_logits(compiled):

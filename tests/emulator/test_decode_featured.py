@@ -22,6 +22,7 @@ from tq_tvm.splits import workspace_floats
 CASES = {
     "group4": CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"),
     "group6_half": CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"),
+    "window": CacheSpec(64, 6, 2, 16, "bfloat16", "bshd", "tq42", window=50),
 }
 LENGTHS = [300, 3, 200, 0, 65, 40, 1]
 
@@ -45,10 +46,12 @@ def run(module, case, features, parts, **options):
     launch = schedule.launch(spec, "cuda", schedule.defaults(spec, "cuda"))
     size = workspace_floats(spec, len(LENGTHS), parts, launch)
     workspace = Guarded((size,), torch.float32)
-    q, *cache, table, lens, _, sinks, slopes, out, lse, scale, cap, _, _ = problem.arguments()
+    # All but where queries begin, and what is left of a window.
+    given = problem.arguments()
     module["kernel"](
-        q, *cache, table, lens, sinks, slopes, workspace.tensor, out, lse, parts, scale, cap
-    )
+        *given[:7], *given[8:10], *problem.rings, workspace.tensor, problem.out, problem.lse, parts,
+        *given[-4:-2],
+    )  # fmt: skip
     workspace.check()
     return problem
 
@@ -62,9 +65,10 @@ def test_equals_reference(compiled, case, features):
     run(compiled(case), case, FEATURES[features], 3).check()
 
 
+@pytest.mark.parametrize("case", ["group4", "window"])
 @pytest.mark.parametrize("parts", [1, 7, 20])
-def test_features_together_in_pieces(compiled, parts):
-    run(compiled("group4"), "group4", ALL, parts).check()
+def test_features_together_in_pieces(compiled, case, parts):
+    run(compiled(case), case, ALL, parts).check()
 
 
 def test_without_lse(compiled):

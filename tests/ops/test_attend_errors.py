@@ -126,7 +126,8 @@ def test_gpus_name_what_they_lack():
     """No feature falls back to something slow, or is left out."""
     for function in ("decode", "attend", "prefill"):
         check_target("paged_decode", CacheSpec(128, 8, 2), "cuda", function)
-    lacking = CacheSpec(128, 8, 2, window=16)
+    lacking = CacheSpec(128, 8, 2, dtype="float32", window=16)
     check_target("paged_decode", lacking, "llvm", "attend")
-    with pytest.raises(UnsupportedSpecError, match=r"no window.* got k4v2_.*_w16 for attend; use"):
+    with pytest.raises(UnsupportedSpecError, match=r"float16 .* got k4v2_.*_w16 for attend; use"):
         check_target("paged_decode", lacking, "cuda", "attend")
+    check_target("paged_decode", CacheSpec(128, 8, 2, window=16), "cuda", "attend")

@@ -1,6 +1,6 @@
 """Every codec on both sides through the torch calls, against the reference; layers and windows.
 
-On GPUs, which have kernels of Lloyd-Max codecs, the others are refused.
+On GPUs specs that they have no kernels of are refused.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tq_tvm import (
     fill_kv_cache,
     flatten_kv_cache,
     paged_decode,
+    paged_decode_workspace_size,
     reference,
 )
 from tq_tvm.spec import functions_on
@@ -38,24 +39,25 @@ each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.label)
 
 
 @pytest.fixture
-def cpu(library, device):
-    """Build the libraries of a CPU; on a GPU see the refusal instead."""
+def served(library, device):
+    """Make sure of a library; on a GPU without kernels of the spec see the refusal instead."""
 
     def ensure(spec):
-        if device.type == "cuda":
-            paged = dataclasses.replace(spec, window=0)
-            if not functions_on(paged, "cuda"):
-                with pytest.raises(UnsupportedSpecError, match="GPUs have kernels of"):
-                    PagedKVCache(paged, 1, device).decode(*_nothing(spec, device))
-            pytest.skip("a CPU's kernels; GPUs have none of a window")
+        if device.type == "cuda" and spec.dtype != "float32" and not functions_on(spec, "cuda"):
+            rings = {"sequences": 1} if spec.window else {}
+            slots = {"window_slots": torch.zeros(1, device=device).int()} if spec.window else {}
+            cache = PagedKVCache(spec, 1, device, **rings)
+            with pytest.raises(UnsupportedSpecError, match="GPUs have kernels of"):
+                cache.decode(*_nothing(spec, device), **slots)
+            pytest.skip("GPUs have no kernels of this spec")
         library(spec, device)
 
     return ensure
 
 
 def _nothing(spec, device):
-    dtype = getattr(torch, "bfloat16" if spec.dtype == "float32" else spec.dtype)
-    q = torch.zeros(1, spec.num_q_heads, spec.head_dim, device=device, dtype=dtype)
+    shape = (1, spec.num_q_heads, spec.head_dim)
+    q = torch.zeros(shape, device=device, dtype=getattr(torch, spec.dtype))
     return q, torch.zeros(1, 1, device=device).int(), torch.ones(1, device=device).int()
 
 
@@ -65,6 +67,16 @@ def new_rows(spec, tokens, seed=1):
         rows("gaussian", tokens, spec.num_kv_heads, dim, seed=s).to(dtype)
         for dim, s in ((spec.head_dim, seed), (spec.value_dim, seed + 1))
     ]
+
+
+def on(device, values):
+    """Tensors of a device, or None."""
+    return None if values is None else tuple(value.to(device) for value in values)
+
+
+def attention_limit(spec, device):
+    """On GPUs queries and weights are rounded, too."""
+    return 1e-2 if device.type == "cuda" else OUTPUT_ERROR[spec.dtype]
 
 
 def rings(spec):
@@ -82,12 +94,13 @@ def relative(got, want):
 
 
 @each_spec
-def test_fill(cpu, spec):
+def test_fill(served, device, spec):
     """Prefill, then append: bytes of the reference but for ties, and nothing else touched."""
-    cpu(spec)
+    served(spec)
     fmt = spec.cache_format
     ours, theirs = (make_batch(spec, "cpu", LENGTHS) for _ in range(2))
-    window, wanted = rings(spec), rings(spec)
+    window, wanted = on(device, rings(spec)), rings(spec)
+    caches = on(device, ours.caches)
     k, v = new_rows(spec, ours.tokens)
     appended = ours.seq_lens.clamp(max=3)
     for lens, counts in (
@@ -102,12 +115,13 @@ def test_fill(cpu, spec):
         table = {"block_table": ours.block_table, "seq_lens": lens, "q_start_loc": starts}
         new = (k[chosen], v[chosen])
         fill_kv_cache(
-            *new, *ours.caches, **table, layout=spec.layout, policy=spec.format,
-            window=window, **scales_of(spec),
+            *on(device, new), *caches, **{name: value.to(device) for name, value in table.items()},
+            layout=spec.layout, policy=spec.format, window=window, **scales_of(spec),
         )  # fmt: skip
         reference.fill_kv_cache(
             spec, *new, *theirs.caches, **table, window=wanted, **scales_of(spec)
         )
+    ours.caches = on("cpu", caches)
     for side, (codec, x) in enumerate(((fmt.key, k), (fmt.value, v))):
         got, want = (by_slot(spec, b.caches[side])[ours.slots] for b in (ours, theirs))
         y = reference.rotate_rows(x, fmt.rotation)
@@ -131,7 +145,7 @@ def test_fill(cpu, spec):
             )  # fmt: skip
     for got, want in zip((window or ())[:2], (wanted or ())[:2], strict=True):
         torch.testing.assert_close(
-            got, want, rtol=OUTPUT_ERROR[spec.dtype], atol=1e-3, equal_nan=True
+            got.cpu(), want, rtol=OUTPUT_ERROR[spec.dtype], atol=1e-3, equal_nan=True
         )
 
 
@@ -204,65 +218,99 @@ def test_every_call_on_every_device(library, device, spec):
 
 
 @each_spec
-def test_flatten(cpu, spec):
-    cpu(spec)
+def test_flatten(served, device, spec):
+    served(spec)
     batch, table, _ = filled(spec)
     for back in (False, True):
         got = flatten_kv_cache(
-            *batch.caches, **table, out_tokens=batch.tokens + 2, rotate_back=back,
-            layout=spec.layout, policy=spec.format, **scales_of(spec),
+            *on(device, (*batch.caches, *table.values())), out_tokens=batch.tokens + 2,
+            rotate_back=back, layout=spec.layout, policy=spec.format, **scales_of(spec),
         )  # fmt: skip
         want = reference.flatten_kv_cache(
             spec, *batch.caches, **table, out_tokens=batch.tokens + 2, rotate_back=back,
             **scales_of(spec),
         )  # fmt: skip
-        for mine, dense in zip(got, want, strict=True):
+        for mine, dense in zip(on("cpu", got), want, strict=True):
             assert mine.shape == dense.shape
             assert relative(mine, dense) <= OUTPUT_ERROR[spec.dtype]
             assert bool((mine[batch.tokens :] == 0).all())
 
 
 @each_spec
-def test_decode(cpu, spec):
-    cpu(spec)
+def test_decode(served, device, spec):
+    served(spec)
     batch, table, window = filled(spec)
     shape = (len(LENGTHS), spec.num_q_heads, spec.head_dim)
     q = rows("gaussian", *shape, seed=3).to(getattr(torch, spec.dtype)) * 2
     got = paged_decode(
-        q, *batch.caches, **table, layout=spec.layout, policy=spec.cache_format, window=window,
-        **scales_of(spec),
-    )  # fmt: skip
+        *on(device, (q, *batch.caches, *table.values())), layout=spec.layout,
+        policy=spec.cache_format, window=on(device, window), **scales_of(spec),
+    ).cpu()  # fmt: skip
     want = reference.paged_decode(spec, q, *batch.caches, **table, window=window, **scales_of(spec))
     assert got.shape == want.shape == (*shape[:2], spec.value_dim)
-    assert relative(got, want) <= OUTPUT_ERROR[spec.dtype]
+    assert relative(got, want) <= attention_limit(spec, device)
     assert bool((got[batch.seq_lens == 0] == 0).all())
 
 
-def test_a_window_of_all_tokens_is_attention_of_the_rows_themselves(cpu):
+def test_a_window_of_all_tokens_is_attention_of_the_rows_themselves(served, device):
     """Against dense attention over what was never quantised, not over the reference's cache."""
     spec = SPECS[0]
-    cpu(spec)
+    served(spec)
     length = spec.window
-    batch, slots = make_batch(spec, "cpu", [length, length]), torch.tensor([1, 0]).int()
-    cache = PagedKVCache(spec, batch.caches[0].shape[0], "cpu", sequences=2)
+    batch = make_batch(spec, device, [length, length])
+    slots = torch.tensor([1, 0], device=device).int()
+    cache = PagedKVCache(spec, batch.caches[0].shape[0], device, sequences=2)
     k, v = new_rows(spec, 2 * length)
     table = (batch.block_table, batch.seq_lens)
     cache.fill(
-        k, v, block_table=table[0], seq_lens=table[1], q_start_loc=batch.starts,
+        *on(device, (k, v)), block_table=table[0], seq_lens=table[1], q_start_loc=batch.starts,
         window_slots=slots,
     )  # fmt: skip
     q = rows("gaussian", 2, spec.num_q_heads, spec.head_dim, seed=3).bfloat16()
-    got = cache.decode(q, *table, window_slots=slots)
+    got = cache.decode(q.to(device), *table, window_slots=slots).cpu()
     for b in range(2):
         part = slice(b * length, (b + 1) * length)
-        assert relative(got[b], reference.attention(q[b], k[part], v[part])) <= 8e-3
-    packed = PagedKVCache(dataclasses.replace(spec, window=0), 1)
+        assert relative(got[b], reference.attention(q[b], k[part], v[part])) <= 1e-2
+    packed = PagedKVCache(dataclasses.replace(spec, window=0), 1, device)
     assert cache.bytes_per_token == packed.bytes_per_token
     assert cache.window_bytes == 2 * 2 * length * spec.num_kv_heads * 128 * 2
 
 
+@pytest.mark.gpu
+def test_a_window_in_a_graph(library):
+    """Lengths stay on the device: a replay has those of its time, and room in the workspace."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    device = torch.device("cuda", torch.cuda.current_device())
+    spec = SPECS[0]
+    library(spec, device)
+    batch, _, window = filled(spec)
+    caches, rings_ = on(device, batch.caches), on(device, window)
+    table, lens = on(device, (batch.block_table, batch.seq_lens))
+    q = rows("gaussian", len(LENGTHS), spec.num_q_heads, spec.head_dim, seed=3).bfloat16()
+    q = q.to(device)
+    context = table.shape[1] * spec.page_size
+    size = paged_decode_workspace_size(spec, len(LENGTHS), context, device)
+    options = {
+        "window": rings_, "policy": spec.format, "out": torch.empty_like(q),
+        "workspace": torch.empty(size, dtype=torch.uint8, device=device),
+    }  # fmt: skip
+    paged_decode(q, *caches, table, lens, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_decode(q, *caches, table, lens, **options)
+    for emptied in (0, 3):
+        lens[:emptied] = 0
+        options["out"].fill_(float("nan"))
+        graph.replay()
+        want = reference.paged_decode(
+            spec, q.cpu(), *batch.caches, batch.block_table, lens.cpu(), window=window
+        )
+        assert relative(options["out"].cpu(), want) <= attention_limit(spec, device)
+
+
 @pytest.mark.parametrize("contiguous", [False, True])
-def test_a_format_for_each_layer(cpu, contiguous):
+def test_a_format_for_each_layer(served, contiguous):
     """The first and the last in other formats: every layer is filled and read as its own."""
     base = CacheSpec(64, 2, 2, 16, "float32")
     formats = ["none-fp8-signed", "qjl4-mse3-signed-unbiased", 0]
@@ -274,7 +322,7 @@ def test_a_format_for_each_layer(cpu, contiguous):
     starts = torch.tensor([0, 20], dtype=torch.int32)
     q = rows("gaussian", 1, 2, 64, seed=3)
     for layer, spec in enumerate(cache.specs):
-        cpu(spec)
+        served(spec)
         k, v = new_rows(spec, 20, seed=10 * layer)
         cache.fill(k, v, layer=layer, block_table=table, seq_lens=lens, q_start_loc=starts)
         scale = 0.5 if layer == 0 else 1.0
@@ -352,9 +400,9 @@ def test_scales_and_windows_that_cannot_be(changes, error, part):
 
 
 @pytest.mark.parametrize("spec", SPECS[:6], ids=lambda s: s.label)
-def test_unusual_rows_stay_where_they_are(cpu, spec):
+def test_unusual_rows_stay_where_they_are(served, device, spec):
     """Zeros, a huge value, denormals, inf and nan: as the reference has them, others untouched."""
-    cpu(spec)
+    served(spec)
     spec = dataclasses.replace(spec, window=0)
     library_rows = new_rows(spec, 6)
     for x in library_rows:
@@ -364,11 +412,11 @@ def test_unusual_rows_stay_where_they_are(cpu, spec):
         x[3] *= 6e-8
         x[4, ..., 7] = float("inf")
         x[5, ..., 7] = float("nan")
-    batch = make_batch(spec, "cpu", [6])
+    batch = make_batch(spec, device, [6])
     scales = {name: 64.0 for name in scales_of(spec)}
     options = {"layout": spec.layout, "policy": spec.format}
     fill_kv_cache(
-        *library_rows, *batch.caches, slot_mapping=batch.slots, **options, **scales
+        *on(device, library_rows), *batch.caches, slot_mapping=batch.slots, **options, **scales
     )  # fmt: skip
     got = flatten_kv_cache(
         *batch.caches, batch.block_table, batch.seq_lens, out_tokens=6, rotate_back=True,
@@ -379,9 +427,9 @@ def test_unusual_rows_stay_where_they_are(cpu, spec):
         spec, *library_rows, *theirs.caches, slot_mapping=theirs.slots, **scales
     )
     want = reference.flatten_kv_cache(
-        spec, *theirs.caches, batch.block_table, batch.seq_lens, rotate_back=True, **scales
+        spec, *theirs.caches, theirs.block_table, theirs.seq_lens, rotate_back=True, **scales
     )
-    for mine, dense in zip(got, want, strict=True):
+    for mine, dense in zip(on("cpu", got), want, strict=True):
         assert bool(mine[:4].isfinite().all())
         for i in (0, 2):
             assert relative(mine[i], dense[i]) <= OUTPUT_ERROR[spec.dtype]
@@ -391,21 +439,26 @@ def test_unusual_rows_stay_where_they_are(cpu, spec):
         assert not bool(mine[5].isfinite().all())
 
 
-def test_compiles_without_graph_break(cpu):
+def test_compiles_without_graph_break(served, device):
     """Tensor scales and windows are arguments of the registered ops."""
     spec = SPECS[5]
-    cpu(spec)
+    served(spec)
     batch, table, window = filled(spec)
-    k, v = new_rows(spec, batch.tokens)
+    caches, window = on(device, batch.caches), on(device, window)
+    k, v = on(device, new_rows(spec, batch.tokens))
     q = rows("gaussian", len(LENGTHS), spec.num_q_heads, 64, seed=3).to(k)
-    options = {"policy": spec.format, "k_scale": torch.full((1,), 0.5), "window": window}
+    options = {
+        "policy": spec.format, "k_scale": torch.full((1,), 0.5, device=device), "window": window,
+        **{name: value.to(device) for name, value in table.items()},
+    }  # fmt: skip
+    starts = batch.starts.to(device)
 
     def step(k, v, q):
-        fill_kv_cache(k, v, *batch.caches, **table, q_start_loc=batch.starts, **options)
-        return paged_decode(q, *batch.caches, **table, **options)
+        fill_kv_cache(k, v, *caches, q_start_loc=starts, **options)
+        return paged_decode(q, *caches, **options)
 
     want = step(k, v, q)
-    for tensor in (*batch.caches, *window[:2]):
+    for tensor in (*caches, *window[:2]):
         tensor.zero_()
     torch._dynamo.reset()
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(k, v, q), want)

@@ -452,6 +452,17 @@ def test_the_default_decode_is_not_rejected(kind, head_dim):
     schedules.candidate(anchor(spec, kind, decode.DEFAULTS[kind]))
 
 
+@pytest.mark.parametrize("group", [1, 4, 5, 16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["k4v2", "tq22", "tq32", "tq44"])
+def test_defaults_of_decode_fit_a_gpu(name, head_dim, group):
+    """Of formats that share lines of memory among heads, too."""
+    spec = dataclasses.replace(
+        SPEC, format=name, head_dim=head_dim, num_q_heads=2 * group, num_kv_heads=2
+    )
+    assert decode.rejected(spec, "cuda", decode.defaults(spec, "cuda")) is None
+
+
 @pytest.mark.parametrize(
     ("spec", "decisions", "reason"),
     [

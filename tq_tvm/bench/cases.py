@@ -86,6 +86,8 @@ class Workload:
             "layout": spec.layout,
             "graph": self.graph,
         }
+        if spec.window:
+            fields["window"] = spec.window
         if self.shortest is not None:
             fields["shortest"] = self.shortest
         if self.kernel in ("attend", "prefill"):
@@ -141,6 +143,7 @@ def workloads(kind: str) -> list[Workload]:
     many_heads = dataclasses.replace(_SERVED, num_q_heads=64)
     mse4 = dataclasses.replace(_SERVED, format="tq42")
     few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
+    windowed = dataclasses.replace(_SERVED, window=64)
     return [
         Workload("decode", _SERVED, 64, 8192),
         Workload("decode", _SERVED, 16, 32768),
@@ -152,9 +155,10 @@ def workloads(kind: str) -> list[Workload]:
         Workload("decode", _SERVED, 1, 8192, graph=True),
         Workload("decode", _SERVED, 1, 1024, graph=True),
         Workload("decode", _SERVED, 64, 32768, shortest=128),
-        *(Workload("decode", spec, 64, 8192) for spec in shapes),
+        *(Workload("decode", spec, 64, 8192) for spec in (*shapes, windowed)),
         *(Workload("attend", _SERVED, 64, 8192, feature=name) for name in ("lse", *_FEATURES)),
         *(Workload("attend", _SERVED, 64, 8192, new_tokens=new) for new in (4, 8)),
+        Workload("attend", windowed, 64, 8192, new_tokens=4),
         *(Workload("attend", mse4, 64, 8192, new_tokens=new) for new in (1, 4, 8)),
         Workload("attend", _SERVED, 64, 4096),
         Workload("attend", _SERVED, 64, 32768, feature="window of 4096"),
@@ -222,9 +226,16 @@ def _pages(workload: Workload, device: torch.device) -> tuple[int, torch.Tensor,
     return pages, table, lengths
 
 
-def _random_cache(spec: CacheSpec, pages: int, device: torch.device) -> PagedKVCache:
-    """Codes are uniform, scales those of Gaussian rows: every program takes the same time."""
-    cache = PagedKVCache(spec, pages, device)
+def _random_cache(
+    spec: CacheSpec, pages: int, device: torch.device, batch: int = 0
+) -> PagedKVCache:
+    """Codes are uniform, scales those of Gaussian rows: every program takes the same time.
+
+    A spec with a window gets a ring for each of ``batch`` sequences.
+    """
+    cache = PagedKVCache(spec, pages, device, sequences=batch if spec.window else 0)
+    for ring in cache.window() or ():
+        ring.normal_()
     fmt, root = spec.cache_format, spec.head_dim**0.5
     sides = (fmt.key, cache.k_cache, cache.k_meta), (fmt.value, cache.v_cache, cache.v_meta)
     for codec, codes, metas in sides:
@@ -246,6 +257,16 @@ def _random_cache(spec: CacheSpec, pages: int, device: torch.device) -> PagedKVC
 def _dense_bytes(spec: CacheSpec) -> int:
     """One K and one V row of the model."""
     return 2 * spec.head_dim * getattr(torch, spec.dtype).itemsize
+
+
+def _more_bytes(spec: CacheSpec) -> int:
+    """What a row of a window has beyond its packed form."""
+    return _dense_bytes(spec) - spec.bytes_per_token_head
+
+
+def _rings(spec: CacheSpec, batch: int, device: torch.device) -> torch.Tensor | None:
+    """The ring of each sequence, of a spec with a window."""
+    return torch.randperm(batch, device=device).int() if spec.window else None
 
 
 def _row_bytes(spec: CacheSpec) -> int:
@@ -339,7 +360,7 @@ def _flatten(workload: Workload, device: torch.device) -> Case:
 def _decode(workload: Workload, device: torch.device) -> Case:
     spec, batch = workload.cache_spec, workload.batch
     pages, table, lengths = _pages(workload, device)
-    cache = _random_cache(spec, pages, device)
+    cache = _random_cache(spec, pages, device, batch)
     dtype = getattr(torch, spec.dtype)
     q = torch.randn(batch, spec.num_q_heads, spec.head_dim, device=device, dtype=dtype)
     out = torch.empty_like(q)
@@ -357,22 +378,27 @@ def _decode(workload: Workload, device: torch.device) -> Case:
             inputs.traffic(_dense_bytes(spec)),
         )
     codecs = spec.cache_format.key, spec.cache_format.value
+    rings = _rings(spec, batch, device)
+    dense = int(lengths.clamp(max=spec.window).sum()) * spec.num_kv_heads
     by_attend = device.type == "cuda" and not gpus_decode(*codecs, spec.head_dim)
     return Case(
-        call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace),
-        bytes=inputs.traffic(spec.bytes_per_token_head),
+        call=lambda: cache.decode(
+            q, table, lengths, out=out, workspace=workspace, window_slots=rings
+        ),
+        bytes=inputs.traffic(spec.bytes_per_token_head) + dense * _more_bytes(spec),
         function="attend" if by_attend else "decode",
         rows=spec.group_size if by_attend else None,
         size=batch * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
         baselines=baselines,
-        peers=decode_peers(inputs),
+        # No other program keeps a window.
+        peers={} if spec.window else decode_peers(inputs),
     )
 
 
 def _attend(workload: Workload, device: torch.device) -> Case:
     spec, batch, new = workload.cache_spec, workload.batch, workload.new_tokens
     pages, table, lengths = _pages(workload, device)
-    cache = _random_cache(spec, pages, device)
+    cache = _random_cache(spec, pages, device, batch)
     dtype = getattr(torch, spec.dtype)
     tokens, heads = batch * new, spec.num_q_heads
     q = torch.randn(tokens, heads, spec.head_dim, device=device, dtype=dtype)
@@ -391,6 +417,7 @@ def _attend(workload: Workload, device: torch.device) -> Case:
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     seen = min(workload.context, _WINDOW) if "window_left" in features else workload.context
     rows = batch * seen * spec.num_kv_heads
+    dense = batch * min(seen, spec.window) * spec.num_kv_heads
     queries = 2 * q.numel() * q.element_size()
     baselines = {}
     if not features:
@@ -405,11 +432,12 @@ def _attend(workload: Workload, device: torch.device) -> Case:
     # A plain token a sequence is decode's, but for the starts.
     if new > 1 or not features:
         features = {**features, "cu_seqlens_q": starts, "max_seqlen_q": new}
+    features["window_slots"] = _rings(spec, batch, device)
     single = "cu_seqlens_q" not in features and "window_left" not in features
     bent = single and "decode_featured" in functions_on(spec, device.type)
     return Case(
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace, **features),
-        bytes=rows * spec.bytes_per_token_head + queries,
+        bytes=rows * spec.bytes_per_token_head + dense * _more_bytes(spec) + queries,
         function="decode_featured" if bent else workload.kernel,
         rows=None if bent or workload.kernel == "prefill" else new * spec.group_size,
         size=tokens * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,

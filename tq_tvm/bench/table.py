@@ -40,6 +40,8 @@ def _unusual(size: dict[str, Any]) -> list[str]:
     found = [] if size["format"] == "k4v2" else [size["format"]]
     if size["head_dim"] != 128:
         found.append(f"D = {size['head_dim']}")
+    if "window" in size:
+        found.append(f"newest {size['window']} unquantised")
     usual = {"dtype": ("bfloat16", "float32"), "layout": ("bshd",)}
     return found + [size[name] for name, values in usual.items() if size[name] not in values]
 

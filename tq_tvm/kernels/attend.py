@@ -26,9 +26,9 @@ Buffers
     cu_seqlens_q  [B + 1]                                   int32    in
     sinks         [HQ], or [0]: none                        float32  in
     alibi_slopes  [HQ], or [0]: none                        float32  in
-    k_window      [S, N, HK, D], with a window of the spec  dtype    in, see ``decode_cpu``
+    k_window      [S, N, HK, D], with a window of the spec  dtype    in: rings of rotated rows
     v_window      [S, N, HK, DV], with it                   dtype    in
-    window_slots  [B], with it                              int32    in
+    window_slots  [B], with it                              int32    in, ring of each sequence
     workspace     [W], see ``tq_tvm.splits``                float32  scratch
     out           [T, HQ, DV]                               dtype    out
     lse           [T, HQ], or [T, 0]: not wanted            float32  out, natural logarithms
@@ -38,6 +38,9 @@ Buffers
     window_left   scalar, -1: none                          int32    in
     kept_tokens   scalar                                    int32    in
     ============  ========================================  =======  =====================
+
+With a window of the spec, k and v of the positions from L - N on are rows of the sequence's ring,
+position j row j % N, and not those of the cache.
 
 Static: format, D, DV, HQ, HK, PS, dtype, layout, the spec's window. Dynamic: T, B, P, MB, lengths,
 strides, parts, and every feature: what is not asked for is skipped by a branch that all tasks take
@@ -57,7 +60,8 @@ Numerics
     two. Of Lloyd-Max pairs rotated queries, levels, and weights times V's scale are rounded to
     float16, whatever the dtype: rotated queries have to be below 65504, and a weight times its
     scale that is 2^-29 of the largest or less loses bits. Of other pairs rotated queries, K and V
-    as ``flatten`` gives them, and weights are rounded to dtype.
+    as ``flatten`` gives them, and weights are rounded to dtype; of a spec's window, in any format,
+    rotated queries and weights.
 
 Cost of one token and KV head: the bytes of ``decode`` for every block of query tokens (a CPU's
 ``block``; on a GPU 16 ``row_tiles`` pairs of a token and a head), and 2 (D + DV) operations a query

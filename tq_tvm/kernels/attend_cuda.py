@@ -10,7 +10,9 @@ takes its piece of one block after the other:
    are codes that were looked up in registers (`attend_fragments`) or, where a codec is not looked
    up, rows of the model's dtype in shared memory (`attend_tiles`). Nothing in that loop
    synchronises warps;
-3. merges the warps. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
+3. lets them attend to the newest tokens, of a spec with a window, as they are (`attend_window`):
+   to a sequence's tiles of packed rows are added those of its window;
+4. merges the warps. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
    sum of w) goes to the workspace.
 
 The second launch, a CTA a query row, merges pieces (`attend_merge`). With ``overlap`` it begins
@@ -24,6 +26,8 @@ can be parts of a block.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
@@ -45,8 +49,9 @@ from tq_tvm.kernels.attend_rows import (
     attend_tile,
     load_queries,
 )
-from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape, Extent
+from tq_tvm.kernels.attend_shape import WINDOW_TILE, AttendConfig, AttendShape, Extent
 from tq_tvm.kernels.attend_tiles import TileMemory, Tiles
+from tq_tvm.kernels.attend_window import WindowRows
 from tq_tvm.kernels.decode_work import find_place, share_out, unknown_zero
 from tq_tvm.kernels.device import (
     barrier,
@@ -69,6 +74,76 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
     """The TensorIR for one configuration, all sizes dynamic."""
     shape = AttendShape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
+
+    @T.inline
+    def launch(Q, caches, rings, BT, extent, WS, OUT, LSE, n, b, num_groups):
+        for by in T.thread_binding(num_groups, thread="blockIdx.y"):
+            for bx in T.thread_binding(spec.num_kv_heads, thread="blockIdx.x"):
+                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                    _attend(
+                        shape, Q, caches, rings, BT, extent, WS, OUT, LSE, b, bx, by, tx,
+                        num_groups,
+                    )  # fmt: skip
+        for by2 in T.thread_binding(n, thread="blockIdx.y"):
+            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                    merge_rows(shape, extent, WS, OUT, LSE, b, bx2, by2, tx2, num_groups)
+
+    if spec.window:
+
+        @T.prim_func(s_tir=True)
+        def windowed(
+            q: T.handle,
+            k_cache: T.handle,
+            v_cache: T.handle,
+            k_meta: T.handle,
+            v_meta: T.handle,
+            block_table: T.handle,
+            seq_lens: T.handle,
+            cu_seqlens_q: T.handle,
+            sinks: T.handle,
+            alibi_slopes: T.handle,
+            k_window: T.handle,
+            v_window: T.handle,
+            window_slots: T.handle,
+            workspace: T.handle,
+            out: T.handle,
+            lse: T.handle,
+            num_groups: T.int32,
+            sm_scale: T.float32,
+            soft_cap: T.float32,
+            window_left: T.int32,
+            kept_tokens: T.int32,
+        ):
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            n = T.int64()
+            b = T.int64()
+            w = T.int64()
+            p = T.int64()
+            hs = T.int64()
+            ha = T.int64()
+            hl = T.int64()
+            ws = T.int64()
+            Q = T.match_buffer(q, (n, heads, dim), dtype, align=16)
+            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+            CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
+            SK = T.match_buffer(sinks, (hs,), "float32", align=4)
+            AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
+            r = T.int64()
+            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
+            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+            OUT = T.match_buffer(out, (n, heads, dim), dtype, align=16)
+            LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
+            options = T.meta_var(Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens))
+            extent = T.meta_var(Extent(shape, SL, CU, options))
+            launch(Q, caches, (KW, VW, RS), BT, extent, WS, OUT, LSE, n, b, num_groups)
+
+        return windowed
 
     @T.prim_func(s_tir=True)
     def main(
@@ -112,15 +187,7 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
         LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
         options = T.meta_var(Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens))
         extent = T.meta_var(Extent(shape, SL, CU, options))
-        for by in T.thread_binding(num_groups, thread="blockIdx.y"):
-            for bx in T.thread_binding(spec.num_kv_heads, thread="blockIdx.x"):
-                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
-                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                    _attend(shape, Q, caches, BT, extent, WS, OUT, LSE, b, bx, by, tx, num_groups)
-        for by2 in T.thread_binding(n, thread="blockIdx.y"):
-            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
-                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                    merge_rows(shape, extent, WS, OUT, LSE, b, bx2, by2, tx2, num_groups)
+        launch(Q, caches, (), BT, extent, WS, OUT, LSE, n, b, num_groups)
 
     return main
 
@@ -206,8 +273,8 @@ def _walk(shape: AttendShape, words, caches, head, warp, lane, options, zero):
 
 
 def _attend(
-    shape: AttendShape, q, caches, block_table, extent: Extent, workspace, out, lse, batch, kv_head,
-    group, thread, groups,
+    shape: AttendShape, q, caches, rings, block_table, extent: Extent, workspace, out, lse, batch,
+    kv_head, group, thread, groups,
 ) -> None:  # fmt: skip
     """One CTA of the first launch."""
     config, options = shape.config, extent.options
@@ -222,6 +289,10 @@ def _attend(
     walk = _walk(shape, words, caches, kv_head, warp, lane, options, unknown_zero(shares))
     softmax = Softmax(shape.rows, g, t, options)
     now, ahead, last = (local(1, "int32") for _ in range(3))
+    window, until = None, last
+    if rings:
+        window = WindowRows(shape, words, rings, kv_head, lane, options.sm_scale)
+        until = local(1, "int32")
     with loop(place.tile[0] < place.end[0]):
         sequence = place.sequence[0]
         span = extent.of(sequence)
@@ -233,30 +304,46 @@ def _attend(
             inside = let(place.offset[0] - block * span.width)
             store(count, T.min(span.width - inside, place.end[0] - place.tile[0]))
             rows = extent.rows(sequence, block, kv_head)
-            seen = rows.seen(options)
+            seen = packed = rows.seen(options)
+            earliest = rows.first_position
             store(now, inside + warp)
             store(last, inside + count[0])
-            with when(now[0] < last[0]):
-                walk.begin(block_table, sequence, span, now[0], seen)
+            if window is not None:
+                # Tokens of the window are in pages, too, but attended to as they are.
+                softmax.end = end = extent.packed_end(rows.seq_len)
+                packed = dataclasses.replace(seen, last=let(T.min(seen.last, end - 1)))
+                earliest = let(T.min(earliest, end - 1))
+                store(until, T.min(last[0], span.packed))
+            with when(now[0] < until[0]):
+                walk.begin(block_table, sequence, span, now[0], packed)
+            if window is not None:
+                with when(last[0] > until[0]):
+                    window.prefetch(sequence, thread, shape.threads)
             turns = -(-shape.rows.rows // config.warps)
             walk.load_queries(q, rows, let(warp * turns), turns)
             softmax.start(rows, i32(0))
             walk.start()
             barrier()
-            with loop(now[0] < last[0]):
+            with loop(now[0] < until[0]):
                 store(ahead, now[0] + config.warps)
                 first = let(span.first_token(now[0]))
-                late = first + (config.tile - 1) > rows.first_position
+                late = first + (config.tile - 1) > earliest
                 far = first < rows.last_position - options.window_left
                 masked = let(T.Or(late, T.And(options.window_left >= 0, far)))
 
                 def ask_next() -> None:
-                    with when(ahead[0] < last[0]):
-                        walk.ask(block_table, sequence, span, ahead[0], seen)
+                    with when(ahead[0] < until[0]):
+                        walk.ask(block_table, sequence, span, ahead[0], packed)
 
                 walk.attend(softmax, first, masked, ask_next)
                 store(now, ahead[0])
             walk.finish(softmax)
+            if window is not None:
+                softmax.end = None
+                with loop(now[0] < last[0]):
+                    first = let(end + (now[0] - span.packed) * WINDOW_TILE)
+                    window.attend(softmax, sequence, first, seen)
+                    store(now, now[0] + config.warps)
             leave_warp(shape, memory, softmax, warp, g, t)
             barrier()
             with I.If(count[0] == span.width):

@@ -26,6 +26,7 @@ ends before its neighbour. 32 rows a block take 1.24 times the instructions of 1
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -275,7 +276,7 @@ class Fragments:
         value_bytes = shape.value.packed_bytes(spec.head_dim)
         # Lanes that copy a row of V: as many as it has chunks, or the next power of two.
         self._sharing = 1 << (shape.chunks - 1).bit_length()
-        self._copied = 32 // self._sharing
+        self._copied = min(32 // self._sharing, shape.tile)
         chunk, token = let(lane % self._sharing), let(T.truncdiv(lane, self._sharing))
         self._chunk = chunk
         self._to = let(chunk * shape.value_plane + token * 4)
@@ -396,11 +397,13 @@ class Fragments:
                 place = pointer(self._words, self._tile[0] + (self._to + 4 * first))
                 ptx("cp.async.cg.shared.global.L2::128B", place, self._v.pointer(first), 16)
 
-        if shape.chunks == self._sharing:
+        # Lanes for which a row has no chunk, or the tile no row.
+        with contextlib.ExitStack() as conditions:
+            if shape.chunks < self._sharing:
+                conditions.enter_context(when(self._chunk < shape.chunks))
+            if self._copied * self._sharing < 32:
+                conditions.enter_context(when(self._lane < self._copied * self._sharing))
             copy()
-        else:
-            with when(self._chunk < shape.chunks):
-                copy()
 
     def turn(self) -> None:
         """All copies of a tile, or none, are under way: go to the other place."""

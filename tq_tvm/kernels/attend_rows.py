@@ -42,6 +42,7 @@ from tq_tvm.spec import CacheSpec
 __all__ = [
     "LOWEST",
     "Options",
+    "QueryOperands",
     "RowBlock",
     "RowShape",
     "Softmax",
@@ -151,6 +152,8 @@ class Softmax:
         self.bound, self.total, self._slope = (local((tiles, 2), "float32") for _ in range(3))
         self._rows: RowBlock | None = None
         self._first: Any = None
+        # Where the tokens end that are attended to, if rows see more than those.
+        self.end: Any = None
         self.output = local((tiles, shape.spec.head_dim // 8, 4), "float32")
         self._sloped = let(T.cast(options.alibi_slopes.shape[0], "int32") > 0)
         self._featured = let(T.Or(self._sloped, options.soft_cap > f32(0)))
@@ -184,7 +187,7 @@ class Softmax:
     def weigh(self, scores, first, masked) -> None:
         """Scores, in units of log2, become weights; ``masked`` says if any are not attended to."""
         shape, bound = self._shape, self.bound
-        octets = shape.tile // 8
+        octets = int(scores.shape[1])
         with when(self._featured):
             self._bend(scores, first, octets)
         with when(masked):
@@ -197,6 +200,8 @@ class Softmax:
                         token = let(first + (8 * octet + e) + 2 * self._t)
                         near = T.Or(token >= low, token < self._options.kept_tokens)
                         seen = T.And(token <= limit, near)
+                        if self.end is not None:
+                            seen = T.And(token < self.end, seen)
                         index = (tile, octet, 2 * half + e)
                         value = T.Select(seen, scores[index], f32(_MASKED))
                         store(scores, value, *index)
@@ -320,6 +325,24 @@ def _rotated(
             yield row, let(lane * values + i), (x[i + 1] * factor, x[i] * factor)
 
 
+class QueryOperands:
+    """Queries that `load_queries` left from word ``place`` on, from row ``first_row`` on."""
+
+    def __init__(self, shape: RowShape, words, place, first_row, lane) -> None:
+        self._shape, self._words = shape, words
+        row = let(first_row + lane % 16)
+        moved = T.bitwise_xor(lane % 8, lane // 16) * 4
+        self._begin = let(place + row * shape.row_words + moved)
+
+    def read(self, m: int, step: int) -> list[Any]:
+        """The operand of a row tile and 16 coordinates."""
+        operand = local(4, "uint32")
+        at = T.bitwise_xor(self._begin, 8 * step) + 16 * m * self._shape.row_words
+        registers = [operand[i] for i in range(4)]
+        ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, pointer(self._words, at))
+        return registers
+
+
 def attend_tile(
     shape: RowShape, words, place, tiles: Tiles, softmax: Softmax, first_row, lane, first, masked
 ) -> None:
@@ -327,16 +350,9 @@ def attend_tile(
     product = PRODUCTS[shape.spec.dtype]
     blocks, steps = shape.tile // 16, shape.spec.head_dim // 16
     scores = local((shape.row_tiles, shape.tile // 8, 4), "float32")
-    row = let(first_row + lane % 16)
-    begin = let(place + row * shape.row_words + T.bitwise_xor(lane % 8, lane // 16) * 4)
+    queries = QueryOperands(shape, words, place, first_row, lane)
     for k in range(steps):
-        a = []
-        for m in range(shape.row_tiles):
-            operand = local(4, "uint32")
-            at = T.bitwise_xor(begin, 8 * k) + 16 * m * shape.row_words
-            registers = [operand[i] for i in range(4)]
-            ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, pointer(words, at))
-            a.append(registers)
+        a = [queries.read(m, k) for m in range(shape.row_tiles)]
         for block in range(blocks):
             for octet, b in enumerate(tiles.keys(block, k)):
                 for m in range(shape.row_tiles):

@@ -14,7 +14,10 @@ from tq_tvm.kernels.decode_shape import REGISTERS
 from tq_tvm.kernels.device import i32, let
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["AttendConfig", "AttendShape", "Extent", "Span"]
+__all__ = ["WINDOW_TILE", "AttendConfig", "AttendShape", "Extent", "Span"]
+
+WINDOW_TILE = 16
+"""Tokens of a tile of a spec's window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +101,19 @@ class AttendShape:
 class Span:
     """Blocks of a sequence's rows, and what they read: ``width`` tiles each.
 
+    The first ``packed`` of them are tiles of packed rows, the others of the spec's window.
     ``skipped`` tiles, behind the ``kept`` ones, are left out.
     """
 
     blocks: Any
     width: Any
+    packed: Any
     kept: Any
     skipped: Any
     tile: int
 
     def first_token(self, index):
-        """First token of a tile, by its number among those that are read."""
+        """First token of a tile of packed rows, by its number among those that are read."""
         return (index + T.Select(index >= self.kept, self.skipped, i32(0))) * self.tile
 
 
@@ -129,9 +134,22 @@ class Extent:
         window = self.options.window_left
         oldest = T.truncdiv(T.max(length - count - window, i32(0)), tile)
         kept = let(T.truncdiv(self.options.kept_tokens + (tile - 1), tile))
+        end = self.packed_end(length)
+        tiles = T.truncdiv(end + (tile - 1), tile)
+        if shape.spec.window:
+            oldest = T.min(oldest, tiles)
         skipped = let(T.Select(window < 0, i32(0), T.max(oldest - kept, i32(0))))
-        width = T.truncdiv(length + (tile - 1), tile) - skipped
-        return Span(let(blocks), let(T.max(width, i32(0))), kept, skipped, tile)
+        blocks = let(blocks)
+        packed = let(T.max(tiles - skipped, i32(0)))
+        width = packed
+        if shape.spec.window:
+            width = let(packed + T.truncdiv(length - end + (WINDOW_TILE - 1), WINDOW_TILE))
+        return Span(blocks, width, packed, kept, skipped, tile)
+
+    def packed_end(self, length):
+        """Where, in a sequence, the spec's window begins."""
+        window = self._shape.spec.window
+        return let(T.max(length - window, i32(0))) if window else length
 
     def rows(self, sequence, block, kv_head) -> RowBlock:
         """The rows of a block."""

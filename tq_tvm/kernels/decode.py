@@ -11,25 +11,28 @@ Equation
     logits (in units of log2), l = sum 2^(logit - m) and o = sum 2^(logit - m) v; then merged.
 
 Buffers
-    ===========  ========================================  =======  =====================
-    name         shape                                     dtype    use
-    ===========  ========================================  =======  =====================
-    q            [B, HQ, D]                                dtype    in
-    k_cache      [P, PS, HK, BK], free page stride         uint8    in; dtype of codec none
-    v_cache      [P, PS, HK, BV], free page stride         uint8    in
-    k_meta       [P, PS, HK, MK], free page stride         dtype    in; [1] float32 of fp8
-    v_meta       [P, PS, HK, MV], free page stride         dtype    in
-    block_table  [B, MB]                                   int32    in
-    seq_lens     [B]                                       int32    in
-    workspace    [W], see ``tq_tvm.splits``                float32  scratch: o, then (m, l)
-    out          [B, HQ, DV]                               dtype    out
-    num_parts    scalar: splits (CPU), groups (GPU), or    int32    in
-                 CTAs of a cluster (GPU)
-    sm_scale     scalar                                    float32  in
-    ===========  ========================================  =======  =====================
+    ============  ========================================  =======  =====================
+    name          shape                                     dtype    use
+    ============  ========================================  =======  =====================
+    q             [B, HQ, D]                                dtype    in
+    k_cache       [P, PS, HK, BK], free page stride         uint8    in; dtype of codec none
+    v_cache       [P, PS, HK, BV], free page stride         uint8    in
+    k_meta        [P, PS, HK, MK], free page stride         dtype    in; [1] float32 of fp8
+    v_meta        [P, PS, HK, MV], free page stride         dtype    in
+    block_table   [B, MB]                                   int32    in
+    seq_lens      [B]                                       int32    in
+    k_window      [S, N, HK, D], with a window of the spec  dtype    in, see ``kernels.attend``
+    v_window      [S, N, HK, DV], with it                   dtype    in
+    window_slots  [B], with it                              int32    in
+    workspace     [W], see ``tq_tvm.splits``                float32  scratch: o, then (m, l)
+    out           [B, HQ, DV]                               dtype    out
+    num_parts     scalar: splits (CPU), groups (GPU), or    int32    in
+                  CTAs of a cluster (GPU)
+    sm_scale      scalar                                    float32  in
+    ============  ========================================  =======  =====================
 
-Static: format, D, DV, HQ, HK, PS, dtype, layout, window (``decode_cpu``). Dynamic: B, P, MB,
-lengths, strides, splits.
+Static: format, D, DV, HQ, HK, PS, dtype, layout, window. Dynamic: B, P, MB, lengths, strides,
+splits.
 
 Tail
     Tokens past a sequence's end are masked, scales included. An empty sequence gives zeros.
@@ -40,6 +43,7 @@ Numerics
     output. Of a weight times the norm of its V the 15 bits count from the largest weight times the
     largest norm: a row of V that is hundreds of times longer than others, and has a small weight,
     loses bits (6 % of an output where a row 333 times as long had some 1e-4 of the weights).
+    Rows of a spec's window are multiplied in float32.
 
 Cost of one token and KV head (k4v2, D = 128): 102 bytes read; see ``decode_cuda`` for operations.
 

@@ -10,6 +10,9 @@ asks for its sequence's length, the pages of its first tile and its queries, whi
 one another; then for K and V, which are on their way while the queries are rotated and quantised.
 No sums are moved for a warp's first tile, and reductions over lanes go side by side.
 
+With a window of the spec this is over the tokens before it, and it is added to a row that is
+finished (`decode_window`).
+
 Lengths that differ leave CTAs idle, and a cluster's CTAs are resident all at once: for long
 contexts and full batches `decode_cuda` is faster.
 """
@@ -26,6 +29,7 @@ from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_values import SumMemory, Values
+from tq_tvm.kernels.decode_window import Window
 from tq_tvm.kernels.decode_work import tiles_of
 from tq_tvm.kernels.device import (
     arrive_at_cluster,
@@ -49,6 +53,55 @@ def decode_cluster(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     """The TensorIR for one configuration, all sizes dynamic; the workspace is not touched."""
     shape = Shape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
+
+    if spec.window:
+
+        @T.prim_func(s_tir=True)
+        def windowed(
+            q: T.handle,
+            k_cache: T.handle,
+            v_cache: T.handle,
+            k_meta: T.handle,
+            v_meta: T.handle,
+            block_table: T.handle,
+            seq_lens: T.handle,
+            k_window: T.handle,
+            v_window: T.handle,
+            window_slots: T.handle,
+            workspace: T.handle,
+            out: T.handle,
+            num_ctas: T.int32,
+            sm_scale: T.float32,
+        ):
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            b = T.int64()
+            w = T.int64()
+            p = T.int64()
+            ws = T.int64()
+            Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
+            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+            r = T.int64()
+            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
+            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+            OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
+            window = T.meta_var(Window(shape, Q, (KW, VW, RS), SL, sm_scale))
+            for bz in T.thread_binding(b, thread="blockIdx.z"):
+                for by in T.thread_binding(shape.units, thread="blockIdx.y"):
+                    # A row of the grid is a cluster.
+                    for _ in T.thread_binding(num_ctas, thread="clusterCtaIdx.x"):
+                        for bx in T.thread_binding(num_ctas, thread="blockIdx.x"):
+                            for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                                T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                                _attend(
+                                    shape, Q, caches, BT, SL, OUT, w, by, bz, bx, num_ctas, tx,
+                                    sm_scale, window,
+                                )  # fmt: skip
+
+        return windowed
 
     @T.prim_func(s_tir=True)
     def main(
@@ -91,7 +144,7 @@ def decode_cluster(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
 
 def _attend(
     shape: Shape, q, caches, block_table, seq_lens, out, table_width, unit, sequence, rank, ctas,
-    thread, sm_scale,
+    thread, sm_scale, window: Window | None = None,
 ) -> None:  # fmt: skip
     """One CTA: number ``rank`` of ``ctas`` in its cluster."""
     spec, warps = shape.spec, shape.config.warps
@@ -121,12 +174,16 @@ def _attend(
     values.hold_table(zero)
     values.start()
     tile = KeyTile.allocate(shape)
+    if window is not None:
+        store(seq_len, T.max(seq_len[0] - spec.window, i32(0)))
     store(last, tiles_of(shape, seq_len[0]))
     with when(now[0] < last[0]):
         reader.load_k(tile, now[0])
         reader.copy_v(now[0])
         reader.find_pages(sequence, now[0] + step, seq_len[0])
     ring.turn()
+    if window is not None:
+        window.prefetch(sequence, kv_head, inside, 32 * warps)
     query.quantise()
     barrier()
     query.prepare(sm_scale, zero)
@@ -148,7 +205,7 @@ def _attend(
     merge_warps(shape, sum_memory, merged, column, inside)
     arrive_at_cluster(release=True)
     wait_for_cluster()
-    merge_cluster(shape, merged, out, sequence, unit, rank, ctas, let(thread // 32), lane)
+    merge_cluster(shape, merged, out, sequence, unit, rank, ctas, let(thread // 32), lane, window)
     # Nobody leaves while others read what it has.
     arrive_at_cluster(release=False)
     wait_for_cluster()

@@ -17,6 +17,9 @@ after the other:
 The second launch, a CTA a query head and sequence, merges pieces and rotates back. With
 ``overlap`` it begins before the first is done, and waits for it where it needs its results.
 
+With a window of the spec both launches are over the tokens before it, and it is added to a row that
+is finished (`decode_window`).
+
 The workspace is ``2 groups HQ (D + 2)`` floats: only the first and the last piece of a group can be
 parts of a sequence.
 
@@ -67,6 +70,7 @@ from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_values import SumMemory, Values
+from tq_tvm.kernels.decode_window import PackedLengths, Window
 from tq_tvm.kernels.decode_work import (
     find_place,
     share_out,
@@ -108,6 +112,57 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     """The TensorIR for one configuration, all sizes dynamic."""
     shape = Shape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
+
+    if spec.window:
+
+        @T.prim_func(s_tir=True)
+        def windowed(
+            q: T.handle,
+            k_cache: T.handle,
+            v_cache: T.handle,
+            k_meta: T.handle,
+            v_meta: T.handle,
+            block_table: T.handle,
+            seq_lens: T.handle,
+            k_window: T.handle,
+            v_window: T.handle,
+            window_slots: T.handle,
+            workspace: T.handle,
+            out: T.handle,
+            num_groups: T.int32,
+            sm_scale: T.float32,
+        ):
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            b = T.int64()
+            w = T.int64()
+            p = T.int64()
+            ws = T.int64()
+            Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
+            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+            r = T.int64()
+            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
+            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+            OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
+            lengths = T.meta_var(PackedLengths(SL, spec.window))
+            window = T.meta_var(Window(shape, Q, (KW, VW, RS), SL, sm_scale))
+            for by in T.thread_binding(num_groups, thread="blockIdx.y"):
+                for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
+                    for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                        T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                        attend_share(
+                            shape, Q, caches, BT, lengths, WS, OUT, b, bx, by, tx, num_groups,
+                            sm_scale, window,
+                        )  # fmt: skip
+            for by2 in T.thread_binding(b, thread="blockIdx.y"):
+                for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                    for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                        merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, window)
+
+        return windowed
 
     @T.prim_func(s_tir=True)
     def main(
@@ -161,9 +216,9 @@ def _prefetch(argument, line) -> None:
 
 def attend_share(
     shape: Shape, q, caches, block_table, seq_lens, workspace, out, batch, unit, group, thread,
-    groups, sm_scale, features: Featured | None = None,
+    groups, sm_scale, features: Featured | Window | None = None,
 ) -> None:  # fmt: skip
-    """One CTA of the first launch; ``features`` are `decode_featured`'s."""
+    """One CTA of the first launch; ``features`` are `decode_featured`'s, or a spec's window."""
     spec, warps = shape.spec, shape.config.warps
     # Columns of warps have heads of their own, and go through the same tokens.
     column, inside = let(thread // (32 * warps)), let(thread % (32 * warps))
@@ -204,7 +259,7 @@ def attend_share(
         with when(count > 0):
             store(now, place.offset[0] + warp)
             store(last, place.offset[0] + count)
-            # The first tile is on its way while the queries are prepared.
+            # The first tile is on its way while the queries are prepared, and the window.
             query.load(q, sequence, first_head, heads)
             with when(now[0] < last[0]):
                 reader.find_pages(sequence, now[0], seq_len[0])
@@ -212,6 +267,9 @@ def attend_share(
                 reader.copy_v(now[0])
                 reader.find_pages(sequence, now[0] + warps, seq_len[0])
             ring.turn()
+            if spec.window:
+                assert features is not None
+                features.prefetch(sequence, kv_head, inside, 32 * warps)
             query.quantise()
             barrier()
             query.prepare(sm_scale, zero)

@@ -1,12 +1,13 @@
 r"""``decode_featured`` on NVIDIA GPUs: ``decode`` with what ``attend`` adds to one token.
 
 Equation
-    As ``kernels.attend``, for one query token a sequence and no window: soft cap, ALiBi, sinks, and
-    the log-sum-exp. The kernel is ``decode_cuda``'s, at the decisions that ``decode`` has.
+    As ``kernels.attend``, for one query token a sequence and no ``window_left``: soft cap, ALiBi,
+    sinks, and the log-sum-exp. The kernel is ``decode_cuda``'s, at the decisions of ``decode``.
 
 Buffers
-    Those of ``kernels.decode``, and sinks ``[HQ]`` or ``[0]``, alibi_slopes ``[HQ]`` or ``[0]``,
-    float32, in; lse ``[B, HQ]`` or ``[B, 0]``, float32, out; soft_cap, a scalar, 0: none.
+    Those of ``kernels.decode``, and before those of a window sinks ``[HQ]`` or ``[0]`` and
+    alibi_slopes ``[HQ]`` or ``[0]``, float32, in; lse ``[B, HQ]`` or ``[B, 0]``, float32, out;
+    soft_cap, a scalar, 0: none.
 
 Static, dynamic, tail
     As ``decode``. What is not asked for is skipped by a branch that all warps take alike.
@@ -31,6 +32,7 @@ from tq_tvm.kernels.decode_cuda import attend_share
 from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
+from tq_tvm.kernels.decode_window import PackedLengths, Window
 from tq_tvm.kernels.device import f32, let, local, store, when
 from tq_tvm.spec import CacheSpec
 
@@ -42,8 +44,10 @@ _LOG2E = math.log2(math.e)
 class Featured:
     """Features of a call, and how a logit and a row take them."""
 
-    def __init__(self, shape: Shape, sinks, alibi_slopes, lse, soft_cap) -> None:
-        self._shape, self._lse = shape, lse
+    def __init__(
+        self, shape: Shape, sinks, alibi_slopes, lse, soft_cap, window: Window | None = None
+    ) -> None:
+        self._shape, self._lse, self._window = shape, lse, window
         self._options = Options(sinks, alibi_slopes, None, soft_cap, None, None)
 
     def prepare(self, first_head, heads, t) -> None:
@@ -56,8 +60,7 @@ class Featured:
             store(self._slope, f32(0), j)
             with when(T.And(sloped, head < heads)):
                 store(self._slope, slopes[first_head + head] * f32(_LOG2E), j)
-        self._cap = let(cap * f32(_LOG2E))
-        self._inverse = let(T.Select(cap > f32(0), f32(2 * _LOG2E) / self._cap, f32(0)))
+        self._cap, self._inverse = self._caps()
         self._bent = let(T.Or(sloped, cap > f32(0)))
 
     def bend(self, query: Query, scores, own_token, first, seq_len) -> None:
@@ -73,11 +76,42 @@ class Featured:
                         # tanh x = 1 - 2 / (1 + e^2x)
                         grown = T.exp2(value[0] * self._inverse) + f32(1)
                         store(value, self._cap - self._cap * (f32(2) / grown))
-                    apart_from = T.cast(first + own_token + (apart * n + 1) - seq_len, "float32")
+                    # Behind packed tokens there is the whole window.
+                    offset = apart * n + 1 - shape.spec.window
+                    apart_from = T.cast(first + own_token + offset - seq_len, "float32")
                     store(scores, (value[0] + self._slope[j] * apart_from) * unit, n, j)
 
+    def prefetch(self, sequence, kv_head, thread, threads: int) -> None:
+        """Of a spec's window."""
+        assert self._window is not None
+        self._window.prefetch(sequence, kv_head, thread, threads)
+
+    def _caps(self):
+        """The soft cap in units of log2, and what a logit is multiplied by, 0 without a cap."""
+        given = self._options.soft_cap
+        cap = let(given * f32(_LOG2E))
+        return cap, let(T.Select(given > f32(0), f32(2 * _LOG2E) / cap, f32(0)))
+
+    def _bend_one(self, logit, head, age):
+        """Soft cap and ALiBi of a logit in units of log2."""
+        slopes, value = self._options.alibi_slopes, local(1, "float32")
+        # Not those of `prepare`: the second launch has been nowhere else.
+        cap, inverse = self._caps()
+        store(value, logit)
+        with when(cap > f32(0)):
+            grown = T.exp2(value[0] * inverse) + f32(1)
+            store(value, cap - cap * (f32(2) / grown))
+        with when(T.cast(slopes.shape[0], "int32") > 0):
+            store(value, value[0] - slopes[head] * f32(_LOG2E) * T.cast(age, "float32"))
+        return value[0]
+
     def finish(self, x, top, total, out, place, lane) -> None:
-        """Divide a row that a warp shares, rotate it back, and write it and its lse."""
+        """Divide a row that a warp shares, rotate it back, and write it and its lse.
+
+        Before that what a spec's window has is added to it.
+        """
+        if self._window is not None:
+            top, total = self._window.add(x, top, total, place, lane, self._bend_one)
         rows = RowShape(self._shape.spec, 1, self._shape.config.tile)
         finish_row(rows, x, top, total, place, self._options, out, self._lse, lane)
 
@@ -86,6 +120,70 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     """The TensorIR for one configuration without clusters, all sizes dynamic."""
     shape = Shape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
+
+    if spec.window:
+
+        @T.prim_func(s_tir=True)
+        def windowed(
+            q: T.handle,
+            k_cache: T.handle,
+            v_cache: T.handle,
+            k_meta: T.handle,
+            v_meta: T.handle,
+            block_table: T.handle,
+            seq_lens: T.handle,
+            sinks: T.handle,
+            alibi_slopes: T.handle,
+            k_window: T.handle,
+            v_window: T.handle,
+            window_slots: T.handle,
+            workspace: T.handle,
+            out: T.handle,
+            lse: T.handle,
+            num_groups: T.int32,
+            sm_scale: T.float32,
+            soft_cap: T.float32,
+        ):
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            b = T.int64()
+            w = T.int64()
+            p = T.int64()
+            hs = T.int64()
+            ha = T.int64()
+            hl = T.int64()
+            ws = T.int64()
+            Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
+            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+            SK = T.match_buffer(sinks, (hs,), "float32", align=4)
+            AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
+            r = T.int64()
+            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
+            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
+            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+            OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
+            LSE = T.match_buffer(lse, (b, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
+            lengths = T.meta_var(PackedLengths(SL, spec.window))
+            window = T.meta_var(Window(shape, Q, (KW, VW, RS), SL, sm_scale))
+            features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap, window))
+            for by in T.thread_binding(num_groups, thread="blockIdx.y"):
+                for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
+                    for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                        T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                        attend_share(
+                            shape, Q, caches, BT, lengths, WS, OUT, b, bx, by, tx, num_groups,
+                            sm_scale, features,
+                        )  # fmt: skip
+            for by2 in T.thread_binding(b, thread="blockIdx.y"):
+                for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                    for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                        merge_pieces(
+                            shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, features
+                        )
+
+        return windowed
 
     @T.prim_func(s_tir=True)
     def main(

@@ -36,10 +36,12 @@ from tq_tvm.kernels.device import (
 
 if TYPE_CHECKING:
     from tq_tvm.kernels.decode_featured import Featured
+    from tq_tvm.kernels.decode_window import Window
 
 __all__ = [
     "MERGE_THREADS",
     "MergedMemory",
+    "finish_row",
     "merge_cluster",
     "merge_pieces",
     "merge_warps",
@@ -132,7 +134,7 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
 
 def write_output(
     shape: Shape, merged: MergedMemory, column, out, sequence, first_head, heads, warp, lane,
-    features: Featured | None = None,
+    features: Featured | Window | None = None,
 ) -> None:  # fmt: skip
     """Finish a sequence that no other CTA has a piece of: a warp a head rotates back."""
     count = shape.row_values
@@ -145,12 +147,12 @@ def write_output(
             place = (sequence, first_head + head)
             total = merged.total[column, head]
             if features is None:
-                _finish_row(shape, x, total, out, place, lane)
+                finish_row(shape, x, total, out, place, lane)
             else:
                 features.finish(x, merged.bound[column, head], total, out, place, lane)
 
 
-def _finish_row(shape: Shape, x, total, out, where, lane) -> None:
+def finish_row(shape: Shape, x, total, out, where, lane) -> None:
     """Divide by the total, rotate back and write; no weights give zeros."""
     rotate_row(shape, x, lane)
     turn_signs(shape, x, lane)
@@ -194,7 +196,7 @@ def write_piece(
 
 def merge_pieces(
     shape: Shape, seq_lens, workspace, out, batch, head, sequence, thread, groups,
-    features: Featured | None = None,
+    features: Featured | Window | None = None,
 ):  # fmt: skip
     """One CTA of the second launch: merge a sequence's pieces of a query head and rotate back.
 
@@ -257,14 +259,15 @@ def merge_pieces(
                 for i in range(count):
                     store(x, x[i] + partial[w, lane * count + i], i)
             if features is None:
-                _finish_row(shape, x, total[0], out, (sequence, head), lane)
+                finish_row(shape, x, total[0], out, (sequence, head), lane)
             else:
                 features.finish(x, top[0], total[0], out, (sequence, head), lane)
 
 
 def merge_cluster(
-    shape: Shape, merged: MergedMemory, out, sequence, unit, rank, ctas, warp, lane
-) -> None:
+    shape: Shape, merged: MergedMemory, out, sequence, unit, rank, ctas, warp, lane,
+    window: Window | None = None,
+) -> None:  # fmt: skip
     """Finish a share of a cluster's heads, which every CTA has left in its shared memory.
 
     A head is a warp's: it reads the pieces of all CTAs, merges them and rotates back.
@@ -318,5 +321,9 @@ def merge_cluster(
         with when(tile * shape.heads + head < spec.group_size):
             # Lanes of the lower half have all CTAs between them.
             store(total, shuffle(total[0], 0))
-            _finish_row(shape, x, total[0], out, (sequence, first + head), lane)
+            place = (sequence, first + head)
+            if window is None:
+                finish_row(shape, x, total[0], out, place, lane)
+            else:
+                window.finish(x, shuffle(top[0], 0), total[0], out, place, lane)
         store(job, job[0] + ctas * shape.config.warps * shape.abreast)

@@ -11,7 +11,8 @@ One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the
 2. finds the squared norms as the diagonal of the product of the rows with themselves;
 3. finds codes and scales (`fill_codes`; without norms, and perhaps without a rotation,
    `fill_direct`);
-4. writes 8 bytes a lane and plane at a time (4 at D = 64), and the scales.
+4. writes 8 bytes a lane and plane at a time (4 at D = 64), and the scales; between 1 and 3, with a
+   window of the spec, the rotated rows of the newest tokens into their rings.
 
 A lane ``(g, t)``, g = lane / 4, t = lane % 4, works on row g and on the coordinates whose bits 3
 and 4 (2 and 3 at D = 64) are ``t``.
@@ -20,6 +21,8 @@ and 4 (2 and 3 at D = 64) are ``t``.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -44,7 +47,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.fill_codes import Encoded, Encoder
-from tq_tvm.kernels.fill_direct import DirectEncoder
+from tq_tvm.kernels.fill_direct import DirectEncoder, row_words
 from tq_tvm.kernels.fill_places import GivenSlots, TableSlots
 from tq_tvm.kernels.hadamard_cuda import (
     PRODUCTS,
@@ -120,22 +123,32 @@ class _Side:
         """``value`` becomes minus the rotated row, unscaled."""
         rotate_rows(self.row, self.dtype, self.words, ones, self.value)
 
-    def encode(self, ones, g, t) -> Encoded:
-        """Codes and scales of the row that was read."""
+    def encode(self, ones, g, t, keep: Callable[[Any], None] | None) -> Encoded:
+        """Codes and scales of the row that was read.
+
+        ``keep`` is called with the words of the rotated row in the model's dtype.
+        """
+        unit = -(self.row.dim**-0.5)
         if not self.direct:
             squared = self.squared_norm(g)
             self.rotate(ones)
+            if keep is not None:
+                keep(row_words(self.row, self.dtype, self.value, unit))
             return self.encoder.encode(self.value, t, squared)
         if self.rotation != "none":
             self.rotate(ones)
             for i in range(self.row.dim // 4):
-                store(self.value, self.value[i] * f32(-(self.row.dim**-0.5)), i)
-        elif self.codec.packed:
-            for i in range(self.row.dim // 4):
-                half = high_half if i % 2 else low_half
-                store(self.value, half(self.dtype, self.words[i // 2]), i)
-        else:
+                store(self.value, self.value[i] * f32(unit), i)
+            if keep is not None:
+                keep(row_words(self.row, self.dtype, self.value))
+            return self.encoder.encode(self.value)
+        if keep is not None:
+            keep(self.words)
+        if not self.codec.packed:
             return Encoded([self.words], [])
+        for i in range(self.row.dim // 4):
+            half = high_half if i % 2 else low_half
+            store(self.value, half(self.dtype, self.words[i // 2]), i)
         return self.encoder.encode(self.value)
 
 
@@ -143,7 +156,8 @@ class _Side:
 class _Arguments:
     """Flat views of the arguments, and strides in elements, which have to fit 31 bits.
 
-    Metas are those of codecs that have some; scales are of whole tensors.
+    Metas are those of codecs that have some; scales are of whole tensors. Rings are those of a
+    window.
     """
 
     rows: dict[str, Any]
@@ -153,9 +167,10 @@ class _Arguments:
     code_stride: dict[str, Any]
     meta_stride: dict[str, Any]
     scales: dict[str, Any]
+    rings: dict[str, Any]
 
 
-def _arguments(spec: CacheSpec, k_rows, v_rows, caches) -> _Arguments:
+def _arguments(spec: CacheSpec, k_rows, v_rows, caches, rings) -> _Arguments:
     k_cache, v_cache, k_meta, v_meta = caches
     codecs = {"k": spec.cache_format.key, "v": spec.cache_format.value}
     given = {"k": k_meta, "v": v_meta}
@@ -175,6 +190,7 @@ def _arguments(spec: CacheSpec, k_rows, v_rows, caches) -> _Arguments:
         code_stride={"k": stride(k_cache), "v": stride(v_cache)},
         meta_stride={name: stride(meta) for name, meta in metas.items()},
         scales={name: let(given[name].buffer[0]) for name in scaled},
+        rings={name: pages.flat_buffer(ring) for name, ring in zip("kv", rings, strict=False)},
     )
 
 
@@ -254,13 +270,19 @@ def _emit(
                 fetch()
                 token, head = row_of(first[0])
                 page, offset, wanted = slots.find(token)
+                exists = T.And(wanted, first[0] + g < total)
                 ptx("cp.async.wait_group", config.stages - 1)
                 for n, one_side in enumerate(sides):
                     one_side.load(ring, begin + stage[0] + n * row_words)
                     if signs is not None:
                         signs.turn(one_side.words)
-                    encoded = one_side.encode(ones, g, t)
-                    where = (page, offset, head, T.And(wanted, first[0] + g < total))
+                    keep = None
+                    if arguments.rings:
+                        newest = T.And(exists, slots.is_newest(token))
+                        at = functools.partial(_ring_place, spec, slots, token, head)
+                        keep = _keeper(row, arguments.rings[one_side.name], at, t, newest)
+                    encoded = one_side.encode(ones, g, t, keep)
+                    where = (page, offset, head, exists)
                     _write(spec, arguments, one_side, t, where, encoded)
                 store(first, first[0] + 8)
                 advance(stage)
@@ -273,6 +295,23 @@ def _emit(
                 work(("k",))
             with I.Else():
                 work(("v",))
+
+
+def _keeper(row: RowBits, flat, place: Callable[[], Any], t, newest) -> Callable[[Any], None]:
+    """What writes words of a row to its place in a ring, if the token is among the newest."""
+
+    def keep(words) -> None:
+        with when(newest):
+            _write_plane(row, flat, let(place()), t, 0, 16, words)
+
+    return keep
+
+
+def _ring_place(spec: CacheSpec, slots, token, head):
+    """First element of a row in the rings."""
+    dim = spec.head_dim
+    row = _wide_product(slots.ring_row(token), i32(spec.num_kv_heads * dim))
+    return row + T.cast(head * dim, "int64")
 
 
 def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded: Encoded) -> None:
@@ -332,11 +371,12 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
     def blocks(tokens):
         return (tokens * heads + (rows - 1)) // rows
 
-    def emit(k, v, caches, tokens, block, side, thread, slots):
-        _emit(spec, config, _arguments(spec, k, v, caches), tokens, block, side, thread, slots)
+    def emit(k, v, caches, tokens, block, side, thread, slots, rings=()):
+        arguments = _arguments(spec, k, v, caches, rings)
+        _emit(spec, config, arguments, tokens, block, side, thread, slots)
 
-    def table_slots(table, lens, starts, batch):
-        return TableSlots(spec, table, lens, starts, batch)
+    def table_slots(table, lens, starts, batch, rings=None):
+        return TableSlots(spec, table, lens, starts, batch, rings)
 
     @T.prim_func(s_tir=True)
     def by_slots(
@@ -360,6 +400,49 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
                     emit(k_rows, v_rows, caches, n, bx, by, tx, GivenSlots(spec, SM))
+
+    if not by_table:
+        return by_slots
+    if spec.window:
+
+        @T.prim_func(s_tir=True)
+        def windowed(
+            k: T.handle,
+            v: T.handle,
+            k_cache: T.handle,
+            v_cache: T.handle,
+            k_meta: T.handle,
+            v_meta: T.handle,
+            block_table: T.handle,
+            seq_lens: T.handle,
+            q_start_loc: T.handle,
+            k_window: T.handle,
+            v_window: T.handle,
+            window_slots: T.handle,
+        ):
+            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+            n = T.int64()
+            p = T.int64()
+            b = T.int64()
+            w = T.int64()
+            k_rows = T.meta_var(pages.match_rows(k, n, heads, dim, dtype))
+            v_rows = T.meta_var(pages.match_rows(v, n, heads, dim, dtype))
+            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+            QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
+            r = T.int64()
+            KW = T.match_buffer(k_window, (r, spec.window, heads, dim), dtype, align=16)
+            VW = T.match_buffer(v_window, (r, spec.window, heads, dim), dtype, align=16)
+            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
+            for by in T.thread_binding(config.sides, thread="blockIdx.y"):
+                for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
+                    for tx in T.thread_binding(threads, thread="threadIdx.x"):
+                        T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
+                        slots = T.meta_var(table_slots(BT, SL, QS, b, RS))
+                        emit(k_rows, v_rows, caches, n, bx, by, tx, slots, (KW, VW))
+
+        return windowed
 
     @T.prim_func(s_tir=True)
     def by_block_table(
@@ -390,4 +473,4 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
                     emit(k_rows, v_rows, caches, n, bx, by, tx, table_slots(BT, SL, QS, b))
 
-    return by_block_table if by_table else by_slots
+    return by_block_table

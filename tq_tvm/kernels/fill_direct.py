@@ -37,7 +37,7 @@ from tq_tvm.kernels.fill_codes import Encoded
 from tq_tvm.kernels.hadamard_cuda import RowBits
 from tq_tvm.spec import Codec
 
-__all__ = ["TO_E4M3", "DirectEncoder", "Quotient"]
+__all__ = ["TO_E4M3", "DirectEncoder", "Quotient", "row_words"]
 
 _CONSTANT = 2.0**-8
 _NAN = 0x7FC00000
@@ -93,6 +93,16 @@ class Quotient:
         return result[0], first
 
 
+def row_words(row: RowBits, dtype: str, value, unit: float | None = None):
+    """Words of a lane's values in the model's dtype, times ``unit``."""
+    count = row.dim // 8
+    words = local(count, "uint32")
+    for i in range(count):
+        pair = [value[2 * i + e] for e in (1, 0)]
+        ptx(PAIR[dtype], words[i], *(pair if unit is None else [x * f32(unit) for x in pair]))
+    return words
+
+
 class DirectEncoder:
     """One codec; ``scale`` is of the tensor, where it has one."""
 
@@ -103,17 +113,10 @@ class DirectEncoder:
     def encode(self, value) -> Encoded:
         """Codes and scales of the row of a lane's values."""
         if self._codec.family == "none":
-            return Encoded([self._pairs(value)], [])
+            return Encoded([row_words(self._row, self._dtype, value)], [])
         if self._codec.family == "fp8":
             return Encoded([self._e4m3(value)], [])
         return self._affine(value)
-
-    def _pairs(self, value):
-        count = self._row.dim // 8
-        words = local(count, "uint32")
-        for i in range(count):
-            ptx(PAIR[self._dtype], words[i], value[2 * i + 1], value[2 * i])
-        return words
 
     def _e4m3(self, value):
         words = local(self._row.dim // 16, "uint32")

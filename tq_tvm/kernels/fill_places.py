@@ -28,10 +28,14 @@ class GivenSlots:
 
 
 class TableSlots:
-    """Slots of tokens in turn: what changes with the sequence or the page is kept until it does."""
+    """Slots of tokens in turn: what changes with the sequence or the page is kept until it does.
 
-    def __init__(self, spec: CacheSpec, table, lens, starts, batch) -> None:
+    ``rings`` has the ring of each sequence, where the spec has a window.
+    """
+
+    def __init__(self, spec: CacheSpec, table, lens, starts, batch, rings=None) -> None:
         self._size, self._table, self._lens, self._starts = spec.page_size, table, lens, starts
+        self._window, self._rings = spec.window, rings
         self._batch = T.cast(batch, "int32")
         self._sequence, self._next, self._shift, self._row, self._page, self._end = (
             local(1, "int32") for _ in range(6)
@@ -65,3 +69,12 @@ class TableSlots:
             store(self._row, row)
             store(self._page, self._table[self._sequence[0], row])
         return self._page[0], let(T.bitwise_and(position, self._size - 1)), stored
+
+    def is_newest(self, token):
+        """Whether a token that was found is in the window of its sequence."""
+        return self._shift[0] + token >= self._lens[self._sequence[0]] - self._window
+
+    def ring_row(self, token):
+        """Row of its ring that it goes to, among those of all rings."""
+        inside = T.truncmod(self._shift[0] + token, self._window)
+        return self._rings[self._sequence[0]] * self._window + inside

@@ -16,6 +16,7 @@ __all__ = [
     "Strided",
     "find_last_start",
     "flat",
+    "flat_buffer",
     "match_caches",
     "match_rows",
     "matched_buffer",
@@ -142,7 +143,11 @@ def match_rows(handle, tokens, heads: int, head_dim: int, dtype: str) -> Strided
 
 def flat(matched: Strided):
     """All of an argument as one axis, for addresses that are worked out by hand."""
-    buffer = matched.buffer
+    return flat_buffer(matched.buffer)
+
+
+def flat_buffer(buffer):
+    """The same of a compact argument."""
     return T.decl_buffer(
         (T.int64(1 << 62),), buffer.dtype, data=buffer.data, align=buffer.data_alignment
     )

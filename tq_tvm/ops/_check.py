@@ -575,6 +575,11 @@ def suspect_rows(
         return True
 
 
+def suspect_window(window: dict[str, torch.Tensor]) -> bool:
+    """Whether `check_window` may refuse what a kernel of a GPU would not; nothing is no window."""
+    return bool(window) and suspect_rows(window["k_window"], window["v_window"], compact=True)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``float16`` for ``torch.float16``."""
     return str(dtype).removeprefix("torch.")

@@ -152,6 +152,7 @@ def attend(
         or (cu_seqlens_q is None and q.shape[:1] != seq_lens.shape)
         or _check.suspect_rows(q, out, compact=True, apart=True)
         or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
+        or _check.suspect_window(window)
     ):
         spec, inputs = check()
         if found is None:
@@ -178,7 +179,7 @@ def attend(
     numbers: tuple[float | int, ...] = (sm_scale, soft_cap, window_left, kept_tokens)
     kind = "cuda" if q.is_cuda else "llvm"
     chunk, floats = None, 0
-    if q.is_cuda and cu_seqlens_q is not None:
+    if q.is_cuda and cu_seqlens_q is not None and not window:
         # Without a bound, chunks are taken to be alike.
         most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)

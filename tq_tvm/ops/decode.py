@@ -118,8 +118,7 @@ def paged_decode(
         ``[1]`` on the device, which saves a launch. None in other formats.
     window
         ``k_window``, ``v_window`` and ``window_slots`` as `tq_tvm.fill_kv_cache` writes them: the
-        newest N tokens of each sequence are attended from there, the others from the cache. On the
-        CPU.
+        newest N tokens of each sequence are attended from there, the others from the cache.
     out
         ``[B, HQ, DV]``, or ``[T, HQ, DV]``, contiguous, dtype of ``q``; it must not overlap ``q``.
     workspace
@@ -269,6 +268,7 @@ def _decode(
         or block_table.ndim != 2
         or _check.suspect_rows(q, out, compact=True, apart=True)
         or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
+        or _check.suspect_window(window)
     ):
         spec, inputs = _check_arguments(arguments, layout, policy, scales, window)
         if found is None:

@@ -74,7 +74,7 @@ def fill_kv_cache(
         ``k_window`` ``[S, N, HK, D]``, ``v_window`` ``[S, N, HK, DV]`` in the model's dtype and
         ``window_slots`` ``[B]`` int32, written too: the rotated rows of the newest N tokens of each
         sequence, unquantised. Position p of sequence b goes to row p % N of ring window_slots[b];
-        no two sequences share one. By block table only, and on the CPU.
+        no two sequences share one. By block table only.
 
     Raises
     ------
@@ -199,6 +199,7 @@ def _fill(
         or not k.is_cuda
         or _check.suspect_rows(k, v)
         or _check.suspect_caches(*caches)
+        or _check.suspect_window(window)
     ):
         spec, tensors = _check_arguments(rows, caches, index, layout, policy, scales, window)
         if loaded is None:
