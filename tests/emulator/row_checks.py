@@ -68,7 +68,12 @@ def check_filled(spec, batch, guards, k, v, slots):
             if codec.family in ("lloyd_max", "affine"):
                 ties = reference.boundary_distance(rotated, codec) < TIE
                 assert not bool((differ & ~ties).any()), "a code differs that is no tie"
-            assert int(differ.sum()) <= max(2, 1e-4 * differ.numel())
+            if codec.family == "none":
+                # Sums in another order: the neighbour, or the rest of a sum that is next to zero.
+                off = (got.float() - packed.float()).abs()
+                assert not bool((off > META[new.dtype] * packed.float().abs() + TIE).any())
+            else:
+                assert int(differ.sum()) <= max(2, 1e-4 * differ.numel())
             close = (got_scales.float() - want).abs() <= META[meta.dtype] * want.abs()
             if fmt.scale_rule != "norm":
                 # Of other codes another scale.
