@@ -349,7 +349,7 @@ def _decode(workload: Workload, device: torch.device) -> Case:
             inputs.traffic(_dense_bytes(spec)),
         )
     codecs = spec.cache_format.key, spec.cache_format.value
-    by_attend = device.type == "cuda" and not gpus_decode(*codecs, spec.head_dim)
+    by_attend = device.type == "cuda" and not gpus_decode(*codecs, spec.head_dim, spec.value_dim)
     return Case(
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace),
         bytes=inputs.traffic(spec.bytes_per_token_head),

@@ -29,12 +29,14 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["GROUP", "LaneRow", "factor_rows", "multiplies", "padded_words"]
+__all__ = ["GROUP", "MULTIPLIED", "LaneRow", "factor_rows", "multiplies", "padded_words"]
 
 GROUP = 4
 """Neighbouring values that stay in one lane: a word of bytes."""
 
-_MULTIPLIED = (64, 128, 256)
+MULTIPLIED = (64, 128, 256)
+"""Dimensions of rows that tensor cores rotate, or shuffles."""
+
 _LANES = {64: 1, 80: 1, 96: 1, 112: 1, 128: 2, 192: 2, 256: 4}
 """Lanes of a row: groups D/8 apart, whose signs share a byte, have to be in one of them."""
 
@@ -46,7 +48,7 @@ def padded_words(dim: int) -> int:
 
 def multiplies(spec: CacheSpec) -> bool:
     """Whether tensor cores rotate the rows of a spec, of K as of V."""
-    return spec.head_dim_v is None and spec.head_dim in _MULTIPLIED
+    return spec.head_dim_v is None and spec.head_dim in MULTIPLIED
 
 
 def factor_rows(order: int, values: list) -> list:
