@@ -29,7 +29,7 @@ from tq_tvm.kernels.device import (
     wait_for_launch_before,
     when,
 )
-from tq_tvm.kernels.warp_rows import WarpRow, exchange_words, warp_rows
+from tq_tvm.kernels.warp_rows import WarpRow
 
 __all__ = ["MERGE_THREADS", "WarpMemory", "finish_block", "leave_warp", "merge_rows"]
 
@@ -130,8 +130,9 @@ def merge_rows(
     A row in one piece is finished; one that sees nothing gets zeros.
     """
     spec = shape.spec
-    exchanged = exchange_words(spec)
-    _, output = warp_rows(spec, shared_dynamic(exchanged, "uint32") if exchanged else None, 0)
+    output = WarpRow(spec, spec.value_dim, None, 0)
+    if output.rotated and not output.by_shuffles:
+        output = WarpRow(spec, spec.value_dim, shared_dynamic(output.dim, "uint32"), 0)
     count, dim = output.row_values, output.dim
     rows, group_size = shape.rows.rows, shape.spec.group_size
     warp, lane = let(thread // 32), let(thread % 32)

@@ -26,12 +26,13 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import Options, RowShape, finish_row
+from tq_tvm.kernels.attend_rows import Options, finish_row
 from tq_tvm.kernels.decode_cuda import attend_share
 from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.device import f32, let, local, store, when
+from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["Featured", "decode_featured"]
@@ -78,8 +79,8 @@ class Featured:
 
     def finish(self, x, top, total, out, place, lane) -> None:
         """Divide a row that a warp shares, rotate it back, and write it and its lse."""
-        rows = RowShape(self._shape.spec, 1, self._shape.config.tile)
-        finish_row(rows, x, top, total, place, self._options, out, self._lse, lane)
+        row = WarpRow(self._shape.spec, self._shape.spec.head_dim, None, 0)
+        finish_row(row, x, top, total, place, self._options, out, self._lse, lane)
 
 
 def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
