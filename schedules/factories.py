@@ -27,6 +27,9 @@ it writes the first, unless it rotates back, and ``contracted`` only then. Witho
 ``rotate`` decides ``warps``, ``contracted`` and ``registers`` too; ``values`` of a lane: more loads
 at once and fewer exchanges, against warps on an SM; and ``tiles`` of a CTA, each read while the one
 before is written. Rows longer than a head have this design alone.
+
+Rows in lanes, of dimensions that are no power of two or of K and V of different ones, have neither
+``contracted`` nor ``stages``, ``rows`` and ``values``: these have one choice.
 """
 
 from __future__ import annotations
@@ -145,7 +148,10 @@ def defaults(function: str, spec: Spec) -> dict[str, int]:
     if not _in_lanes(function, spec):
         return DEFAULTS[function]
     table = _LANE_OPTIONS[FUNCTIONS[function]]
-    return {name: _LANE_DEFAULTS.get(name, options[0]) for name, options in table.items()}
+    values = {name: _LANE_DEFAULTS.get(name, options[0]) for name, options in table.items()}
+    if spec.rotation.dim > 128 and function == "rotate":
+        values["registers"] = 255
+    return values
 
 
 def _in_lanes(function: str, spec: Spec) -> bool:

@@ -8,7 +8,8 @@ takes its piece of one block after the other:
 1. rotates the block's queries into shared memory (`attend_rows`);
 2. lets every warp walk its own tiles: scores, softmax and output by tensor cores, whose operands
    are codes that were looked up in registers (`attend_fragments`) or, where a codec is not looked
-   up, rows of the model's dtype in shared memory (`attend_tiles`). Nothing in that loop
+   up or K and V have not one head_dim of 64, 128 or 256, rows of the model's dtype in shared memory
+   (`attend_tiles`). Nothing in that loop
    synchronises warps;
 3. merges the warps. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
    sum of w) goes to the workspace.
