@@ -154,7 +154,9 @@ def space(
 
 def _has_both(function: str, spec: Spec, kind: str) -> bool:
     """Rows that `tq_tvm.schedules.rows` can give to the lanes of a warp."""
-    return kind == "cuda" and function == "rotate" and spec.rotation.dim <= max(GPU_HEAD_DIMS)
+    dim = spec.rotation.dim
+    short = dim <= max(GPU_HEAD_DIMS) and dim & (dim - 1) == 0
+    return kind == "cuda" and function == "rotate" and short
 
 
 def _only_a_factory(function: str, spec: Spec, kind: str) -> bool:
@@ -197,7 +199,7 @@ def default(
     elif function in _ANCHORED:
         values = _SPACES[function].defaults(spec, kind)
     elif made:
-        values = factories.DEFAULTS[function]
+        values = factories.defaults(function, spec)
     else:
         values = _SPACES[FUNCTIONS[function]].DEFAULTS[kind]
 

@@ -103,7 +103,8 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     if kind != "cuda":
         return values
     queries = 1 if sizes is None else -(-sizes["tokens"] // sizes["batch"])
-    tall = queries * spec.group_size > 16 and spec.head_dim <= 128
+    widest = max(spec.head_dim, spec.value_dim)
+    tall = queries * spec.group_size > 16 and widest <= 128
     if not FragmentShape.serves(spec):
         values.update(lanes=2, tile=32, registers=255 if tall else 168)
     elif tall:
@@ -112,7 +113,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
         values.update(tile=16 if spec.cache_format.key.residual_sign else 32)
     if tall:
         values.update(row_tiles=2)
-    elif spec.head_dim > 128:
+    elif widest > 128:
         # 32 tokens of 256 values would not fit a lane's registers, nor, in shared memory, two CTAs.
         values.update(tile=16, registers=255)
     if not _looks_up(spec):
@@ -185,8 +186,9 @@ def unfit(tiles: TileShape, shared_bytes: int, rows: RowShape) -> str | None:
     """Why a tensor-core kernel over decoded tiles cannot be, or None."""
     if shared_bytes > _SHARED:
         return f"{shared_bytes} bytes of shared memory exceed {_SHARED}"
-    if rows.row_tiles * tiles.spec.head_dim >= _OUTPUT:
-        return f"{rows.rows} rows of {tiles.spec.head_dim} values exceed a lane's registers"
+    widest = max(tiles.dims)
+    if rows.row_tiles * widest >= _OUTPUT:
+        return f"{rows.rows} rows of {widest} values exceed a lane's registers"
     if tiles.tile * tiles.lanes < tiles.threads:
         return f"{tiles.threads} threads exceed {tiles.lanes} lanes for each of {tiles.tile} rows"
     return None

@@ -27,6 +27,9 @@ it writes the first, unless it rotates back, and ``contracted`` only then. Witho
 ``rotate`` decides ``warps``, ``contracted`` and ``registers`` too; ``values`` of a lane: more loads
 at once and fewer exchanges, against warps on an SM; and ``tiles`` of a CTA, each read while the one
 before is written. Rows longer than a head have this design alone.
+
+Rows in lanes, of dimensions that are no power of two or of K and V of different ones, have neither
+``contracted`` nor ``stages``, ``rows`` and ``values``: these have one choice.
 """
 
 from __future__ import annotations
@@ -44,10 +47,11 @@ from tvm.tirx import PrimFunc
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.fill_cuda import FillConfig, fill_cuda
 from tq_tvm.kernels.flatten_cuda import FlattenConfig, flatten_cuda
+from tq_tvm.kernels.lane_rows import multiplies
 from tq_tvm.kernels.rotate_cuda import RotateConfig, rotate_cuda
-from tq_tvm.spec import RotateSpec, Spec, parse_spec
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, parse_spec
 
-__all__ = ["DEFAULTS", "Made", "apply", "made", "make", "options"]
+__all__ = ["DEFAULTS", "Made", "apply", "defaults", "made", "make", "options"]
 
 _FILL = {
     "factory": 1,
@@ -76,6 +80,15 @@ DEFAULTS = {
 }
 """Of each function; of ``rotate`` where it has no schedule."""
 
+_LANES = {"factory": [1], "warps": [2, 4, 8], "tiles": [1, 2, 4], "registers": [128, 168, 255]}
+_LANE_OPTIONS: dict[str, dict[str, list[int]]] = {
+    "rotate": {**_LANES, "values": [64], "contracted": [0]},
+    "fill": {**_LANES, "contracted": [0], "sides": [1, 2], "stages": [1]},
+    "flatten": {**_LANES, "rows": [1], "contracted": [0]},
+}
+_LANE_DEFAULTS = {"warps": 4, "tiles": 1, "registers": 168, "sides": 2}
+"""Of rows in lanes, by kernel: what else a factory is asked for has one value."""
+
 _BLOCK = "row"
 _PREFIX = "tq_"
 _DESIGN = "tq_design"
@@ -94,6 +107,8 @@ def options(function: str, spec: Spec) -> dict[str, list[int]] | None:
     """What each decision may be; None where there is no factory."""
     dim = spec.rotation.dim
     contracted = [0, 1] if dim == 64 else [0, 1, 2]
+    if _in_lanes(function, spec):
+        return _LANE_OPTIONS.get(FUNCTIONS[function])
     if function == "rotate":
         values = [16, 32, 64] if dim <= 256 else [32, 64] if dim < 4096 else [64]
         return {
@@ -126,6 +141,24 @@ def options(function: str, spec: Spec) -> dict[str, list[int]] | None:
             return {**shared, "rows": [1], "contracted": contracted}
         return {**shared, "rows": [1, 2, 4]}
     return None
+
+
+def defaults(function: str, spec: Spec) -> dict[str, int]:
+    """The hand-picked decisions of a spec."""
+    if not _in_lanes(function, spec):
+        return DEFAULTS[function]
+    table = _LANE_OPTIONS[FUNCTIONS[function]]
+    values = {name: _LANE_DEFAULTS.get(name, options[0]) for name, options in table.items()}
+    if spec.rotation.dim > 128 and function == "rotate":
+        values["registers"] = 255
+    return values
+
+
+def _in_lanes(function: str, spec: Spec) -> bool:
+    """Whether rows are in lanes (``lane_rows``), which have fewer decisions to make."""
+    if function == "rotate":
+        return bool(spec.rotation.dim & (spec.rotation.dim - 1))
+    return isinstance(spec, CacheSpec) and not multiplies(spec)
 
 
 def _rotates(spec: Spec) -> bool:

@@ -46,7 +46,7 @@ DEFAULTS = {
 def defaults(spec: CacheSpec, kind: str) -> dict[str, int]:
     """The hand-picked decisions of a spec."""
     values = dict(DEFAULTS[kind])
-    if spec.head_dim > 128:
+    if max(spec.head_dim, spec.value_dim) > 128:
         values["row_tiles"] = 1
     return values
 

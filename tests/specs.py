@@ -48,6 +48,14 @@ DIRECT = [
     CacheSpec(64, 4, 2, 32, "float16", "bshd", "none-fp8-signed"),
     CacheSpec(256, 4, 1, 16, "bfloat16", "bhsd", "fp8-mse3-plain-unbiased"),
 ]
+# GPUs' other head_dims, and K and V of different ones; of a CPU `FORMAT_SPECS` has such.
+DIMS = [
+    CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", 64),
+    CacheSpec(96, 4, 2, 16, "bfloat16", "bshd", "k4v2"),
+    CacheSpec(192, 4, 1, 32, "bfloat16", "bhsd", "tq43", 128),
+    CacheSpec(80, 6, 2, 8, "float16", "bshd", "fp8-none", 112),
+    CacheSpec(64, 4, 1, 16, "float16", "bhsd", "int8-mse3-signed-matched", 256),
+]
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300]
 """Empty, one token, and both sides of page boundaries."""

@@ -299,13 +299,13 @@ def test_what_readers_need_not_know():
 @pytest.mark.parametrize(
     "spec",
     [
-        dataclasses.replace(SPEC, format="int8", head_dim=96),
-        dataclasses.replace(SPEC, head_dim=96),
-        dataclasses.replace(SPEC, head_dim=512),
-        dataclasses.replace(SPEC, head_dim_v=64),
+        dataclasses.replace(SPEC, format="int8", head_dim=512),
+        dataclasses.replace(SPEC, head_dim=576),
+        dataclasses.replace(SPEC, head_dim_v=512),
         dataclasses.replace(SPEC, dtype="float32"),
         dataclasses.replace(SPEC, head_dim=96, window=16),
-        RotateSpec(96),
+        dataclasses.replace(SPEC, head_dim_v=64, window=16),
+        RotateSpec(576),
     ],
     ids=lambda s: s.label,
 )
@@ -355,6 +355,17 @@ def test_gpus_read_a_window_by_decode_and_attend():
     assert set(spec.functions) - set(functions_on(spec, "cuda")) == {"prefill"}
     with pytest.raises(UnsupportedSpecError, match=f"got {spec.label} for prefill; use"):
         check_target("op", spec, "cuda", "prefill")
+
+
+@pytest.mark.parametrize("dims", [(80, 80), (96, 112), (192, 128), (128, 64)], ids=str)
+def test_gpus_attend_where_they_do_not_decode(dims):
+    """Head_dims that are no power of two, and of K and V different ones."""
+    spec = dataclasses.replace(SPEC, head_dim=dims[0], head_dim_v=dims[1])
+    check_target("op", RotateSpec(dims[0]), "cuda")
+    without = set(spec.functions) - set(functions_on(spec, "cuda"))
+    assert without == {"decode", "decode_featured"}
+    with pytest.raises(UnsupportedSpecError, match=r"one head_dim of 64, 128, 256, .* for decode"):
+        check_target("op", spec, "cuda", "decode")
 
 
 # --- functions

@@ -35,6 +35,7 @@ __all__ = [
     "DTYPES",
     "FORMATS",
     "FUNCTIONS",
+    "GPU_DECODE_DIMS",
     "GPU_FUNCTIONS",
     "GPU_HEAD_DIMS",
     "HEAD_DIMS",
@@ -60,7 +61,8 @@ __all__ = [
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576)
 ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
-GPU_HEAD_DIMS = (64, 128, 256)
+GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+GPU_DECODE_DIMS = (64, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_WINDOW = 256
 LATENT_DIMS = (512, 64)
@@ -410,23 +412,26 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
         # CPUs attend to chunks, and with features, as to a few tokens.
         return tuple(name for name in spec.functions if name not in GPU_FUNCTIONS)
     dim = spec.rotation.dim
-    if spec.dtype == "float32" or dim & (dim - 1):
+    if spec.dtype == "float32":
         return ()
     if isinstance(spec, RotateSpec):
-        return spec.functions
+        return spec.functions if dim in GPU_HEAD_DIMS or dim & (dim - 1) == 0 else ()
     fmt = spec.cache_format
-    if spec.head_dim_v is not None or dim not in GPU_HEAD_DIMS:
+    if not {spec.head_dim, spec.value_dim} <= set(GPU_HEAD_DIMS):
+        return ()
+    if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_DECODE_DIMS):
         return ()
     # Long chunks over a window are ``attend``'s, too.
     served = tuple(name for name in spec.functions if name != "prefill" or not spec.window)
-    decodes = gpus_decode(fmt.key, fmt.value, dim)
+    decodes = gpus_decode(fmt.key, fmt.value, spec.head_dim, spec.value_dim)
     return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
 
 
-def gpus_decode(key: Codec, value: Codec, head_dim: int) -> bool:
+def gpus_decode(key: Codec, value: Codec, head_dim: int, value_dim: int) -> bool:
     """Whether GPUs have ``decode`` of two codecs; where they have not, ``attend`` does its work."""
     tables = key.family == value.family == "lloyd_max"
-    return tables and (value.bits != 3 or head_dim >= 128)
+    dims = head_dim == value_dim and head_dim in GPU_DECODE_DIMS
+    return dims and tables and (value.bits != 3 or head_dim >= 128)
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:
@@ -453,12 +458,13 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
             f"residual signs, head_dim_v 64 in the codec none, no window), got {spec.label}; "
             "use another call"
         )
-    dims = ", ".join(map(str, GPU_HEAD_DIMS))
+    dims, decoded = (", ".join(map(str, some)) for some in (GPU_HEAD_DIMS, GPU_DECODE_DIMS))
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        "V, for decode of Lloyd-Max codecs, but not of mse3 for V at head_dim 64; "
-        "or a rotation of a power of two; float16 or bfloat16), "
+        f"V, for decode of Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V "
+        f"at head_dim 64, with a window of one head_dim of {decoded}; or a rotation of {dims} or a "
+        "power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )
 

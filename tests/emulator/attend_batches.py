@@ -50,7 +50,8 @@ class Problem:
         self.spec, self.features = spec, dict(features)
         batch = self.batch = make_batch(spec, "cpu", lengths)
         k, v = (
-            rows("gaussian", batch.tokens, spec.num_kv_heads, spec.head_dim, seed=s) for s in (1, 2)
+            rows("gaussian", batch.tokens, spec.num_kv_heads, dim, seed=s)
+            for s, dim in ((1, spec.head_dim), (2, spec.value_dim))
         )
         scales = scales_of(spec)
         self.rings = new_rings(spec, len(lengths))
@@ -67,7 +68,7 @@ class Problem:
             if name in self.features:
                 largest = self.features[name]
                 self.features[name] = torch.linspace(largest / 4, largest, heads)
-        self._out = Guarded(tuple(self.q.shape), self.q.dtype)
+        self._out = Guarded((len(q), heads, spec.value_dim), self.q.dtype)
         self._lse = Guarded((len(q), heads if want_lse else 0), torch.float32)
         self.want, self.want_lse = reference.paged_attend(
             spec, self.q, *batch.caches, batch.block_table, batch.seq_lens,

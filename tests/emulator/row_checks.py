@@ -18,8 +18,8 @@ TIE = 1e-4
 def new_rows(spec, tokens):
     dtype = getattr(torch, spec.dtype)
     return [
-        rows("heavy_tailed", tokens, spec.num_kv_heads, spec.head_dim, seed=s).to(dtype)
-        for s in (1, 2)
+        rows("heavy_tailed", tokens, spec.num_kv_heads, dim, seed=s).to(dtype)
+        for s, dim in ((1, spec.head_dim), (2, spec.value_dim))
     ]
 
 
@@ -68,7 +68,12 @@ def check_filled(spec, batch, guards, k, v, slots):
             if codec.family in ("lloyd_max", "affine"):
                 ties = reference.boundary_distance(rotated, codec) < TIE
                 assert not bool((differ & ~ties).any()), "a code differs that is no tie"
-            assert int(differ.sum()) <= max(2, 1e-4 * differ.numel())
+            if codec.family == "none":
+                # Sums in another order: the neighbour, or the rest of a sum that is next to zero.
+                off = (got.float() - packed.float()).abs()
+                assert not bool((off > META[new.dtype] * packed.float().abs() + TIE).any())
+            else:
+                assert int(differ.sum()) <= max(2, 1e-4 * differ.numel())
             close = (got_scales.float() - want).abs() <= META[meta.dtype] * want.abs()
             if fmt.scale_rule != "norm":
                 # Of other codes another scale.
@@ -84,7 +89,8 @@ def check_filled(spec, batch, guards, k, v, slots):
 def check_flattened(spec, function, batch, k, call):
     """``call(out tensors)`` writes what the reference gives, and zeros past the last sequence."""
     total = batch.tokens + 7
-    out = [Guarded((total, *k.shape[1:]), k.dtype) for _ in range(2)]
+    dims = (spec.head_dim, spec.value_dim)
+    out = [Guarded((total, spec.num_kv_heads, dim), k.dtype) for dim in dims]
     call([guard.tensor for guard in out])
     want = reference.flatten_kv_cache(
         spec, *batch.caches, batch.block_table, batch.seq_lens,

@@ -18,6 +18,7 @@ from tq_tvm.spec import CacheSpec
 
 WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, lanes=2, registers=168, reach=1, overlap=0)
 TALL = AttendConfig(warps=2, row_tiles=2, tile=16, lanes=4, registers=255, reach=2, overlap=1)
+FLAT = AttendConfig(warps=2, row_tiles=1, tile=16, lanes=8, registers=255, reach=1, overlap=1)
 MSE3 = "mse3-mse2-signed-norm"
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
@@ -30,6 +31,13 @@ CASES = {
     "fp8": (CacheSpec(64, 4, 1, 32, "bfloat16", "bhsd", "fp8"), TALL),
     "none": (CacheSpec(64, 8, 2, 8, "bfloat16", "bshd", "none"), WIDE),
     "int8_mse4": (CacheSpec(64, 4, 1, 64, "float16", "bshd", "tq84"), WIDE),
+    "d128v64": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", 64), TALL),
+    "d64v256": (CacheSpec(64, 4, 1, 16, "float16", "bhsd", "int8-fp8", 256), FLAT),
+    "d80": (CacheSpec(80, 4, 1, 8, "bfloat16", "bhsd", "tq33"), WIDE),
+    "d96": (CacheSpec(96, 4, 2, 64, "float16", "bshd", "k4v2"), TALL),
+    "d192v128": (CacheSpec(192, 4, 1, 16, "bfloat16", "bshd", "mse3-fp8-plain-norm", 128), WIDE),
+    "d112": (CacheSpec(112, 4, 2, 32, "float16", "bshd", "int4-none"), WIDE),
+    "d80v112": (CacheSpec(80, 3, 1, 16, "bfloat16", "bshd", "none-int8-signed", 112), TALL),
     "none_fp8": (CacheSpec(64, 4, 2, 16, "float16", "bhsd", "none-fp8-plain"), TALL),
     # Windows longer than some sequences, of one token, and of all of most sequences.
     "window": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", window=50), WIDE),
@@ -56,7 +64,7 @@ def run(module, case, features, *, parts=3, descending=False, **options):
     problem = Problem(spec, FEATURES[features], **{**FEW, **options})
     shape = AttendShape(spec, config)
     slots = 2 * parts * spec.num_kv_heads * shape.rows.rows
-    workspace = Guarded((slots * (spec.head_dim + 2),), torch.float32)
+    workspace = Guarded((slots * (spec.value_dim + 2),), torch.float32)
     module["attend"](*problem.arguments(workspace.tensor, parts), descending=descending)
     workspace.check()
     return problem

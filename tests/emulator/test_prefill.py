@@ -26,6 +26,8 @@ CASES = {
     "fp8_half": (CacheSpec(64, 8, 2, 16, "float16", "bshd", "fp8-fp8-signed"), TALL),
     "none": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "none"), FLAT),
     "int8_mse2": (CacheSpec(64, 4, 1, 16, "bfloat16", "bshd", "int8-mse2-plain-norm"), FLAT),
+    "d80": (CacheSpec(80, 4, 1, 8, "bfloat16", "bhsd", "tq33"), FLAT),
+    "d192v64": (CacheSpec(192, 4, 2, 64, "float16", "bshd", "none-int4-plain", 64), FLAT),
     "mse3_none": (CacheSpec(64, 4, 2, 32, "float16", "bhsd", "mse3-none-signed-norm"), FLAT),
 }
 

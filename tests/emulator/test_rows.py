@@ -24,7 +24,7 @@ from tq_tvm.spec import FUNCTIONS, CacheSpec
 
 SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
 OTHER = CacheSpec(64, 4, 2, 32, "float16", "bhsd")
-ATTENTION = ("decode", "decode_featured", "attend", "prefill")
+ATTENTION = ("decode", "decode_featured", "attend", "prefill", "mla")
 LENGTHS = [0, 1, 15, 33, 64]
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rows import rows
-from specs import CPU_SPECS, DIRECT, FORMAT_SPECS, SERVED, SPECS, make_batch, scales_of
+from specs import CPU_SPECS, DIMS, DIRECT, FORMAT_SPECS, SERVED, SPECS, make_batch, scales_of
 
 from tq_tvm import (
     PagedKVCache,
@@ -26,7 +26,7 @@ INF = float("inf")
 
 # Libraries that other tests of this folder build too: k4v2, and every codec on every side.
 PLAIN = CPU_SPECS[-1]
-FORMATS = [PLAIN, SPECS[1], SPECS[4], *FORMAT_SPECS, SERVED[0], *DIRECT]
+FORMATS = [PLAIN, SPECS[1], SPECS[4], *FORMAT_SPECS, SERVED[0], *DIRECT, *DIMS]
 DRAWN = [PLAIN, SPECS[1], *FORMAT_SPECS[:2], SERVED[0]]
 
 # Relative error of outputs (Frobenius) and error of lse, which is one of all weights.
@@ -46,8 +46,8 @@ def served(library, device):
                 with pytest.raises(UnsupportedSpecError, match=r"GPUs have kernels of .* attend"):
                     Batch(spec, device, [20], [2]).call()
             pytest.skip("GPUs have no kernel of attend for this spec")
-        if device.type == "cpu" and spec in DIRECT:
-            pytest.skip("other specs are of these codecs on a CPU")
+        if device.type == "cpu" and spec in (*DIRECT, *DIMS):
+            pytest.skip("other specs are of these codecs and head_dims on a CPU")
         library(spec, device)
 
     return ensure

@@ -22,7 +22,7 @@ from tq_tvm.build.compile import tvm_target
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.fill_cuda import FillConfig, ring_words
-from tq_tvm.spec import GPU_HEAD_DIMS, CacheSpec, RotateSpec
+from tq_tvm.spec import GPU_DECODE_DIMS, CacheSpec, RotateSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import search_workload
 
@@ -104,7 +104,7 @@ def test_decisions_of_another_kernel_are_refused(monkeypatch):
         schedules.instantiate("fill_slots", SPEC, "cuda", sch.trace)
 
 
-@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
 @pytest.mark.parametrize("function", ["rotate", "fill_slots", "flatten", "flatten_unrotated"])
 def test_cuda_source_at_the_ends_of_the_options(function, head_dim):
     spec = CacheSpec(head_dim, 2, 1, 64, "float16", "bhsd")
@@ -157,7 +157,7 @@ def test_defaults_of_a_direct_codec_are_points(function):
     assert all(value in offered[name] for name, value in instance.config.items())
 
 
-@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
 def test_every_point_fits_a_gpu(head_dim):
     """Registers of a CTA, and the shared memory of fill's rows on their way."""
     spec = CacheSpec(head_dim, 32, 8)
@@ -169,6 +169,23 @@ def test_every_point_fits_a_gpu(head_dim):
             if function.startswith("fill"):
                 del config["factory"]
                 assert 4 * ring_words(spec, FillConfig(**config)) <= 227 << 10
+
+
+@pytest.mark.parametrize("dims", [(80, None), (96, 112), (192, 64), (128, 64)], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS[1:])
+def test_rows_in_lanes(function, dims):
+    """Of dims that tensor cores do not rotate, and of two: defaults are points, registers fit."""
+    spec = CacheSpec(dims[0], 4, 2, 16, "bfloat16", "bshd", "tq42", dims[1])
+    instance = schedules.instantiate(function, spec, "cuda", None)
+    offered = factories.options(function, spec)
+    assert instance.config == factories.defaults(function, spec)
+    assert list(instance.config) == list(offered)
+    assert all(value in offered[name] for name, value in instance.config.items())
+    assert 32 * max(offered["warps"]) * max(offered["registers"]) <= 65536
+    kinds = [schedules.attend, schedules.prefill]
+    for space in kinds:
+        values = space.defaults(spec, "cuda")
+        assert space.rejected(spec, "cuda", values) is None
 
 
 @pytest.mark.parametrize("dim", [512, 1024, 2048, 4096])

@@ -30,7 +30,7 @@ from tq_tvm.build.occupancy import KernelResources, with_occupancy
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels import decode_cpu
-from tq_tvm.spec import FUNCTIONS, GPU_HEAD_DIMS, CacheSpec, functions_on
+from tq_tvm.spec import FUNCTIONS, GPU_DECODE_DIMS, CacheSpec, functions_on
 from tq_tvm.targets import detect, get_target
 from tq_tvm.tuning.inputs import make_case
 from tq_tvm.tuning.workloads import Workload
@@ -368,7 +368,7 @@ def test_a_trace_keeps_its_values_when_the_options_change(function):
 # --- defaults and limits
 
 
-@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
 @pytest.mark.parametrize(("function", "kind"), ON_KIND)
 def test_defaults_are_points_of_the_space(function, kind, head_dim):
     spec = dataclasses.replace(SPEC, head_dim=head_dim)
@@ -402,7 +402,7 @@ def test_clusters_are_offered_to_short_contexts_alone():
         assert [int(n) for n in sampled[-1].attrs[0]] == ([0, 8, 16] if sizes is short else [0])
 
 
-@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
 @pytest.mark.parametrize("group", [1, 4, 6, 16])
 def test_defaults_of_short_contexts_are_feasible(head_dim, group):
     spec = dataclasses.replace(SPEC, head_dim=head_dim, num_q_heads=SPEC.num_kv_heads * group)
@@ -425,7 +425,7 @@ def test_a_record_of_the_default_is_not_tuned(function):
         assert instance.tuned == (instance.config != default.config) == (seed is not None)
 
 
-@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
 def test_every_point_of_rotate_fits_a_gpu(head_dim):
     """A thread for each lane, at most 1024; rows come padded to what a CTA takes."""
     offered = options("rotate", dataclasses.replace(SPEC, head_dim=head_dim), "cuda")
@@ -444,7 +444,7 @@ def test_a_value_that_is_not_on_offer(choices, taken):
     assert int(sch.get(sampled(sch, {"vector": 16})("vector", choices))) == taken
 
 
-@pytest.mark.parametrize("head_dim", GPU_HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_default_decode_is_not_rejected(kind, head_dim):
     spec = dataclasses.replace(SPEC, head_dim=head_dim)

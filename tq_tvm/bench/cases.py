@@ -380,7 +380,7 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     codecs = spec.cache_format.key, spec.cache_format.value
     rings = _rings(spec, batch, device)
     dense = int(lengths.clamp(max=spec.window).sum()) * spec.num_kv_heads
-    by_attend = device.type == "cuda" and not gpus_decode(*codecs, spec.head_dim)
+    by_attend = device.type == "cuda" and not gpus_decode(*codecs, spec.head_dim, spec.value_dim)
     return Case(
         call=lambda: cache.decode(
             q, table, lengths, out=out, workspace=workspace, window_slots=rings

@@ -8,7 +8,8 @@ takes its piece of one block after the other:
 1. rotates the block's queries into shared memory (`attend_rows`);
 2. lets every warp walk its own tiles: scores, softmax and output by tensor cores, whose operands
    are codes that were looked up in registers (`attend_fragments`) or, where a codec is not looked
-   up, rows of the model's dtype in shared memory (`attend_tiles`). Nothing in that loop
+   up or K and V have not one head_dim of 64, 128 or 256, rows of the model's dtype in shared memory
+   (`attend_tiles`). Nothing in that loop
    synchronises warps;
 3. lets them attend to the newest tokens, of a spec with a window, as they are (`attend_window`):
    to a sequence's tiles of packed rows are added those of its window;
@@ -21,7 +22,7 @@ before the first is done, and waits for it where it needs its results.
 Tiles that lie between the kept tokens and the window of a sequence's first query are nobody's. What
 only some rows of a block see, is masked.
 
-The workspace is ``2 groups HK rows (D + 2)`` floats: only the first and the last piece of a group
+The workspace is ``2 groups HK rows (DV + 2)`` floats: only the first and the last piece of a group
 can be parts of a block.
 """
 
@@ -65,6 +66,7 @@ from tq_tvm.kernels.device import (
     warp_barrier,
     when,
 )
+from tq_tvm.kernels.warp_rows import exchange_words, warp_rows
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["attend_cuda"]
@@ -183,7 +185,7 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
         SK = T.match_buffer(sinks, (hs,), "float32", align=4)
         AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
         WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-        OUT = T.match_buffer(out, (n, heads, dim), dtype, align=16)
+        OUT = T.match_buffer(out, (n, heads, spec.value_dim), dtype, align=16)
         LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
         options = T.meta_var(Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens))
         extent = T.meta_var(Extent(shape, SL, CU, options))
@@ -203,9 +205,11 @@ class _SharedWalk:
         memory = TileMemory(tiles, words, dense, packed)
         self._tiles = Tiles(tiles, memory, caches, head, lane, lane)
 
-    def load_queries(self, q, rows, first, count) -> None:
+    def load_queries(self, query, q, rows, first, count) -> None:
         scale = self._options.sm_scale
-        load_queries(self._shape.rows, self._words, 0, q, rows, first, count, self._lane, scale)
+        load_queries(
+            self._shape.rows, query, self._words, 0, q, rows, first, count, self._lane, scale
+        )
 
     def ask(self, table, sequence, span, index, seen) -> None:
         self._tiles.ask(table, sequence, span.first_token(index), seen)
@@ -241,9 +245,9 @@ class _RegisterWalk:
             shape.fragments, words, begin, caches, head, lane, options.sm_scale, zero
         )
 
-    def load_queries(self, q, rows, first, count) -> None:
+    def load_queries(self, query, q, rows, first, count) -> None:
         word_of = self._shape.fragments.query_word
-        arrange_queries(self._shape.rows, self._words, q, rows, first, count, self._lane, word_of)
+        arrange_queries(query, self._words, q, rows, first, count, self._lane, word_of)
 
     def begin(self, table, sequence, span, index, seen) -> None:
         self._tiles.find_pages(table, sequence, span.first_token(index), seen)
@@ -286,6 +290,8 @@ def _attend(
         let_next_launch_begin()
     words = shared_dynamic(shape.memory_words, "uint32")
     memory = WarpMemory.allocate(shape, words)
+    exchange = shape.exchange + warp * exchange_words(shape.spec)
+    query, output = warp_rows(shape.spec, words, exchange)
     walk = _walk(shape, words, caches, kv_head, warp, lane, options, unknown_zero(shares))
     softmax = Softmax(shape.rows, g, t, options)
     now, ahead, last = (local(1, "int32") for _ in range(3))
@@ -320,7 +326,7 @@ def _attend(
                 with when(last[0] > until[0]):
                     window.prefetch(sequence, thread, shape.threads)
             turns = -(-shape.rows.rows // config.warps)
-            walk.load_queries(q, rows, let(warp * turns), turns)
+            walk.load_queries(query, q, rows, let(warp * turns), turns)
             softmax.start(rows, i32(0))
             walk.start()
             barrier()
@@ -348,12 +354,12 @@ def _attend(
             barrier()
             with I.If(count[0] == span.width):
                 with I.Then():
-                    finish_block(shape, memory, rows, options, out, lse, None, warp, lane)
+                    finish_block(shape, output, memory, rows, options, out, lse, None, warp, lane)
                 with I.Else():
                     later = place.tile[0] > group * shares.size[0]
                     slot = let(2 * group + T.Select(later, i32(1), i32(0)))
                     piece = (workspace, groups, slot * shape.spec.num_kv_heads + kv_head)
-                    finish_block(shape, memory, rows, options, out, lse, piece, warp, lane)
+                    finish_block(shape, output, memory, rows, options, out, lse, piece, warp, lane)
             barrier()
         store(place.tile, place.tile[0] + count[0])
         store(place.offset, place.offset[0] + count[0])

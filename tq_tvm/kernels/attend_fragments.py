@@ -59,6 +59,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.hadamard_cuda import PRODUCTS
+from tq_tvm.kernels.lane_rows import multiplies
 from tq_tvm.kernels.lookup_cuda import (
     SIGN_BITS,
     Chain,
@@ -94,7 +95,12 @@ class FragmentShape:
 
     @staticmethod
     def serves(spec: CacheSpec) -> bool:
-        """Whether both codecs are looked up, and V's planes are whole chunks of 16 bytes."""
+        """Whether both codecs are looked up, and V's planes are whole chunks of 16 bytes.
+
+        K and V have to be of one head_dim, a power of two.
+        """
+        if not multiplies(spec):
+            return False
         fmt = spec.cache_format
         coded = fmt.key.family == fmt.value.family == "lloyd_max"
         return coded and all(spec.head_dim * bits // 8 % 16 == 0 for bits in fmt.value.plane_bits)

@@ -23,11 +23,13 @@ from tq_tvm.kernels.device import (
     ptx,
     reduce_lanes,
     shared,
+    shared_dynamic,
     shuffle_xor,
     store,
     wait_for_launch_before,
     when,
 )
+from tq_tvm.kernels.warp_rows import WarpRow
 
 __all__ = ["MERGE_THREADS", "WarpMemory", "finish_block", "leave_warp", "merge_rows"]
 
@@ -51,13 +53,13 @@ class WarpMemory:
     def allocate(cls, shape: AttendShape, words) -> WarpMemory:
         """Shared memory for every warp."""
         size = (shape.config.warps, shape.rows.rows)
-        apart = shape.rows.rows * shape.spec.head_dim
+        apart = shape.rows.rows * shape.spec.value_dim
         return cls(words, shape.queries, apart, shared(size, "float32"), shared(size, "float32"))
 
 
 def leave_warp(shape: AttendShape, memory: WarpMemory, softmax: Softmax, warp, g, t) -> None:
     """Leave a warp's output; tiles of others may be in the way, so a barrier comes first."""
-    dim = shape.spec.head_dim
+    dim = shape.spec.value_dim
     barrier()
     for at in softmax.places:
         tile, half = at
@@ -77,11 +79,11 @@ def leave_warp(shape: AttendShape, memory: WarpMemory, softmax: Softmax, warp, g
 
 
 def finish_block(
-    shape: AttendShape, memory: WarpMemory, rows: RowBlock, options: Options, out, lse, piece, warp,
-    lane,
+    shape: AttendShape, output: WarpRow, memory: WarpMemory, rows: RowBlock, options: Options, out,
+    lse, piece, warp, lane,
 ) -> None:  # fmt: skip
     """Merge the warps, a warp a row, and write rows or, to ``piece`` of the workspace, a piece."""
-    warps, dim, count = shape.config.warps, shape.spec.head_dim, shape.rows.row_values
+    warps, dim, count = shape.config.warps, output.dim, output.row_values
     x, part = local(count, "float32"), local(1, "float32")
     top, total = local(1, "float32"), local(1, "float32")
     with I.serial(0, -(-shape.rows.rows // warps)) as turn:
@@ -96,18 +98,18 @@ def finish_block(
             for w in range(warps):
                 raised = let(T.exp2(memory.bound[w, row] - top[0]))
                 store(total, total[0] + memory.total[w, row] * raised)
-                for i in range(count):
-                    place = memory.begin + w * memory.apart + row * dim + lane * count + i
+                for i, base, extra in output.places(lane):
+                    place = memory.begin + w * memory.apart + row * dim + base + extra
                     ptx("ld.shared.f32", part[0], pointer(memory.words, place))
                     store(x, x[i] + part[0] * raised, i)
             if piece is None:
                 place = let(rows.token(row)), let(rows.head(row))
-                finish_row(shape.rows, x, top[0], total[0], place, options, out, lse, lane)
+                finish_row(output, x, top[0], total[0], place, options, out, lse, lane)
             else:
                 workspace, groups, slot = piece
                 at = let(T.cast(slot * shape.rows.rows + row, "int64"))
-                for i in range(count):
-                    store(workspace, x[i], at * dim + T.cast(lane * count + i, "int64"))
+                for i, base, extra in output.places(lane):
+                    store(workspace, x[i], at * dim + T.cast(base + extra, "int64"))
                 with when(lane == 0):
                     stats = let(_stats_start(shape, groups) + at * 2)
                     store(workspace, top[0], stats)
@@ -116,7 +118,7 @@ def finish_block(
 
 def _stats_start(shape: AttendShape, groups):
     """Where, behind the slots' outputs, their bounds and totals are."""
-    slot = shape.spec.num_kv_heads * shape.rows.rows * shape.spec.head_dim
+    slot = shape.spec.num_kv_heads * shape.rows.rows * shape.spec.value_dim
     return T.cast(groups, "int64") * (2 * slot)
 
 
@@ -127,7 +129,11 @@ def merge_rows(
 
     A row in one piece is finished; one that sees nothing gets zeros.
     """
-    spec, count, dim = shape.spec, shape.rows.row_values, shape.spec.head_dim
+    spec = shape.spec
+    output = WarpRow(spec, spec.value_dim, None, 0)
+    if output.rotated and not output.by_shuffles:
+        output = WarpRow(spec, spec.value_dim, shared_dynamic(output.dim, "uint32"), 0)
+    count, dim = output.row_values, output.dim
     rows, group_size = shape.rows.rows, shape.spec.group_size
     warp, lane = let(thread // 32), let(thread % 32)
     token = let(T.cast(token, "int32"))
@@ -178,22 +184,20 @@ def merge_rows(
                 raised = T.exp2(workspace[stats + row(group) * 2] - top[0])
                 store(weight, T.Select(at[0] + n * _WARPS < last[0], raised, f32(0)), n)
                 store(total, total[0] + weight[n] * workspace[stats + row(group) * 2 + 1])
-                for i in range(count):
-                    store(piece, workspace[row(group) * dim + lane * count + i], n, i)
+                for i, base, extra in output.places(lane):
+                    store(piece, workspace[row(group) * dim + base + extra], n, i)
             for n in range(_AHEAD):
                 for i in range(count):
                     store(x, x[i] + weight[n] * piece[n, i], i)
             store(at, at[0] + _AHEAD * _WARPS)
-        for i in range(count):
-            store(partial, x[i], warp, lane * count + i)
+        for i, base, extra in output.places(lane):
+            store(partial, x[i], warp, base + extra)
         with when(lane == 0):
             store(totals, total[0], warp)
         barrier()
         with when(warp == 0):
             for w in range(1, _WARPS):
                 store(total, total[0] + totals[w])
-                for i in range(count):
-                    store(x, x[i] + partial[w, lane * count + i], i)
-            finish_row(
-                shape.rows, x, top[0], total[0], (token, head), extent.options, out, lse, lane
-            )
+                for i, base, extra in output.places(lane):
+                    store(x, x[i] + partial[w, base + extra], i)
+            finish_row(output, x, top[0], total[0], (token, head), extent.options, out, lse, lane)

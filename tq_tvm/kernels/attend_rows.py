@@ -20,6 +20,7 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.attend_tiles import Seen, Tiles
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
+from tq_tvm.kernels.dense_rows import dense_row_words, dense_step, dense_word, turned
 from tq_tvm.kernels.device import (
     FULL_WARP,
     PAIR,
@@ -34,9 +35,12 @@ from tq_tvm.kernels.device import (
     shuffle_xor,
     store,
     u32,
+    warp_barrier,
     when,
 )
 from tq_tvm.kernels.hadamard_cuda import PRODUCTS
+from tq_tvm.kernels.lane_rows import multiplies
+from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
@@ -90,14 +94,9 @@ class RowShape:
         return 16 * self.row_tiles
 
     @property
-    def row_values(self) -> int:
-        """Values of a row that a warp shares."""
-        return self.spec.head_dim // 32
-
-    @property
     def row_words(self) -> int:
-        """Words of a row of the model's dtype."""
-        return self.spec.head_dim // 2
+        """Words of a query of the model's dtype."""
+        return dense_row_words(self.spec.head_dim)
 
 
 class RowBlock:
@@ -154,7 +153,7 @@ class Softmax:
         self._first: Any = None
         # Where the tokens end that are attended to, if rows see more than those.
         self.end: Any = None
-        self.output = local((tiles, shape.spec.head_dim // 8, 4), "float32")
+        self.output = local((tiles, shape.spec.value_dim // 8, 4), "float32")
         self._sloped = let(T.cast(options.alibi_slopes.shape[0], "int32") > 0)
         self._featured = let(T.Or(self._sloped, options.soft_cap > f32(0)))
 
@@ -170,7 +169,7 @@ class Softmax:
                 slope = self._options.alibi_slopes[rows.head(row)]
                 store(self._slope, slope * f32(_LOG2E), *at)
         for tile in range(self._shape.row_tiles):
-            for octet in range(self._shape.spec.head_dim // 8):
+            for octet in range(self._shape.spec.value_dim // 8):
                 for e in range(4):
                     store(self.output, f32(0), tile, octet, e)
 
@@ -252,7 +251,7 @@ class Softmax:
             shrink = let(T.exp2(self.bound[at] - top[at]))
             store(self.bound, top[at], *at)
             store(self.total, self.total[at] * shrink, *at)
-            for octet in range(self._shape.spec.head_dim // 8):
+            for octet in range(self._shape.spec.value_dim // 8):
                 for e in range(2):
                     index = (tile, octet, 2 * half + e)
                     store(self.output, self.output[index] * shrink, *index)
@@ -266,24 +265,27 @@ def _highest(values):
 
 
 def load_queries(
-    shape: RowShape, words, place, q, rows: RowBlock, first, count, lane, sm_scale
+    shape: RowShape, query: WarpRow, words, place, q, rows: RowBlock, first, count, lane, sm_scale
 ) -> None:
     """Rotate ``count`` rows of a block from ``first`` on, scaled for logits in units of log2.
 
     They go to shared memory from word ``place`` on; rows that do not exist are zeros.
     """
     factor = let(sm_scale * f32(_LOG2E * _rotation_unit(shape.spec)))
-    for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):
+    for row, coordinate, pair in _rotated(query, q, rows, first, count, lane, factor):
         word = local(1, "uint32")
         ptx(PAIR[shape.spec.dtype], word[0], *pair)
         at = let(T.truncdiv(coordinate, 2))
-        chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
-        to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
+        if query.dim % 64:
+            to = place + dense_word(query.dim, row, at)
+        else:
+            chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
+            to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
         ptx("st.shared.u32", pointer(words, to), word[0])
 
 
 def arrange_queries(
-    shape: RowShape,
+    query: WarpRow,
     words,
     q,
     rows: RowBlock,
@@ -293,8 +295,8 @@ def arrange_queries(
     word_of: Callable[[Any, Any], Any],
 ) -> None:  # fmt: skip
     """Rotate rows as `load_queries` does, unscaled, to float16; ``word_of`` says where they go."""
-    factor = f32(_rotation_unit(shape.spec))
-    for row, coordinate, pair in _rotated(shape, q, rows, first, count, lane, factor):
+    factor = f32(_rotation_unit(query.spec))
+    for row, coordinate, pair in _rotated(query, q, rows, first, count, lane, factor):
         word = local(1, "uint32")
         ptx(PAIR["float16"], word[0], *pair)
         ptx("st.shared.u32", pointer(words, word_of(row, coordinate)), word[0])
@@ -305,10 +307,10 @@ def _rotation_unit(spec: CacheSpec) -> float:
 
 
 def _rotated(
-    shape: RowShape, q, rows: RowBlock, first, count, lane, factor
+    query: WarpRow, q, rows: RowBlock, first, count, lane, factor
 ) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
     """Row, first coordinate, and a pair of a lane's values, the second one first."""
-    spec, values = shape.spec, shape.row_values
+    spec, values = query.spec, query.row_values
     x = local(values, "float32")
     with I.serial(0, count) as turn:
         row = let(first + turn)
@@ -316,13 +318,32 @@ def _rotated(
             store(x, f32(0), i)
         with when(rows.exists(row)):
             token, head = let(rows.token(row)), let(rows.head(row))
-            for i in range(values):
-                store(x, T.cast(q[token, head, lane * values + i], "float32"), i)
-        if spec.cache_format.rotation != "none":
-            turn_signs(shape, x, lane)
-            rotate_row(shape, x, lane)
+            for i, base, extra in query.places(lane):
+                store(x, T.cast(q[token, head, base + extra], "float32"), i)
+        if not query.by_shuffles:
+            yield from _exchanged(query, x, row, lane, factor)
+            return
+        if query.rotated:
+            turn_signs(query, x, lane)
+            rotate_row(query, x, lane)
         for i in range(0, values, 2):
             yield row, let(lane * values + i), (x[i + 1] * factor, x[i] * factor)
+
+
+def _exchanged(query: WarpRow, x, row, lane, factor) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
+    """The same of a row whose neighbours have to meet in shared memory."""
+    query.turn_signs(x, lane)
+    query.leave(x, lane)
+    if query.rotated:
+        query.rotate(lane)
+    for first in range(0, query.dim // 2, 32):
+        with when(lane < query.dim // 2 - first):
+            coordinate = let(2 * (lane + first))
+            pair = local(2, "float32")
+            for e in range(2):
+                query.read(pair, e, coordinate + e)
+            yield row, coordinate, (pair[1] * factor, pair[0] * factor)
+    warp_barrier()
 
 
 class QueryOperands:
@@ -331,15 +352,17 @@ class QueryOperands:
     def __init__(self, shape: RowShape, words, place, first_row, lane) -> None:
         self._shape, self._words = shape, words
         row = let(first_row + lane % 16)
-        moved = T.bitwise_xor(lane % 8, lane // 16) * 4
+        moved = turned(shape.spec.head_dim, lane % 8, lane // 16)
         self._begin = let(place + row * shape.row_words + moved)
 
     def read(self, m: int, step: int) -> list[Any]:
         """The operand of a row tile and 16 coordinates."""
+        shape = self._shape
         operand = local(4, "uint32")
-        at = T.bitwise_xor(self._begin, 8 * step) + 16 * m * self._shape.row_words
+        at = dense_step(shape.spec.head_dim, self._begin, step, multiplies(shape.spec))
         registers = [operand[i] for i in range(4)]
-        ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, pointer(self._words, at))
+        place = pointer(self._words, at + 16 * m * shape.row_words)
+        ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, place)
         return registers
 
 
@@ -348,10 +371,10 @@ def attend_tile(
 ) -> None:
     """Scores, weights and output of a tile that begins with token ``first``."""
     product = PRODUCTS[shape.spec.dtype]
-    blocks, steps = shape.tile // 16, shape.spec.head_dim // 16
+    blocks = shape.tile // 16
     scores = local((shape.row_tiles, shape.tile // 8, 4), "float32")
     queries = QueryOperands(shape, words, place, first_row, lane)
-    for k in range(steps):
+    for k in range(shape.spec.head_dim // 16):
         a = [queries.read(m, k) for m in range(shape.row_tiles)]
         for block in range(blocks):
             for octet, b in enumerate(tiles.keys(block, k)):
@@ -365,21 +388,20 @@ def attend_tile(
             for i in range(4):
                 pair = [scores[m, 2 * block + i // 2, 2 * (i % 2) + e] for e in (1, 0)]
                 ptx(PAIR[shape.spec.dtype], weights[m, i], *pair)
-        for k in range(steps):
+        for k in range(shape.spec.value_dim // 16):
             for octet, b in enumerate(tiles.values(block, k)):
                 for m in range(shape.row_tiles):
                     result = [softmax.output[m, 2 * k + octet, e] for e in range(4)]
                     mma(product, result, [weights[m, i] for i in range(4)], b, result)
 
 
-def finish_row(shape: RowShape, x, top, total, place, options: Options, out, lse, lane) -> None:
+def finish_row(row: WarpRow, x, top, total, place, options: Options, out, lse, lane) -> None:
     """Divide a row that a warp shares, rotate it back, and write it and its lse.
 
     ``top`` and ``total`` are its bound and its sum of weights; ``place`` is its token and head.
     """
-    spec, values = shape.spec, shape.row_values
+    spec = row.spec
     token, head = place
-    rotated = spec.cache_format.rotation != "none"
     bound, sum_, shrink = (local(1, "float32") for _ in range(3))
     store(bound, top)
     store(sum_, total)
@@ -389,17 +411,16 @@ def finish_row(shape: RowShape, x, top, total, place, options: Options, out, lse
         store(bound, T.max(top, sink))
         store(shrink, T.exp2(top - bound[0]))
         store(sum_, total * shrink[0] + T.exp2(sink - bound[0]))
-    unit = spec.head_dim**-0.5 if rotated else 1.0
+    unit = row.dim**-0.5 if row.rotated else 1.0
     # What is not a number stays so.
     nothing = let(sum_[0] == f32(0))
     factor = let(T.Select(nothing, f32(0), shrink[0] * f32(unit) / sum_[0]))
-    for i in range(values):
+    for i in range(row.row_values):
         store(x, x[i] * factor, i)
-    if rotated:
-        rotate_row(shape, x, lane)
-        turn_signs(shape, x, lane)
-    for i in range(values):
-        store(out, T.cast(x[i], spec.dtype), token, head, lane * values + i)
+    if row.rotated:
+        row.rotate_back(x, lane)
+    for i, base, extra in row.places(lane):
+        store(out, T.cast(x[i], spec.dtype), token, head, base + extra)
     with when(T.And(T.cast(lse.shape[1], "int32") > 0, lane == 0)):
         units = (T.log2(sum_[0]) + bound[0]) * f32(math.log(2))
         store(lse, T.Select(nothing, as_float(u32(_MINUS_INFINITY)), units), token, head)

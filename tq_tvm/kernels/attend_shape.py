@@ -12,6 +12,7 @@ from tq_tvm.kernels.attend_rows import Options, RowBlock, RowShape
 from tq_tvm.kernels.attend_tiles import TileShape
 from tq_tvm.kernels.decode_shape import REGISTERS
 from tq_tvm.kernels.device import i32, let
+from tq_tvm.kernels.warp_rows import exchange_words
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["WINDOW_TILE", "AttendConfig", "AttendShape", "Extent", "Span"]
@@ -88,12 +89,20 @@ class AttendShape:
 
     @property
     def memory_words(self) -> int:
-        """Words of dynamic shared memory; at the end of a piece tiles make room for the output."""
+        """Words of dynamic shared memory."""
+        return self.exchange + self.config.warps * exchange_words(self.spec)
+
+    @property
+    def exchange(self) -> int:
+        """Words of queries and tiles, in front of rows that lanes exchange.
+
+        At the end of a piece tiles make room for the output.
+        """
         if self.in_registers:
             warp = self.fragments.words
         else:
             warp = self.tiles.dense_words + 2 * self.tiles.packed_words
-        output = self.rows.rows * (self.spec.head_dim + 2)
+        output = self.rows.rows * (self.spec.value_dim + 2)
         return self.queries + self.config.warps * max(warp, output)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
+from tq_tvm.kernels.dense_rows import dense_row_words
 from tq_tvm.kernels.device import let, local, ptx, store, u32, when
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES, DirectRow
 from tq_tvm.kernels.lookup_cuda import CodedRow
@@ -46,9 +47,13 @@ class TileShape:
     lanes: int
 
     @property
-    def row_words(self) -> int:
+    def dims(self) -> tuple[int, int]:
+        """Values of a row of K and of V."""
+        return self.spec.head_dim, self.spec.value_dim
+
+    def row_words(self, side: int) -> int:
         """Words of a row of the model's dtype."""
-        return self.spec.head_dim // 2
+        return dense_row_words(self.dims[side])
 
     @property
     def sides(self) -> tuple[Codec, Codec]:
@@ -60,8 +65,8 @@ class TileShape:
     def code_words(self) -> tuple[int, int]:
         """Words of the codes of K and of V, or of rows that stay as they are."""
         key, value = (
-            self.tile * c.packed_bytes(self.spec.head_dim) // (4 if c.packed else 2)
-            for c in self.sides
+            self.tile * (-(-c.packed_bytes(dim) // 4) if c.packed else dense_row_words(dim))
+            for c, dim in zip(self.sides, self.dims, strict=True)
         )
         return key, value
 
@@ -73,7 +78,8 @@ class TileShape:
     @property
     def dense_words(self) -> int:
         """Words of K and V of the model's dtype, where they are decoded."""
-        return sum(codec.packed for codec in self.sides) * self.tile * self.row_words
+        decoded = [side for side in range(2) if self.sides[side].packed]
+        return sum(self.tile * self.row_words(side) for side in decoded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +98,15 @@ class Seen:
 class TileMemory:
     """Where the threads' tiles are in dynamic shared memory.
 
-    From ``dense`` on K, then V, of the model's dtype: it has to be a multiple of a row's words.
+    From ``dense`` on K, then V, of the model's dtype: it has to be a multiple of a row's words, or
+    of 32 where these are no power of two.
     From ``packed`` on codes and scales of two tiles.
     """
 
     def __init__(self, shape: TileShape, words, dense, packed) -> None:
         key, both = shape.code_words[0], sum(shape.code_words)
         self.words = words
-        decoded = shape.tile * shape.row_words if shape.sides[0].packed else 0
+        decoded = shape.tile * shape.row_words(0) if shape.sides[0].packed else 0
         self.dense = [dense, dense + decoded]
         self.codes = [packed, packed + key]
         self.metas = [packed + both, packed + (both + shape.tile)]
@@ -114,9 +121,10 @@ class Side:
         spec, tile = shape.spec, shape.tile
         self._shape, self._memory, self._thread = shape, memory, thread
         self._number, self.codec = number, shape.sides[number]
+        self.dim = shape.dims[number]
         self._head = head
         self._codes, self._code_stride = pages.flat(cache), self._stride(cache)
-        self._elements = self.codec.packed_bytes(spec.head_dim)
+        self._elements = self.codec.packed_bytes(self.dim)
         self._width = 1 if self.codec.packed else 2
         self._chunk = math.gcd(self._elements * self._width, 16)
         if self.codec.meta:
@@ -227,9 +235,7 @@ class Side:
         part = as_register(self._thread % shape.lanes)
         for turn in range(shape.tile // abreast):
             row = as_register(turn * abreast + self._thread // shape.lanes)
-            coded = CodedRow(
-                shape.spec.head_dim, shape.spec.dtype, self.codec, shape.lanes, "ld.shared"
-            )
+            coded = CodedRow(self.dim, shape.spec.dtype, self.codec, shape.lanes, "ld.shared")
             codes = as_register(memory.codes[self._number] + packed + row * (self._elements // 4))
             # Words are the unit of the buffer; codes may begin inside one.
             view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
@@ -249,7 +255,7 @@ class Side:
             count = min(4, len(line) - i)
             word = as_register(T.truncdiv(first, 2) + i)
             chunk = T.bitwise_xor(T.truncdiv(word, 4), T.truncmod(row, 8))
-            at = begin + row * shape.row_words + chunk * 4 + T.truncmod(word, 4)
+            at = begin + row * shape.row_words(self._number) + chunk * 4 + T.truncmod(word, 4)
             kind = "u32" if count == 1 else f"v{count}.u32"
             pieces = [line[i + n] for n in range(count)]
             ptx(f"st.shared.{kind}", words.ptr_to([as_register(at)]), *pieces)
@@ -295,7 +301,7 @@ class DirectSide(Side):
         self._read = [as_register(own + turned), as_register(own + (_HALF - turned))]
         word = part * (self._piece // 2)
         chunk = T.bitwise_xor(T.truncdiv(word, 4), row % 8)
-        self._written = as_register(row * shape.row_words + chunk * 4 + T.truncmod(word, 4))
+        self._written = as_register(row * shape.row_words(number) + chunk * 4 + T.truncmod(word, 4))
 
     def _copy(self, source, first, seen: Seen, packed) -> None:
         shape, tile = self._shape, self._shape.tile
@@ -342,7 +348,7 @@ class DirectSide(Side):
         for turn in range(shape.tile // self._abreast):
             row = turn * self._abreast
             coded = DirectRow(
-                shape.spec.head_dim, shape.spec.dtype, self.codec, DIRECT_LANES, "ld.shared", scale
+                self.dim, shape.spec.dtype, self.codec, DIRECT_LANES, "ld.shared", scale
             )
 
             def pointer(n: int, row=row):
@@ -358,5 +364,5 @@ class DirectSide(Side):
                 chunk = first // 8
                 turned = (chunk ^ row) % 8 * 4
                 at = T.bitwise_xor(written, turned) if turned else written
-                at = at + (row * shape.row_words + chunk // 8 * 32)
+                at = at + (row * shape.row_words(self._number) + chunk // 8 * 32)
                 ptx(f"st.shared.v{len(line)}.u32", words.ptr_to([at]), *line)

@@ -8,8 +8,6 @@ lanes a row (`attend_sides`). Rows of the codec ``none`` are copied to where the
 
 from __future__ import annotations
 
-from tvm.script import tirx as T
-
 from tq_tvm.kernels.attend_sides import (
     DirectSide,
     Seen,
@@ -18,9 +16,18 @@ from tq_tvm.kernels.attend_sides import (
     TileShape,
     as_register,
 )
+from tq_tvm.kernels.attend_words import WordSide
+from tq_tvm.kernels.dense_rows import dense_step, turned
 from tq_tvm.kernels.device import i32, local, ptx, store
+from tq_tvm.kernels.lane_rows import MULTIPLIED, multiplies
 
 __all__ = ["Seen", "TileMemory", "TileShape", "Tiles"]
+
+
+def _class_of(shape: TileShape, side: int) -> type[Side]:
+    if shape.dims[side] not in MULTIPLIED:
+        return WordSide
+    return Side if shape.sides[side].family == "lloyd_max" else DirectSide
 
 
 class Tiles:
@@ -32,10 +39,10 @@ class Tiles:
     def __init__(self, shape: TileShape, memory: TileMemory, caches, head, thread, lane) -> None:
         self._shape, self._memory = shape, memory
         self._sides = [
-            (Side if codec.family == "lloyd_max" else DirectSide)(
+            _class_of(shape, number)(
                 shape, memory, number, caches[number], caches[number + 2], head, thread
             )
-            for number, codec in enumerate(shape.sides)
+            for number in range(2)
         ]
         # Matrices of ``ldmatrix``: of K, the second has later chunks and the third later tokens;
         # transposed, of V, it is the other way round.
@@ -43,9 +50,9 @@ class Tiles:
         for side in range(2):
             octet, other = (lane // 16, lane // 8 % 2) if side == 0 else (lane // 8 % 2, lane // 16)
             row = lane % 8 + 8 * octet
-            moved = T.bitwise_xor(lane % 8, other) * 4
+            moved = turned(shape.dims[side], lane % 8, other)
             begin = memory.dense[side] if shape.sides[side].packed else 0
-            self._from.append(as_register(begin + row * shape.row_words + moved))
+            self._from.append(as_register(begin + row * shape.row_words(side) + moved))
         # Of two places for codes and scales: the one asked for last, and the one that is decoded.
         self._asked, self._arrived = local(1, "int32"), local(1, "int32")
         self.start()
@@ -89,8 +96,10 @@ class Tiles:
 
     def _read(self, side: int, kind: str, block: int, step: int):
         words = local(4, "uint32")
-        at = T.bitwise_xor(self._from[side], 8 * step) + 16 * block * self._shape.row_words
-        if not self._shape.sides[side].packed:
+        shape = self._shape
+        dim, alike = shape.dims[side], multiplies(shape.spec)
+        at = dense_step(dim, self._from[side], step, alike) + 16 * block * shape.row_words(side)
+        if not shape.sides[side].packed:
             at = at + (self._memory.codes[side] + self._arrived[0])
         name = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16"
         ptx(name, *[words[i] for i in range(4)], self._memory.words.ptr_to([at]))

@@ -27,13 +27,14 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import Options, RowShape, finish_row
+from tq_tvm.kernels.attend_rows import Options, finish_row
 from tq_tvm.kernels.decode_cuda import attend_share
 from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_window import PackedLengths, Window
 from tq_tvm.kernels.device import f32, let, local, store, when
+from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["Featured", "decode_featured"]
@@ -112,8 +113,8 @@ class Featured:
         """
         if self._window is not None:
             top, total = self._window.add(x, top, total, place, lane, self._bend_one)
-        rows = RowShape(self._shape.spec, 1, self._shape.config.tile)
-        finish_row(rows, x, top, total, place, self._options, out, self._lse, lane)
+        row = WarpRow(self._shape.spec, self._shape.spec.head_dim, None, 0)
+        finish_row(row, x, top, total, place, self._options, out, self._lse, lane)
 
 
 def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
@@ -30,6 +30,7 @@ from tq_tvm.kernels.device import (
     u32,
     when,
 )
+from tq_tvm.spec import CacheSpec
 
 __all__ = ["MAGIC", "MAGIC_BITS", "Query", "QueryMemory", "rotate_row", "turn_signs"]
 
@@ -45,7 +46,19 @@ SMALLEST_SCALE = 1e-30
 """A scale of logits that is not zero, which would let masked tokens pass."""
 
 
-def rotate_row(shape: Shape, x, lane) -> None:
+class SharedRow(Protocol):
+    """Static sizes of a row whose neighbours are in lanes of a warp, 2^n of them in each."""
+
+    @property
+    def spec(self) -> CacheSpec:
+        """The kernel's spec."""
+
+    @property
+    def row_values(self) -> int:
+        """Values of a lane."""
+
+
+def rotate_row(shape: SharedRow, x, lane) -> None:
     """Unscaled Hadamard transform of a row that a warp shares, in place."""
     count = shape.row_values
     y = local(count, "float32")
@@ -63,11 +76,12 @@ def rotate_row(shape: Shape, x, lane) -> None:
             store(x, y[i] + sign * x[i], i)
 
 
-def turn_signs(shape: Shape, x, lane) -> None:
+def turn_signs(shape: SharedRow, x, lane) -> None:
     """Multiply a row that a warp shares by the signs of its format's rotation, in place."""
     if shape.spec.cache_format.rotation != "signed_hadamard":
         return
-    count, signs = shape.row_values, rotation_signs(shape.spec.head_dim)
+    count = shape.row_values
+    signs = rotation_signs(32 * count)
     for i in range(count):
         negative = sum((signs[at * count + i] < 0) << at for at in range(32))
         lane_bit = T.shift_right(u32(negative), T.cast(lane, "uint32"))

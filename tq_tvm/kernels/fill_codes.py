@@ -51,6 +51,7 @@ from tq_tvm.kernels.device import (
     u32,
 )
 from tq_tvm.kernels.hadamard_cuda import RowBits
+from tq_tvm.kernels.lane_rows import LaneRow
 from tq_tvm.spec import NORM_EPS, Codec
 
 __all__ = ["Encoded", "Encoder"]
@@ -89,7 +90,7 @@ class Encoder:
         A register that holds the sign of a float.
     """
 
-    def __init__(self, row: RowBits, codec: Codec, scale_rule: str | None, sign) -> None:
+    def __init__(self, row: RowBits | LaneRow, codec: Codec, scale_rule: str | None, sign) -> None:
         self._row, self._codec, self._rule, self._sign = row, codec, scale_rule, sign
         self._levels = [c for c in codec.centroids if c > 0]
         self._bounds = [b for b in codec.boundaries if b > 0]
@@ -103,7 +104,7 @@ class Encoder:
         self._prepare(norm)
         per_byte = 8 // self._field
         bytes_ = dim // per_byte
-        mine = [c for c in map(row.coordinate, range(dim // 4)) if c < bytes_]
+        mine = [c for c in map(row.coordinate, range(row.values)) if c < bytes_]
         sums = local(len(mine) // 2, "float32")
         for n, byte in enumerate(mine):
             if n % 2 == 0:
@@ -238,6 +239,8 @@ class Encoder:
     def _second_plane(self, positive, mine: list[int], t):
         """The plane of signs: in byte j those of bytes j and j + D/8 of the first, in turn."""
         eighth = self._row.dim // 8
+        if eighth % 4:
+            return self._straddled(positive, eighth)
         if eighth in mine:
             count = mine.index(eighth) // 4
             words = local(count, "uint32")
@@ -249,6 +252,18 @@ class Encoder:
         for i in range(len(mine) // 4):
             own = let(T.shift_left(positive[i], T.cast(t // 2, "uint32")))
             store(words, T.bitwise_or(own, shuffle_xor(own, 2)), i)
+        return words
+
+    @staticmethod
+    def _straddled(positive, eighth: int):
+        """The plane of a row in one lane whose halves begin inside a word."""
+        count, last = -(-eighth // 4), int(positive.shape[0]) - 1
+        words = local(count, "uint32")
+        for i in range(count):
+            at = (eighth + 4 * i) // 4
+            selector = sum((eighth % 4 + b) << 4 * b for b in range(4))
+            later = byte_perm(positive[at], positive[min(at + 1, last)], selector)
+            store(words, T.bitwise_or(positive[i], T.shift_left(later, u32(1))), i)
         return words
 
     # --- scales
@@ -282,9 +297,8 @@ class Encoder:
             scale = let(T.sqrt(scale))
         return [scale] if gap is None else [scale, let(gap * f32(dim**-0.5))]
 
-    @staticmethod
-    def _reduce(register) -> None:
-        reduce_lanes(register, 0, lambda a, b: a + b, (1, 2))
+    def _reduce(self, register) -> None:
+        reduce_lanes(register, 0, lambda a, b: a + b, self._row.masks)
 
     def _squared_levels(self, words, positive):
         """Sum of the squares of the row's levels."""

@@ -48,7 +48,14 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.kernels.fill_codes import Encoded, Encoder
 from tq_tvm.kernels.fill_direct import DirectEncoder, row_words
-from tq_tvm.kernels.fill_places import GivenSlots, TableSlots
+from tq_tvm.kernels.fill_lanes import emit_lanes
+from tq_tvm.kernels.fill_places import (
+    FillArguments,
+    GivenSlots,
+    TableSlots,
+    fill_arguments,
+    wide_product,
+)
 from tq_tvm.kernels.hadamard_cuda import (
     PRODUCTS,
     RowBits,
@@ -58,6 +65,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     numbers,
     rotate_rows,
 )
+from tq_tvm.kernels.lane_rows import multiplies
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FillConfig", "fill_cuda"]
@@ -152,53 +160,6 @@ class _Side:
         return self.encoder.encode(self.value)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Arguments:
-    """Flat views of the arguments, and strides in elements, which have to fit 31 bits.
-
-    Metas are those of codecs that have some; scales are of whole tensors. Rings are those of a
-    window.
-    """
-
-    rows: dict[str, Any]
-    row_stride: dict[str, Any]
-    codes: dict[str, Any]
-    metas: dict[str, Any]
-    code_stride: dict[str, Any]
-    meta_stride: dict[str, Any]
-    scales: dict[str, Any]
-    rings: dict[str, Any]
-
-
-def _arguments(spec: CacheSpec, k_rows, v_rows, caches, rings) -> _Arguments:
-    k_cache, v_cache, k_meta, v_meta = caches
-    codecs = {"k": spec.cache_format.key, "v": spec.cache_format.value}
-    given = {"k": k_meta, "v": v_meta}
-    metas = {name: given[name] for name, codec in codecs.items() if codec.meta}
-    scaled = [name for name, codec in codecs.items() if codec.tensor_scale]
-
-    def stride(argument):
-        register = local(1, "int32")
-        store(register, T.cast(argument.strides[0], "int32"))
-        return register[0]
-
-    return _Arguments(
-        rows={"k": pages.flat(k_rows), "v": pages.flat(v_rows)},
-        row_stride={"k": stride(k_rows), "v": stride(v_rows)},
-        codes={"k": pages.flat(k_cache), "v": pages.flat(v_cache)},
-        metas={name: pages.flat(meta) for name, meta in metas.items()},
-        code_stride={"k": stride(k_cache), "v": stride(v_cache)},
-        meta_stride={name: stride(meta) for name, meta in metas.items()},
-        scales={name: let(given[name].buffer[0]) for name in scaled},
-        rings={name: pages.flat_buffer(ring) for name, ring in zip("kv", rings, strict=False)},
-    )
-
-
-def _wide_product(a, b):
-    """Of int32, in int64: one multiplication."""
-    return T.cast(a, "int64") * T.cast(b, "int64")
-
-
 def ring_words(spec: CacheSpec, config: FillConfig) -> int:
     """Words of the ring of a CTA."""
     sides = 2 if config.sides == 1 else 1
@@ -206,7 +167,14 @@ def ring_words(spec: CacheSpec, config: FillConfig) -> int:
 
 
 def _emit(
-    spec: CacheSpec, config: FillConfig, arguments: _Arguments, tokens, block, side, thread, slots
+    spec: CacheSpec,
+    config: FillConfig,
+    arguments: FillArguments,
+    tokens,
+    block,
+    side,
+    thread,
+    slots,
 ) -> None:
     """8 rows of a warp at a time; ``slots`` says where a token goes, see `TableSlots`."""
     fmt, heads = spec.cache_format, spec.num_kv_heads
@@ -254,7 +222,7 @@ def _emit(
                 token, head = row_of(ahead[0])
                 for n, one_side in enumerate(sides):
                     inside = T.cast(head * spec.head_dim + t * row.piece, "int64")
-                    at = _wide_product(token, arguments.row_stride[one_side.name]) + inside
+                    at = wide_product(token, arguments.row_stride[one_side.name]) + inside
                     to = begin + filled[0] + n * row_words
                     one_side.copy(arguments.rows[one_side.name], let(at), ring, let(to))
             ptx("cp.async.commit_group")
@@ -310,11 +278,13 @@ def _keeper(row: RowBits, flat, place: Callable[[], Any], t, newest) -> Callable
 def _ring_place(spec: CacheSpec, slots, token, head):
     """First element of a row in the rings."""
     dim = spec.head_dim
-    row = _wide_product(slots.ring_row(token), i32(spec.num_kv_heads * dim))
+    row = wide_product(slots.ring_row(token), i32(spec.num_kv_heads * dim))
     return row + T.cast(head * dim, "int64")
 
 
-def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encoded: Encoded) -> None:
+def _write(
+    spec: CacheSpec, arguments: FillArguments, side: _Side, t, where, encoded: Encoded
+) -> None:
     """Codes of a lane, and by one lane of a row the scales."""
     page, offset, head, exists = where
     name, row, size = side.name, side.row, spec.page_size
@@ -322,7 +292,7 @@ def _write(spec: CacheSpec, arguments: _Arguments, side: _Side, t, where, encode
 
     def inside(page, offset, width: int, stride):
         place = offset * spec.num_kv_heads + head if spec.layout == "bshd" else head * size + offset
-        return _wide_product(page, stride) + T.cast(place * width, "int64")
+        return wide_product(page, stride) + T.cast(place * width, "int64")
 
     with when(exists):
         width = codec.packed_bytes(spec.head_dim)
@@ -366,14 +336,15 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
     dim, heads, dtype = spec.head_dim, spec.num_kv_heads, spec.dtype
     threads = 32 * config.warps
     resident = max(1, 65536 // (threads * config.registers))
-    rows = 8 * config.warps * config.tiles
+    rows = (8 if multiplies(spec) else 32) * config.warps * config.tiles
 
     def blocks(tokens):
         return (tokens * heads + (rows - 1)) // rows
 
     def emit(k, v, caches, tokens, block, side, thread, slots, rings=()):
-        arguments = _arguments(spec, k, v, caches, rings)
-        _emit(spec, config, arguments, tokens, block, side, thread, slots)
+        given = fill_arguments(spec, k, v, caches, rings)
+        emit_rows = _emit if multiplies(spec) else emit_lanes
+        emit_rows(spec, config, given, tokens, block, side, thread, slots)
 
     def table_slots(table, lens, starts, batch, rings=None):
         return TableSlots(spec, table, lens, starts, batch, rings)
@@ -392,7 +363,7 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
         n = T.int64()
         p = T.int64()
         k_rows = T.meta_var(pages.match_rows(k, n, heads, dim, dtype))
-        v_rows = T.meta_var(pages.match_rows(v, n, heads, dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, heads, spec.value_dim, dtype))
         caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
         SM = T.match_buffer(slot_mapping, (n,), "int64", align=8)
         for by in T.thread_binding(config.sides, thread="blockIdx.y"):
@@ -462,7 +433,7 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
         b = T.int64()
         w = T.int64()
         k_rows = T.meta_var(pages.match_rows(k, n, heads, dim, dtype))
-        v_rows = T.meta_var(pages.match_rows(v, n, heads, dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v, n, heads, spec.value_dim, dtype))
         caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)

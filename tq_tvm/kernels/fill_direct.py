@@ -35,6 +35,7 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.kernels.fill_codes import Encoded
 from tq_tvm.kernels.hadamard_cuda import RowBits
+from tq_tvm.kernels.lane_rows import LaneRow
 from tq_tvm.spec import Codec
 
 __all__ = ["TO_E4M3", "DirectEncoder", "Quotient", "row_words"]
@@ -93,9 +94,9 @@ class Quotient:
         return result[0], first
 
 
-def row_words(row: RowBits, dtype: str, value, unit: float | None = None):
+def row_words(row: RowBits | LaneRow, dtype: str, value, unit: float | None = None):
     """Words of a lane's values in the model's dtype, times ``unit``."""
-    count = row.dim // 8
+    count = row.values // 2
     words = local(count, "uint32")
     for i in range(count):
         pair = [value[2 * i + e] for e in (1, 0)]
@@ -106,7 +107,7 @@ def row_words(row: RowBits, dtype: str, value, unit: float | None = None):
 class DirectEncoder:
     """One codec; ``scale`` is of the tensor, where it has one."""
 
-    def __init__(self, row: RowBits, dtype: str, codec: Codec, scale) -> None:
+    def __init__(self, row: RowBits | LaneRow, dtype: str, codec: Codec, scale) -> None:
         self._row, self._dtype, self._codec = row, dtype, codec
         self._divide = None if scale is None else Quotient(scale)
 
@@ -119,8 +120,8 @@ class DirectEncoder:
         return self._affine(value)
 
     def _e4m3(self, value):
-        words = local(self._row.dim // 16, "uint32")
-        for w in range(self._row.dim // 16):
+        words = local(self._row.values // 4, "uint32")
+        for w in range(self._row.values // 4):
             pairs = []
             for i in (4 * w, 4 * w + 2):
                 both = []
@@ -146,8 +147,8 @@ class DirectEncoder:
         zero = let(T.Select(constant, sign, _divide(let(-low), scale)))
         top = let(T.Select(T.And(whole, T.Not(constant)), f32(levels), f32(0)))
         divide = Quotient(scale)
-        codes = local(row.dim // 4, "uint32")
-        for i in range(row.dim // 4):
+        codes = local(row.values, "uint32")
+        for i in range(row.values):
             exact = let(divide.of(value[i])[0] + zero + f32(0.5))
             # In this order what is not a number becomes 0.
             kept = let(T.min(T.max(exact, f32(0)), top))
@@ -163,16 +164,16 @@ class DirectEncoder:
         found = local(2, "float32")
         for n, name in enumerate(("min.NaN.f32", "max.NaN.f32")):
             store(found, value[0], n)
-            for i in range(1, self._row.dim // 4):
+            for i in range(1, self._row.values):
                 ptx(name, found[n], found[n], value[i])
-            for mask in (1, 2):
+            for mask in self._row.masks:
                 ptx(name, found[n], found[n], let(shuffle_xor(found[n], mask)))
         return found[0], found[1]
 
     def _bytes(self, codes):
         """Words of the lowest bytes of registers; of 4 bits, two codes in each."""
         row = self._row
-        slots = list(range(row.dim // 4))
+        slots = list(range(row.values))
         if self._codec.bits == 4:
             half = row.dim // 2
             slots = [slot for slot in slots if row.coordinate(slot) < half]

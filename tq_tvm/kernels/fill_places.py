@@ -2,13 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import i32, let, local, loop, store, when
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["GivenSlots", "TableSlots"]
+__all__ = ["FillArguments", "GivenSlots", "TableSlots", "fill_arguments", "wide_product"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FillArguments:
+    """Flat views of the arguments, and strides in elements, which have to fit 31 bits.
+
+    Metas are those of codecs that have some; scales are of whole tensors. Rings are those of a
+    window.
+    """
+
+    rows: dict[str, Any]
+    row_stride: dict[str, Any]
+    codes: dict[str, Any]
+    metas: dict[str, Any]
+    code_stride: dict[str, Any]
+    meta_stride: dict[str, Any]
+    scales: dict[str, Any]
+    rings: dict[str, Any]
+
+
+def fill_arguments(spec: CacheSpec, k_rows, v_rows, caches, rings) -> FillArguments:
+    """Views of the arguments of one function; ``rings`` is empty without a window."""
+    k_cache, v_cache, k_meta, v_meta = caches
+    codecs = {"k": spec.cache_format.key, "v": spec.cache_format.value}
+    given = {"k": k_meta, "v": v_meta}
+    metas = {name: given[name] for name, codec in codecs.items() if codec.meta}
+    scaled = [name for name, codec in codecs.items() if codec.tensor_scale]
+
+    def stride(argument):
+        register = local(1, "int32")
+        store(register, T.cast(argument.strides[0], "int32"))
+        return register[0]
+
+    return FillArguments(
+        rows={"k": pages.flat(k_rows), "v": pages.flat(v_rows)},
+        row_stride={"k": stride(k_rows), "v": stride(v_rows)},
+        codes={"k": pages.flat(k_cache), "v": pages.flat(v_cache)},
+        metas={name: pages.flat(meta) for name, meta in metas.items()},
+        code_stride={"k": stride(k_cache), "v": stride(v_cache)},
+        meta_stride={name: stride(meta) for name, meta in metas.items()},
+        scales={name: let(given[name].buffer[0]) for name in scaled},
+        rings={name: pages.flat_buffer(ring) for name, ring in zip("kv", rings, strict=False)},
+    )
+
+
+def wide_product(a, b):
+    """Of int32, in int64: one multiplication."""
+    return T.cast(a, "int64") * T.cast(b, "int64")
 
 
 class GivenSlots:

@@ -36,6 +36,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.flatten_direct import DirectSide, RotatedDirectSide
+from tq_tvm.kernels.flatten_lanes import emit_lanes
 from tq_tvm.kernels.hadamard_cuda import (
     RowBits,
     RowSigns,
@@ -43,6 +44,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     hidden_zeros,
     rotate_rows,
 )
+from tq_tvm.kernels.lane_rows import multiplies
 from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, access, looked_up
 from tq_tvm.spec import CacheSpec, Codec
 
@@ -212,14 +214,17 @@ def _emit(
     thread,
 ) -> None:
     """``tiles`` times ``rows`` rows of a lane."""
+    k_cache, v_cache, k_meta, v_meta = caches
+    flat = [_Cache.of(codes, metas) for codes, metas in ((k_cache, k_meta), (v_cache, v_meta))]
+    if not multiplies(spec):
+        emit_lanes(spec, config, unrotated, flat, tables, outputs, sizes, block, thread)
+        return
     block_table, seq_lens, start_loc = tables
     tokens, batch = sizes
     fmt, heads, size = spec.cache_format, spec.num_kv_heads, spec.page_size
-    k_cache, v_cache, k_meta, v_meta = caches
     lanes = _lanes(unrotated)
     abreast = 32 // lanes
     codecs = (fmt.key, fmt.value)
-    flat = [_Cache.of(codes, metas) for codes, metas in ((k_cache, k_meta), (v_cache, v_meta))]
     out = [pages.flat(o) for o in outputs]
     lane = let(thread % 32)
     own, part = let(lane // lanes), let(lane % lanes)
@@ -308,6 +313,8 @@ def flatten_cuda(spec: CacheSpec, config: FlattenConfig, unrotated: bool) -> Pri
     threads = 32 * config.warps
     resident = max(1, 65536 // (threads * config.registers))
     rows = threads // _lanes(unrotated) * config.rows * config.tiles
+    if not multiplies(spec):
+        rows = threads * config.tiles
 
     @T.prim_func(s_tir=True)
     def main(
@@ -331,7 +338,7 @@ def flatten_cuda(spec: CacheSpec, config: FlattenConfig, unrotated: bool) -> Pri
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
         ST = T.match_buffer(start_loc, (b,), "int32", align=4)
         k_rows = T.meta_var(pages.match_rows(k_out, n, heads, dim, dtype))
-        v_rows = T.meta_var(pages.match_rows(v_out, n, heads, dim, dtype))
+        v_rows = T.meta_var(pages.match_rows(v_out, n, heads, spec.value_dim, dtype))
         for bx in T.thread_binding((n * heads + (rows - 1)) // rows, thread="blockIdx.x"):
             for tx in T.thread_binding(threads, thread="threadIdx.x"):
                 T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})

@@ -50,6 +50,8 @@ class RowBits:
         self.deep = 2 if lane_bit == 3 else 4
         self.piece = 1 << self.lane_bit
         self.pieces = self.dim // (4 * self.piece)
+        self.values = self.dim // 4
+        self.masks = (1, 2)
         lanes = (self.lane_bit, self.lane_bit + 1)
         others = [b for b in range(2, bits) if b not in (*lanes, self.deep)]
         self.inner = others[:contracted]

@@ -37,6 +37,7 @@ __all__ = [
     "HighTable",
     "LevelTable",
     "access",
+    "alone",
     "find_mirrored",
     "find_pairs",
     "looked_up",

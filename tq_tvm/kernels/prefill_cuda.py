@@ -49,6 +49,7 @@ from tq_tvm.kernels.device import (
     warp_barrier,
     when,
 )
+from tq_tvm.kernels.warp_rows import WarpRow, exchange_words, warp_rows
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["PrefillConfig", "PrefillShape", "prefill_cuda"]
@@ -107,8 +108,13 @@ class PrefillShape:
 
     @property
     def memory_words(self) -> int:
-        """Words of dynamic shared memory; at the end all of it is for the output."""
-        output = self.rows * (self.spec.head_dim + 2)
+        """Words of dynamic shared memory."""
+        return self.exchange + self.config.warps * exchange_words(self.spec)
+
+    @property
+    def exchange(self) -> int:
+        """Words in front of rows that lanes exchange; at the end all are for the output."""
+        output = self.rows * (self.spec.value_dim + 2)
         return max(self.packed + 2 * self.tiles.packed_words, output)
 
 
@@ -152,7 +158,7 @@ def prefill_cuda(spec: CacheSpec, config: PrefillConfig) -> PrimFunc:
         CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
         SK = T.match_buffer(sinks, (hs,), "float32", align=4)
         AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
-        OUT = T.match_buffer(out, (n, heads, dim), dtype, align=16)
+        OUT = T.match_buffer(out, (n, heads, spec.value_dim), dtype, align=16)
         LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
         for by in T.thread_binding(n * group // rows + b, thread="blockIdx.y"):
             for bx in T.thread_binding(kv_heads, thread="blockIdx.x"):
@@ -202,7 +208,7 @@ def _find_block(shape: PrefillShape, starts, batch, lane, index):
 
 def _leave_rows(shape: PrefillShape, words, softmax: Softmax, warp, g, t) -> None:
     """A warp's output in shared memory, and behind the CTA's its bounds and totals."""
-    dim = shape.spec.head_dim
+    dim = shape.spec.value_dim
     stats = shape.rows * dim
     for at in softmax.places:
         tile, half = at
@@ -221,21 +227,22 @@ def _leave_rows(shape: PrefillShape, words, softmax: Softmax, warp, g, t) -> Non
 
 
 def _write_rows(
-    shape: PrefillShape, words, rows: RowBlock, options: Options, out, lse, warp, lane
-) -> None:
+    shape: PrefillShape, output: WarpRow, words, rows: RowBlock, options: Options, out, lse, warp,
+    lane,
+) -> None:  # fmt: skip
     """Finish what `_leave_rows` left of the warp's rows."""
-    dim, count = shape.spec.head_dim, shape.warp.row_values
+    dim, count = output.dim, output.row_values
     x, state = local(count, "float32"), local(2, "float32")
     with I.serial(0, shape.warp.rows) as turn:
         row = let(warp * shape.warp.rows + turn)
         with when(rows.exists(row)):
-            for i in range(count):
-                place = row * dim + lane * count + i
+            for i, base, extra in output.places(lane):
+                place = row * dim + base + extra
                 ptx("ld.shared.f32", x[i], words.ptr_to([place]))
             for n in range(2):
                 ptx("ld.shared.f32", state[n], words.ptr_to([shape.rows * dim + 2 * row + n]))
             place = let(rows.token(row)), let(rows.head(row))
-            finish_row(shape.warp, x, state[0], state[1], place, options, out, lse, lane)
+            finish_row(output, x, state[0], state[1], place, options, out, lse, lane)
 
 
 def _attend(
@@ -251,6 +258,8 @@ def _attend(
     with when(found[0] >= 0):
         sequence = let(found[0])
         words = shared_dynamic(shape.memory_words, "uint32")
+        exchange = shape.exchange + warp * exchange_words(shape.spec)
+        query, output = warp_rows(shape.spec, words, exchange)
         memory = TileMemory(shape.tiles, words, shape.rows * shape.warp.row_words, shape.packed)
         rows = RowBlock(shape.spec, shape.rows, sequence, block[0], seq_lens, starts, kv_head)
         seen = rows.seen(options)
@@ -269,7 +278,7 @@ def _attend(
             tiles.ask(block_table, sequence, now[0], seen)
         first_row = let(warp * shape.warp.rows)
         load_queries(
-            shape.warp, words, 0, q, rows, first_row, shape.warp.rows, lane, options.sm_scale
+            shape.warp, query, words, 0, q, rows, first_row, shape.warp.rows, lane, options.sm_scale
         )
         softmax = Softmax(shape.warp, g, t, options)
         softmax.start(rows, first_row)
@@ -288,4 +297,4 @@ def _attend(
         barrier()
         _leave_rows(shape, words, softmax, warp, g, t)
         warp_barrier()
-        _write_rows(shape, words, rows, options, out, lse, warp, lane)
+        _write_rows(shape, output, words, rows, options, out, lse, warp, lane)

@@ -69,6 +69,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     hidden_zeros,
     rotate_rows,
 )
+from tq_tvm.kernels.rotate_lanes import emit_lanes
 from tq_tvm.spec import RotateSpec
 
 __all__ = ["RotateConfig", "Tile", "rotate_cuda"]
@@ -297,7 +298,9 @@ def rotate_cuda(spec: RotateSpec, config: RotateConfig) -> PrimFunc:
     dim, dtype = spec.dim, spec.dtype
     threads = 32 * config.warps
     resident = max(1, 65536 // (threads * config.registers))
-    rows = threads * config.values // dim * config.tiles
+    by_bits = dim & (dim - 1) == 0
+    rows = (threads * config.values // dim if by_bits else threads) * config.tiles
+    emit = _emit if by_bits else emit_lanes
 
     def flat(buffer):
         return T.decl_buffer((T.int64(1 << 62),), dtype, data=buffer.data, align=16)
@@ -311,6 +314,6 @@ def rotate_cuda(spec: RotateSpec, config: RotateConfig) -> PrimFunc:
         for bx in T.thread_binding((n + (rows - 1)) // rows, thread="blockIdx.x"):
             for tx in T.thread_binding(threads, thread="threadIdx.x"):
                 T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
-                _emit(spec, config, flat(X), flat(Y), n, bx, tx)
+                emit(spec, config, flat(X), flat(Y), n, bx, tx)
 
     return main

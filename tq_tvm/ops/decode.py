@@ -217,8 +217,9 @@ def paged_decode(
 
 def _attend_plainly(q: torch.Tensor, *others: Any) -> None:
     """One token a sequence: ``decode``, or ``attend`` where a GPU has none."""
-    codecs = _check.codecs_of(_OP, others[11])
-    if q.is_cuda and q.ndim and not gpus_decode(*codecs, q.shape[-1]):
+    codecs, out = _check.codecs_of(_OP, others[11]), others[6]
+    shaped = q.is_cuda and q.ndim and out.ndim
+    if shaped and not gpus_decode(*codecs, q.shape[-1], out.shape[-1]):
         attend(q, *others, *_PLAIN)
     else:
         _decode(q, *others)

@@ -74,7 +74,7 @@ def paged_decode_workspace_size(
     device = as_device(_OP, device)
     kind = "cuda" if device.type == "cuda" else "llvm"
     fmt = spec.cache_format
-    decodes = kind == "llvm" or gpus_decode(fmt.key, fmt.value, spec.head_dim)
+    decodes = kind == "llvm" or gpus_decode(fmt.key, fmt.value, spec.head_dim, spec.value_dim)
     check_target(_OP, spec, kind, "decode" if decodes else "attend")
     batch = _check.as_integer(_OP, "batch", batch)
     max_context = _check.as_integer(_OP, "max_context", max_context)
