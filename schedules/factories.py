@@ -47,7 +47,7 @@ from tvm.tirx import PrimFunc
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.fill_cuda import FillConfig, fill_cuda
 from tq_tvm.kernels.flatten_cuda import FlattenConfig, flatten_cuda
-from tq_tvm.kernels.lane_rows import multiplies
+from tq_tvm.kernels.lane_rows import LaneRow, multiplies
 from tq_tvm.kernels.rotate_cuda import RotateConfig, rotate_cuda
 from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, parse_spec
 
@@ -88,6 +88,9 @@ _LANE_OPTIONS: dict[str, dict[str, list[int]]] = {
 }
 _LANE_DEFAULTS = {"warps": 4, "tiles": 1, "registers": 168, "sides": 2}
 """Of rows in lanes, by kernel: what else a factory is asked for has one value."""
+
+_MANY = 96
+"""Values of a lane that, with what is made of them, do not fit 168 registers."""
 
 _BLOCK = "row"
 _PREFIX = "tq_"
@@ -149,7 +152,9 @@ def defaults(function: str, spec: Spec) -> dict[str, int]:
         return DEFAULTS[function]
     table = _LANE_OPTIONS[FUNCTIONS[function]]
     values = {name: _LANE_DEFAULTS.get(name, options[0]) for name, options in table.items()}
-    if spec.rotation.dim > 128 and function == "rotate":
+    dims = (spec.rotation.dim, spec.value_dim if isinstance(spec, CacheSpec) else spec.dim)
+    own = dims[:1] if function == "rotate" else dims
+    if max(LaneRow(dim).values for dim in own) >= _MANY:
         values["registers"] = 255
     return values
 

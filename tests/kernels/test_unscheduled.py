@@ -30,7 +30,7 @@ SPECS = [
     CacheSpec(128, 2, 1, 16, "float32", "bhsd"),
 ]
 LONG = [RotateSpec(512, "float16"), RotateSpec(1024), RotateSpec(4096), RotateSpec(4096, "float32")]
-ATTENTION = ("decode", "decode_featured", "attend", "prefill")
+ATTENTION = ("decode", "decode_featured", "attend", "prefill", "mla")
 ROW_KERNELS = [name for name in FUNCTIONS if name not in ATTENTION]
 LENGTHS = [5, 0, 1, 16, 33]
 

@@ -1,6 +1,7 @@
 r"""``fill`` on NVIDIA GPUs, rotating by tensor cores: the threads of ``kernels.fill``'s equation.
 
-One launch. A warp takes 8 rows (token, KV head), of K, of V or of one after the other:
+One launch. Of K and V of one head_dim of 64, 128 or 256 (others: `fill_lanes`) a warp takes 8 rows
+(token, KV head), of K, of V or of one after the other:
 
 1. reads them in 16-byte pieces (8 at D = 64), by ``cp.async`` into a ring of ``stages`` in shared
    memory, so that the next rows are on their way while these are worked on, and rotates them by

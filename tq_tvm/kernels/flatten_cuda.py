@@ -1,8 +1,8 @@
 r"""``flatten`` on NVIDIA GPUs: the threads of ``kernels.flatten``'s equation.
 
-One launch. Several lanes take a row (output token, KV head), K and V, and look its values up by
-``prmt`` (`lookup_cuda`), in the model's dtype; those of direct codecs are computed
-(`flatten_direct`).
+One launch. Of K and V of one head_dim of 64, 128 or 256 (others: `flatten_lanes`) several lanes
+take a row (output token, KV head), K and V, and look its values up by ``prmt`` (`lookup_cuda`), in
+the model's dtype; those of direct codecs are computed (`flatten_direct`).
 
 In the rotated domain eight lanes take a row. A lane's bytes of it are contiguous, and so are the
 lanes' writes: 16 bytes of K and 8 of V each, at D = 128.

@@ -1,8 +1,9 @@
 r"""``rotate`` on NVIDIA GPUs by tensor cores: the threads of ``kernels.rotate``'s equation.
 
-One launch. A Hadamard matrix is a product of 2 x 2 factors, one a bit of the coordinate, in any
-order. A warp has ``32 * values`` elements of neighbouring rows, a lane ``values`` of them, as many
-as fit in registers; where a bit lies decides what takes its factor:
+One launch. A Hadamard matrix of a power of two (others: `rotate_lanes`) is a product of 2 x 2
+factors, one a bit of the coordinate, in any order. A warp has ``32 * values`` elements of
+neighbouring rows, a lane ``values`` of them, as many as fit in registers; where a bit lies decides
+what takes its factor:
 
 1. the lane reads pieces of 16 bytes. Tensor cores take the bits across four lanes, bit 0, one of
    the piece and up to two that tell pieces apart (`hadamard_cuda`); additions take the other bits
