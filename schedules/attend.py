@@ -43,11 +43,11 @@ from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.attend import attend
 from tq_tvm.kernels.attend_cpu import AttendCpuConfig, block_tokens
-from tq_tvm.kernels.attend_fragments import FragmentShape
 from tq_tvm.kernels.attend_rows import RowShape
 from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
 from tq_tvm.kernels.attend_tiles import TileShape
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES
+from tq_tvm.kernels.fragment_shape import FragmentShape
 from tq_tvm.spec import CacheSpec
 
 __all__ = [

@@ -7,11 +7,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.attend_fragments import FragmentShape
 from tq_tvm.kernels.attend_rows import Options, RowBlock, RowShape
 from tq_tvm.kernels.attend_tiles import TileShape
 from tq_tvm.kernels.decode_shape import REGISTERS
 from tq_tvm.kernels.device import i32, let
+from tq_tvm.kernels.fragment_shape import FragmentShape
 from tq_tvm.kernels.warp_rows import exchange_words
 from tq_tvm.spec import CacheSpec
 
