@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tq_tvm.errors import UnsupportedSpecError
-from tq_tvm.formats import CODECS, CacheFormat, get_format
-from tq_tvm.spec import LATENT_DIMS, CacheSpec
+from tq_tvm.spec import LATENT_DIMS, CacheFormat, CacheSpec, get_format
 
 __all__ = ["spec_of_model"]
 
@@ -106,7 +105,7 @@ def _latent_format(format: str) -> str:
     if fmt.key.residual_sign:
         _refuse("format", "one whose keys have no residual signs, such as tq42", fmt.name)
     rule = fmt.scale_rule if fmt.key.family == "lloyd_max" else None
-    return CacheFormat(fmt.key, CODECS["none"], fmt.rotation, rule).name
+    return CacheFormat(fmt.key, get_format("none").value, fmt.rotation, rule).name
 
 
 def _read(config: Path | str | Mapping[str, Any]) -> Mapping[str, Any]:

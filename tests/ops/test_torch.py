@@ -10,10 +10,19 @@ import torch
 from rows import rows
 from specs import SPECS, make_batch
 
-from tq_tvm import fill_kv_cache, flatten_kv_cache, hadamard_rotate, paged_decode, reference
+from tq_tvm import (
+    CacheSpec,
+    fill_kv_cache,
+    flatten_kv_cache,
+    hadamard_rotate,
+    mla_decode,
+    paged_decode,
+    reference,
+)
 from tq_tvm.spec import functions_on
 
 SPEC = SPECS[1]  # of a dtype that numpy has
+LATENT = CacheSpec(512, 8, 1, 16, "float16", "bhsd", "mse4-none-signed-matched", 64)
 CACHES = ("k_cache", "v_cache", "k_meta", "v_meta")
 
 
@@ -96,6 +105,17 @@ def _attend(batch, k, v):
     return Case(paged_decode, tensors, {**options, "soft_cap": 5.0}, (torch.empty_like(q),))
 
 
+def _mla(batch, k, v):
+    reference.fill_kv_cache(LATENT, k, v, *batch.caches, slot_mapping=batch.slots)
+    q, p = (
+        rows("gaussian", len(batch.seq_lens), LATENT.num_q_heads, dim, seed=3).to(k)
+        for dim in (LATENT.head_dim, LATENT.value_dim)
+    )
+    tensors = {"q_latent": q, "q_rope": p, **_caches(batch), **_table(batch)}
+    options = {"sm_scale": 0.07, "policy": LATENT.format, "layout": LATENT.layout}
+    return Case(mla_decode, tensors, options, (torch.empty_like(q),))
+
+
 def _caches(batch):
     return dict(zip(CACHES, batch.caches, strict=True))
 
@@ -112,20 +132,33 @@ CASES = {
     "flatten_unrotated": _flatten_unrotated,
     "decode": _decode,
     "attend": _attend,
+    "mla": _mla,
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def make_case(name, device) -> Case:
-    if device.type == "cuda" and name not in functions_on(SPEC, "cuda"):
+def spec_of(name) -> CacheSpec:
+    """The spec that a case is of."""
+    return LATENT if name == "mla" else SPEC
+
+
+def ensure(library, name, device) -> None:
+    """Make sure of a case's library, where the device has one."""
+    spec = spec_of(name)
+    if device.type == "cuda" and name not in functions_on(spec, "cuda"):
         pytest.skip(f"GPUs have no kernel of {name}")
-    batch = make_batch(SPEC, device, [0, 1, 63, 130])
+    library(spec, device)
+
+
+def make_case(name, device) -> Case:
+    spec = spec_of(name)
+    batch = make_batch(spec, device, [0, 1, 63, 130])
     for tensor in batch.caches:
         tensor.zero_()  # a NaN would differ from itself
     k, v = (
-        rows("gaussian", batch.tokens, SPEC.num_kv_heads, SPEC.head_dim, seed=s)
-        .to(device, getattr(torch, SPEC.dtype))
-        for s in (1, 2)
+        rows("gaussian", batch.tokens, spec.num_kv_heads, dim, seed=s)
+        .to(device, getattr(torch, spec.dtype))
+        for dim, s in ((spec.head_dim, 1), (spec.value_dim, 2))
     )  # fmt: skip
     return CASES[name](batch, k, v)
 
@@ -139,7 +172,7 @@ def assert_equal(got, want):
 @pytest.mark.parametrize("allocate", [False, True])
 @every_case
 def test_compiles_without_graph_break(library, device, name, allocate, dynamic):
-    library(SPEC, device)
+    ensure(library, name, device)
     case = make_case(name, device)
     want = case.wanted()
     case.clear()
@@ -152,7 +185,7 @@ def test_compiles_without_graph_break(library, device, name, allocate, dynamic):
 @every_case
 def test_foreign_tensors(library, device, name):
     """Anything with __dlpack__ will do: on the CPU arrays of numpy."""
-    library(SPEC, device)
+    ensure(library, name, device)
     case = make_case(name, device)
     want = case.wanted()
     case.clear()
@@ -191,6 +224,9 @@ def registered_arguments(name, case):
     if name == "decode":
         scale = SPEC.head_dim**-0.5
         return [*tensors.values(), *case.out, None, scale, None, *options, *window]
+    if name == "mla":
+        ending = (0.07, None, LATENT.layout, LATENT.format, None)
+        return [*tensors.values(), *case.out, None, None, *ending]
     if name == "attend":
         extra = [tensors.pop(n) for n in ("cu_seqlens_q", "sinks", "alibi_slopes", "lse")]
         scale = SPEC.head_dim**-0.5
@@ -203,13 +239,13 @@ def registered_arguments(name, case):
     return [*tensors.values(), *options, *(window if name == "fill_table" else ())]
 
 
-OPS = ("rotate", "fill_slots", "fill_table", "flatten", "decode", "attend")
+OPS = ("rotate", "fill_slots", "fill_table", "flatten", "decode", "attend", "mla")
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_is_registered_as_torch_wants_it(library, device, name):
     """Schema, mutated arguments, fake implementation and dispatch, with dynamic shapes too."""
-    library(SPEC, device)
+    ensure(library, name, device)
     op = getattr(torch.ops.tq_tvm, name).default
     torch.library.opcheck(op, tuple(registered_arguments(name, make_case(name, device))))
 
@@ -225,7 +261,7 @@ def test_cuda_graph_and_side_stream(library, name):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
     device = torch.device("cuda", torch.cuda.current_device())
-    library(SPEC, device)
+    ensure(library, name, device)
     case = make_case(name, device)
     want = case.wanted()  # loads the library, which a capture must not
     case.clear()

@@ -31,7 +31,13 @@ __all__ = ["Case", "Workload", "make_case", "workloads"]
 _SERVED = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 _LATENT = CacheSpec(512, 16, 1, format="mse4-none-signed-matched", head_dim_v=64)
 _GROUPS = (1, 2, 5, 6, 7, 16)
-_FORMATS = ("tq22", "tq32", "tq33", "tq42", "tq43", "tq44", "int4", "int8", "fp8", "none")
+_FORMATS = (
+    *("tq22", "tq32", "tq33", "tq42", "tq43", "tq44"),
+    *("mse2-mse3-signed-matched", "mse2-mse4-signed-matched", "mse3-mse4-signed-matched"),
+    *("qjl4-mse3-signed-matched", "qjl4-mse4-signed-matched"),
+    *("int4", "int8", "fp8", "none"),
+)
+"""Every pair of Lloyd-Max codecs but k4v2, which most rows have, and direct codecs."""
 _ROTATED = (64, 128, 256, 512, 1024, 4096)
 _GIB = 1 << 30
 _SCALE_SPREAD = 0.1
