@@ -142,6 +142,7 @@ def workloads(kind: str) -> list[Workload]:
         dataclasses.replace(_SERVED, layout="bhsd"),
         dataclasses.replace(_SERVED, dtype="float16"),
         dataclasses.replace(_SERVED, head_dim=64),
+        dataclasses.replace(_SERVED, head_dim=96),
         dataclasses.replace(_SERVED, head_dim=256),
         *(dataclasses.replace(_SERVED, format=name) for name in _FORMATS),
     ]
