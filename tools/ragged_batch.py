@@ -14,6 +14,9 @@ def main() -> None:
     plain = [(name, 0) for name in _FORMATS]
     for name, window in (*plain, *_WINDOWS.items()):
         _run(CacheSpec(128, num_q_heads=32, num_kv_heads=8, format=name, window=window))
+    # Rows that tensor cores do not rotate.
+    _run(CacheSpec(96, num_q_heads=32, num_kv_heads=8))
+    _run(CacheSpec(192, num_q_heads=4, num_kv_heads=1, format="tq43", head_dim_v=128))
 
 
 def _run(spec: CacheSpec) -> None:
@@ -24,8 +27,10 @@ def _run(spec: CacheSpec) -> None:
     table = torch.randperm(batch * width, device="cuda").int().view(batch, width)
     lens = torch.tensor(_LENGTHS, dtype=torch.int32, device="cuda")
     starts = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
-    rows = (total, spec.num_kv_heads, spec.head_dim)
-    k, v = (torch.randn(rows, device="cuda").bfloat16() for _ in range(2))
+    k, v = (
+        torch.randn(total, spec.num_kv_heads, dim, device="cuda").bfloat16()
+        for dim in (spec.head_dim, spec.value_dim)
+    )
     cache.fill(k, v, block_table=table, seq_lens=lens, q_start_loc=starts, **rings)
     for rotate_back in (False, True):
         cache.flatten(table, lens, out_tokens=total, rotate_back=rotate_back)
