@@ -13,6 +13,14 @@ from collections.abc import Callable
 __all__ = ["instruction_statement"]
 
 _GUARDED = re.compile(r"\{ \.reg \.pred p; setp\.ne\.b32 p, (%\d+), 0; @p ([^;]+); \}")
+_NEGATED = re.compile(r"(?<![+\w])-\d")
+# A predicate that an instruction takes or gives, of which TVM makes a register of 32 bits.
+_TAKEN = re.compile(r"\{ \.reg \.pred (\w+); setp\.ne\.b32 \1, (%\d+), 0; ([^@;]+); \}")
+_GIVEN = re.compile(r"\{ \.reg \.pred (\w+); (\S+) \1, ([^;]+); selp\.b32 (%\d+), 1, 0, \1; \}")
+_LOOP = re.compile(
+    r"\{ \.reg \.pred (\w+); (\w+): (mbarrier\.try_wait\.\S+) \1, ([^;]+); "
+    r"@\1 bra\.uni (\w+); bra\.uni \2; \5: \}"
+)
 _REGISTERS = {"cluster_ctarank": "cluster_rank"}
 _SPECIAL = re.compile(rf"mov\.u32 (%\d+), %%({'|'.join(_REGISTERS)});")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
@@ -47,17 +55,25 @@ def instruction_statement(text: str, values: list[str]) -> str | None:
         predicate, text = guarded.groups()
         statement = instruction_statement(text, values)
         return statement and f"if (({_value(predicate, values)}) != 0) {{ {statement} }}"
+    if taken := _TAKEN.fullmatch(text):
+        predicate, register, text = taken.groups()
+        text = re.sub(rf"\b{predicate}\b", register, text)
+    if given := _GIVEN.fullmatch(text):
+        text = f"{given[2]} {given[4]}, {given[3]}"
+    if loop := _LOOP.fullmatch(text):
+        text = f"{loop[3]}.until {loop[4]}"
     if special := _SPECIAL.fullmatch(text):
         return f"emulated::set({_value(special[1], values)}, emulated::{_REGISTERS[special[2]]});"
     name, _, rest = text.rstrip("; ").partition(" ")
-    if ";" in rest:
+    if ";" in rest or _NEGATED.search(rest):
         return None
     operands = [c for operand in _OPERANDS.findall(rest) for c in _flatten(operand, values)]
     if "L2::cache_hint" in name:
         operands.pop()
     for pattern, make in _INSTRUCTIONS:
         if match := re.fullmatch(pattern, name):
-            return make(_Instruction(name, operands), *match.groups()) + ";"
+            statement = make(_Instruction(name, operands), *match.groups())
+            return statement and statement + ";"
     return None
 
 
@@ -133,8 +149,9 @@ def _access(function: str) -> Callable[..., str]:
         operands = list(instruction.operands)
         address = operands.pop(-1 if function == "read" else 0)
         kind = _type(element)
+        access = "target" if function == "write" else "pointer"
         pointer = instruction.call(
-            f"{space}_pointer", [address, f"{len(operands)} * sizeof({kind})"]
+            f"{space}_{access}", [address, f"{len(operands)} * sizeof({kind})"]
         )
         return instruction.call(f"{function}<{kind}>", [pointer, *operands])
 
@@ -156,6 +173,64 @@ def _cluster_read(instruction: _Instruction, element: str) -> str:
     return instruction.call(f"read<{kind}>", [pointer, *registers])
 
 
+def _cluster_write(instruction: _Instruction, element: str) -> str:
+    address, *registers = instruction.operands
+    kind = _type(element)
+    size = f"{len(registers)} * sizeof({kind})"
+    pointer = instruction.call("cluster_pointer", [address, size])
+    return instruction.call(f"write<{kind}>", [pointer, *registers])
+
+
+def _store_async(instruction: _Instruction, element: str) -> str:
+    address, *registers, mbarrier = instruction.operands
+    return instruction.call(f"store_async<{_type(element)}>", [address, mbarrier, *registers])
+
+
+def _mbarrier(function: str, *, gives: bool = False) -> Callable[..., str]:
+    """A call on an mbarrier of a space; its result, if it ``gives`` one, may be dropped."""
+
+    def make(instruction: _Instruction, space: str | None = None) -> str:
+        operands = list(instruction.operands)
+        target = operands.pop(0) if gives else "_"
+        kind = "cluster_pointer" if space == "cluster" else "shared_pointer"
+        operands[0] = instruction.call(kind, [operands[0], "8"])
+        call = instruction.call(function, operands)
+        return call if target == "_" else f"emulated::set({target}, {call})"
+
+    return make
+
+
+def _phase(instruction: _Instruction, loop: str | None) -> str:
+    """A test, or a loop of tests; a hint of time is dropped."""
+    operands = list(instruction.operands)
+    target = "_" if loop else operands.pop(0)
+    operands = [instruction.call("shared_pointer", [operands[0], "8"]), operands[1]]
+    call = instruction.call("wait_for_phase" if loop else "test_phase", operands)
+    return call if target == "_" else f"emulated::set({target}, {call})"
+
+
+def _wgmma(instruction: _Instruction, columns: str, kind: str) -> str | None:
+    """Operands: accumulators; a, b; whether to accumulate; scales; which are transposed."""
+    count = int(columns) // 2
+    sums, rest = instruction.operands[:count], instruction.operands[count:]
+    if int(columns) % 8 or not 8 <= int(columns) <= 256 or len(rest) not in (7, 9):
+        return None
+    in_registers = len(rest) == 9
+    *left, right, accumulate, scale_a, scale_b = rest[: 8 if in_registers else 5]
+    transposed = rest[8 if in_registers else 5 :]
+    if (scale_a, scale_b) != ("1", "1") or not set(transposed) <= {"0", "1"}:
+        return None
+    if in_registers:
+        a = f"emulated::in_registers({', '.join(f'emulated::word({word})' for word in left)})"
+    else:
+        a = f"emulated::in_shared({left[0]}, {transposed[0]})"
+    b = f"emulated::in_shared({right}, {transposed[-1]})"
+    registers = ", ".join(f"&({value})" for value in sums)
+    return instruction.call(
+        f"multiply_async<{_type(kind)}>", [f"{{{registers}}}", a, b, f"({accumulate}) != 0"]
+    )
+
+
 def _redux(instruction: _Instruction, operation: str, element: str) -> str:
     return instruction.call(f"redux<emulated::Redux::k{operation.title()}, {_type(element)}>")
 
@@ -163,7 +238,10 @@ def _redux(instruction: _Instruction, operation: str, element: str) -> str:
 _HINT = r"(?:\.(?:nc|weak|relaxed|cta|gpu|sys|ca|cg|cs|lu|cv|wb|wt|noftz|L[12]::\w+(?:::\w+)?))*"
 _SPACE = r"\.(global|shared)(?:::cta)?"
 _VECTOR = r"(?:\.v[248])?"
-_INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
+_RELEASE = r"(?:\.(?:release|relaxed)\.(?:cta|cluster))?"
+_ACQUIRE = r"(?:\.(?:acquire|relaxed)\.(?:cta|cluster))?"
+_MBARRIER = r"\.shared(?:::(cta|cluster))?\.b64"
+_INSTRUCTIONS: list[tuple[str, Callable[..., str | None]]] = [
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32", _mma("mma_m16n8k16")),
     (
         r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.([su]8)\.([su]8)\.s32",
@@ -221,8 +299,37 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"fma\.rn(?:\.ftz)?\.sat\.f32", _result("emulated::saturate(fmaf({a}, {b}, {c}))")),
     (r"mapa\.shared::cluster\.u32", _result("emulated::map_address({a}, {b})")),
     (r"ld\.shared::cluster" + _VECTOR + r"\.([busf]\d+)", _cluster_read),
-    (r"barrier\.cluster\.arrive(?:\.release|\.relaxed)?\.aligned", _named("arrive_at_cluster")),
-    (r"barrier\.cluster\.wait(?:\.acquire)?\.aligned", _named("wait_for_cluster")),
+    (r"st(?:\.weak)?\.shared::cluster" + _VECTOR + r"\.([busf]\d+)", _cluster_write),
+    (
+        r"st\.async(?:\.weak)?(?:\.shared::cluster)?\.mbarrier::complete_tx::bytes"
+        r"(?:\.v[24])?\.([busf](?:32|64))",
+        _store_async,
+    ),
+    (
+        r"barrier\.cluster\.arrive(?:\.release|\.relaxed)?(?:\.aligned)?",
+        _named("arrive_at_cluster"),
+    ),
+    (r"barrier\.cluster\.wait(?:\.acquire)?(?:\.aligned)?", _named("wait_for_cluster")),
+    (r"mbarrier\.init" + _MBARRIER, _mbarrier("init_mbarrier")),
+    (r"mbarrier\.inval" + _MBARRIER, _mbarrier("invalidate_mbarrier")),
+    (r"mbarrier\.arrive" + _RELEASE + _MBARRIER, _mbarrier("arrive_at_mbarrier", gives=True)),
+    (
+        r"mbarrier\.arrive\.expect_tx" + _RELEASE + _MBARRIER,
+        _mbarrier("arrive_and_expect", gives=True),
+    ),
+    (r"mbarrier\.expect_tx" + _RELEASE + _MBARRIER, _mbarrier("expect_bytes")),
+    (r"mbarrier\.complete_tx" + _RELEASE + _MBARRIER, _mbarrier("complete_bytes")),
+    (
+        r"mbarrier\.(?:try|test)_wait\.parity" + _ACQUIRE + r"\.shared(?:::cta)?\.b64(\.until)?",
+        _phase,
+    ),
+    (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2", _wgmma),
+    (r"wgmma\.fence\.sync\.aligned", _named("fence_registers")),
+    (r"wgmma\.commit_group\.sync\.aligned", _named("commit_products")),
+    (r"wgmma\.wait_group\.sync\.aligned", _named("wait_for_products")),
+    (r"fence\.proxy\.async(?:\.(?:global|shared::cta|shared::cluster))?", _named("fence_proxy")),
+    (r"fence\.mbarrier_init\.release\.cluster", lambda instruction: "(void)0"),
+    (r"setmaxnreg\.(?:inc|dec)\.sync\.aligned\.u32", _named("set_registers")),
     (r"redux\.sync\.(add|min|max)\.([us]32)", _redux),
     (r"ld" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("read")),
     (r"st" + _HINT + _SPACE + _HINT + _VECTOR + r"\.([busf]\d+)", _access("write")),
@@ -240,5 +347,6 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str]]] = [
     (r"cp\.async\.wait_all", _named("wait_for_all_copies")),
     (r"prefetch\.global\.L[12]", lambda instruction: "(void)0"),
     (r"griddepcontrol\.(?:wait|launch_dependents)", lambda instruction: "(void)0"),
-    (r"bar(?:rier)?\.sync(?:\.aligned)?", _named("synchronize")),
+    (r"bar(?:rier)?(?:\.cta)?\.sync(?:\.aligned)?", _named("synchronize")),
+    (r"bar(?:rier)?(?:\.cta)?\.arrive(?:\.aligned)?", _named("arrive_at_barrier")),
 ]

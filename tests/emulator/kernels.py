@@ -19,10 +19,11 @@ def source(*kernels: str) -> str:
     return _PROLOGUE + "\n".join(kernels)
 
 
-def kernel(name: str, body: str, threads: int = 32, cluster: int = 1) -> str:
+def kernel(name: str, body: str, threads: int = 32, cluster: int = 1, shared: int = 0) -> str:
     """A kernel over words ``in`` and ``out``, in which ``row`` numbers the threads of the grid.
 
-    It is called with two int32 tensors, ``[rows, n]`` for each. ``cluster`` CTAs are a cluster.
+    It is called with two int32 tensors, ``[rows, n]`` for each. ``cluster`` CTAs are a cluster, and
+    have ``shared`` bytes of dynamic shared memory.
     """
     return f"""
 extern "C" __global__ void __launch_bounds__({threads}) {name}_kernel(
@@ -35,6 +36,7 @@ static void {name}_launch(tvm::ffi::TensorView in, tvm::ffi::TensorView out) {{
   cudaLaunchConfig_t config = {{}};
   config.gridDim = dim3(unsigned(in.size(0) / {threads}), 1, 1);
   config.blockDim = dim3({threads}, 1, 1);
+  config.dynamicSmemBytes = {shared};
   cudaLaunchAttribute attrs[1] = {{}};
   config.attrs = attrs;
   attrs[0].id = cudaLaunchAttributeClusterDimension;

@@ -221,7 +221,9 @@ def test_nearest_integer(module):
     assert run(module, "to_int", values).view(np.int32).tolist() == want
 
 
-@pytest.mark.parametrize("text", ["wgmma.fence.sync.aligned;", "add.s32 %0, %1, %2; bra L;"])
+@pytest.mark.parametrize(
+    "text", ["tcgen05.fence::before_thread_sync;", "add.s32 %0, %1, %2; bra L;"]
+)
 def test_unknown_instruction_is_named(text):
     asm = f'asm volatile("{text}" : "=r"(d) : "r"(a), "r"(b));'
     with pytest.raises(TranslationError, match=text.split()[0].rstrip(";")):

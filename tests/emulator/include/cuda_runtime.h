@@ -7,7 +7,9 @@
 #include "emulator/collective.h"
 #include "emulator/launch.h"
 #include "emulator/matrix.h"
+#include "emulator/mbarrier.h"
 #include "emulator/memory.h"
+#include "emulator/warpgroup.h"
 
 #define __global__
 #define __device__

@@ -74,9 +74,20 @@ inline unsigned ballot(const char* name, unsigned mask, bool predicate, int line
   return own.ballot;
 }
 
-inline void barrier(const char* name, int id, int count, int line) {
-  if (id < 0 || id > 15) {
+inline void check_barrier(const char* name, int id, int count) {
+  if (id < 0 || id >= kBarriers) {
     fail(std::string(name) + ": barrier must be 0 to 15, got " + std::to_string(id));
+  }
+  if (count < 0 || count % kWarp) {
+    fail(std::string(name) + ": threads must be a multiple of 32, got " + std::to_string(count));
+  }
+}
+
+inline void barrier(const char* name, int id, int count, int line) {
+  check_barrier(name, id, count);
+  if (current->arrived_at[id]) {
+    fail(std::string(name) + ": a thread that has arrived at barrier " + std::to_string(id) +
+         " must not wait at it before it is complete; use another barrier");
   }
   current->barrier = id;
   current->barrier_count = count;
@@ -85,6 +96,25 @@ inline void barrier(const char* name, int id, int count, int line) {
 
 inline void synchronize(const char* name, int id, int count = 0) {
   barrier(name, id, count, __LINE__);
+}
+
+// bar.arrive: threads go on, and count for those that wait.
+inline void arrive_at_barrier(const char* name, int id, int count) {
+  check_barrier(name, id, count);
+  if (count == 0) fail(std::string(name) + ": threads must be 32 at least, got 0");
+  if (current->arrived_at[id]) {
+    fail(std::string(name) + ": a thread must not arrive at barrier " + std::to_string(id) +
+         " again before it is complete; wait for those that it lets go on");
+  }
+  current->arrived_at[id] = count;
+}
+
+// setmaxnreg: registers are not counted.
+inline void set_registers(const char* name, int count) {
+  if (count < 24 || count > 256 || count % 8) {
+    fail(std::string(name) + ": registers must be a multiple of 8 from 24 to 256, got " +
+         std::to_string(count));
+  }
 }
 
 // barrier.cluster.arrive and .wait, which take turns.

@@ -1,6 +1,8 @@
 // Loads, stores, shared addresses and asynchronous copies.
 #pragma once
 
+#include <unordered_map>
+
 #include "emulator/numbers.h"
 #include "emulator/threads.h"
 
@@ -32,16 +34,25 @@ inline void* shared_pointer(const char* name, uint64_t address, std::size_t byte
   return pointer;
 }
 
-// An address from `map_address`, in the shared memory of a CTA of the cluster that has not left.
-inline void* cluster_pointer(const char* name, uint64_t address, std::size_t bytes) {
+// The CTA of an address from `map_address`, and the pointer that is right while that CTA runs.
+struct ClusterTarget {
+  uint32_t rank;
+  char* pointer;
+};
+
+inline ClusterTarget cluster_target(const char* name, uint64_t address, std::size_t bytes) {
   uint32_t word = static_cast<uint32_t>(address), rank = (word >> kRankShift) - 1;
   if (word >> kRankShift == 0 || rank >= images.size()) {
     fail(std::string(name) + ": address must be one of mapa with a rank below " +
          std::to_string(images.size()) + ", got rank " + std::to_string(static_cast<int>(rank)));
   }
   int32_t distance = static_cast<int32_t>(word << (32 - kRankShift)) >> (32 - kRankShift);
-  auto* pointer = static_cast<char*>(
-      shared_pointer(name, static_cast<uint32_t>(distance), bytes));
+  return {rank, static_cast<char*>(shared_pointer(name, static_cast<uint32_t>(distance), bytes))};
+}
+
+// An address from `map_address`, in the shared memory of a CTA of the cluster that has not left.
+inline void* cluster_pointer(const char* name, uint64_t address, std::size_t bytes) {
+  auto [rank, pointer] = cluster_target(name, address, bytes);
   if (rank == cluster_rank) return pointer;
   SharedImage& image = images[rank];
   if (image.exited) {
@@ -61,6 +72,24 @@ inline void* cluster_pointer(const char* name, uint64_t address, std::size_t byt
        " of the cluster must have begun; put a barrier.cluster before");
 }
 
+// Stores of the generic proxy, of which a product may read none that its thread has not fenced: who
+// wrote 16 bytes last, and how many fences it had behind it. Noted where a library has products.
+struct GenericWrite {
+  const Thread* thread;
+  long fences;
+};
+inline bool writes_are_noted = false;
+inline std::vector<std::unordered_map<std::uintptr_t, GenericWrite>> generic_writes;
+
+inline void note_write(const void* pointer, std::size_t bytes) {
+  if (!writes_are_noted) return;
+  auto first = reinterpret_cast<std::uintptr_t>(pointer);
+  for (std::uintptr_t at = first / 16; at <= (first + bytes - 1) / 16; ++at) {
+    generic_writes[cluster_rank][at] = {current, current->proxy_fences};
+  }
+}
+inline void fence_proxy(const char*) { ++current->proxy_fences; }
+
 inline void* global_pointer(const char*, const void* address, std::size_t) {
   return const_cast<void*>(address);
 }
@@ -69,6 +98,16 @@ inline void* global_pointer(const char*, uint64_t address, std::size_t) {
 }
 inline void* shared_pointer(const char*, const void* address, std::size_t) {
   return const_cast<void*>(address);
+}
+template <typename Address>
+inline void* shared_target(const char* name, Address address, std::size_t bytes) {
+  void* pointer = shared_pointer(name, address, bytes);
+  note_write(pointer, bytes);
+  return pointer;
+}
+template <typename Address>
+inline void* global_target(const char* name, Address address, std::size_t bytes) {
+  return global_pointer(name, address, bytes);
 }
 
 inline const void* offset(const void* address, long bytes) {
@@ -160,6 +199,7 @@ inline void complete_copies(long end) {
     }
     std::memset(copy.to, 0, copy.bytes);
     std::memcpy(copy.to, copy.from, copy.valid);
+    note_write(copy.to, copy.bytes);
   }
   copies.resize(kept);
 }

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -33,6 +35,7 @@ inline dim3 gridDim;
 namespace emulated {
 
 constexpr int kWarp = 32;
+constexpr int kBarriers = 16;
 constexpr unsigned kPoison = 0xFF;
 
 class KernelError : public std::runtime_error {
@@ -40,7 +43,9 @@ class KernelError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-enum class State { kReady, kCollective, kActiveMask, kBarrier, kCluster, kExited };
+enum class State {
+  kReady, kCollective, kActiveMask, kBarrier, kCluster, kMbarrier, kProducts, kExited
+};
 
 // Performs an operation for the lanes in `mask`, whose operands are given.
 using Execute = void (*)(void* const operands[kWarp], unsigned mask);
@@ -50,6 +55,31 @@ struct Copy {
   const void* from;
   unsigned bytes, valid;
   long group;
+};
+
+// Accumulators of products under way: registers, which hold poison, and what they will hold.
+struct Accumulators {
+  std::vector<float*> registers;
+  std::vector<float> values;
+};
+
+// An operand of wgmma: a descriptor of a matrix in shared memory, or a thread's part of one.
+struct Operand {
+  uint64_t descriptor;
+  bool transposed;
+  bool in_registers;
+  uint32_t registers[4];
+};
+
+// A product under way, as one thread of its warpgroup has issued it.
+struct Product {
+  const char* name;
+  int line;
+  Operand a, b;
+  bool accumulate;
+  long group;
+  std::shared_ptr<Accumulators> sums;
+  void (*perform)(const std::vector<Product*>& shares);
 };
 
 struct Thread {
@@ -73,7 +103,41 @@ struct Thread {
   // cp.async: copies in flight, and the group that the next ones belong to.
   std::vector<Copy> copies;
   long group = 0;
+  // bar.arrive: the counts given at barriers that are not complete yet, 0 where it has not arrived.
+  int arrived_at[kBarriers] = {};
+  // mbarriers: what it waits for, what that held last, and how often a test has failed in a row.
+  const void* mbarrier = nullptr;
+  unsigned parity = 0;
+  uint64_t mbarrier_word = 0;
+  int failed_tests = 0;
+  // wgmma: products under way, how many of them are performed, the group that the next ones belong
+  // to, the one that it waits for, and whether registers are fenced.
+  std::deque<Product> products;
+  std::size_t performed = 0;
+  long product_group = 0, awaited_group = 0;
+  bool registers_fenced = false;
+  // fence.proxy.async: how many.
+  long proxy_fences = 0;
   std::string error;
+
+  // Forgets the last kernel.
+  void start(int lane_, const uint3& index_) {
+    state = State::kReady;
+    lane = lane_;
+    index = index_;
+    arrivals = 0;
+    arrived = false;
+    call_site = 0;
+    copies.clear();
+    group = 0;
+    std::memset(arrived_at, 0, sizeof(arrived_at));
+    failed_tests = 0;
+    products.clear();
+    performed = 0;
+    product_group = 0;
+    registers_fenced = false;
+    proxy_fences = 0;
+  }
 };
 
 inline Thread* current = nullptr;
