@@ -21,6 +21,8 @@ _LOOP = re.compile(
     r"\{ \.reg \.pred (\w+); (\w+): (mbarrier\.try_wait\.\S+) \1, ([^;]+); "
     r"@\1 bra\.uni (\w+); bra\.uni \2; \5: \}"
 )
+_UNTIL = ".until"
+"""Ends the name of an instruction that was a loop."""
 _REGISTERS = {"cluster_ctarank": "cluster_rank"}
 _SPECIAL = re.compile(rf"mov\.u32 (%\d+), %%({'|'.join(_REGISTERS)});")
 _OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
@@ -61,7 +63,7 @@ def instruction_statement(text: str, values: list[str]) -> str | None:
     if given := _GIVEN.fullmatch(text):
         text = f"{given[2]} {given[4]}, {given[3]}"
     if loop := _LOOP.fullmatch(text):
-        text = f"{loop[3]}.until {loop[4]}"
+        text = f"{loop[3]}{_UNTIL} {loop[4]}"
     if special := _SPECIAL.fullmatch(text):
         return f"emulated::set({_value(special[1], values)}, emulated::{_REGISTERS[special[2]]});"
     name, _, rest = text.rstrip("; ").partition(" ")
@@ -204,6 +206,7 @@ def _phase(instruction: _Instruction, loop: str | None) -> str:
     """A test, or a loop of tests; a hint of time is dropped."""
     operands = list(instruction.operands)
     target = "_" if loop else operands.pop(0)
+    instruction = dataclasses.replace(instruction, name=instruction.name.removesuffix(_UNTIL))
     operands = [instruction.call("shared_pointer", [operands[0], "8"]), operands[1]]
     call = instruction.call("wait_for_phase" if loop else "test_phase", operands)
     return call if target == "_" else f"emulated::set({target}, {call})"
@@ -320,7 +323,7 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str | None]]] = [
     (r"mbarrier\.expect_tx" + _RELEASE + _MBARRIER, _mbarrier("expect_bytes")),
     (r"mbarrier\.complete_tx" + _RELEASE + _MBARRIER, _mbarrier("complete_bytes")),
     (
-        r"mbarrier\.(?:try|test)_wait\.parity" + _ACQUIRE + r"\.shared(?:::cta)?\.b64(\.until)?",
+        rf"mbarrier\.(?:try|test)_wait\.parity{_ACQUIRE}\.shared(?:::cta)?\.b64({_UNTIL})?",
         _phase,
     ),
     (r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2", _wgmma),
