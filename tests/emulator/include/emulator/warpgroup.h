@@ -175,14 +175,12 @@ inline void check_same(const Product& first, const Product& other) {
        std::to_string(other.line));
 }
 
-// Performs the next product of a warpgroup if all of its threads have committed it.
+// Performs the next product of a warpgroup if all of its threads have issued it.
 inline bool perform_next(const std::vector<Thread*>& group) {
   std::vector<Product*> shares;
   for (Thread* thread : group) {
     if (thread->performed == thread->products.size()) return false;
-    Product& next = thread->products[thread->performed];
-    if (next.group >= thread->product_group) return false;
-    shares.push_back(&next);
+    shares.push_back(&thread->products[thread->performed]);
   }
   if (shares.size() < kWarpgroup) {
     fail(std::string(shares[0]->name) + ": a warpgroup must have 128 threads, got " +
