@@ -24,7 +24,7 @@ ALLOWED = {
     "formats": {"errors"},
     "spec": {"errors", "formats"},
     "env": {"errors", "_version"},
-    "targets": {"errors", "env"},
+    "targets": {"errors", "env", "spec"},
     "splits": {"spec"},
     "model_config": {"errors", "spec"},
     "_fast_stack": set(),

@@ -30,7 +30,6 @@ from tq_tvm.spec import (
     CacheSpec,
     RotateSpec,
     Spec,
-    functions_on,
     parse_spec,
 )
 from tq_tvm.targets import TARGETS, TargetInfo, as_device, cpu_threads, detect, get_target
@@ -544,7 +543,7 @@ def _ensure_library(spec: Spec, target: TargetInfo, kernels: set[str]) -> None:
         # One call serves all three.
         kernels = kernels | {"attend", "prefill", "decode"}
     try:
-        for function in functions_on(spec, target.kind):
+        for function in target.functions(spec):
             if FUNCTIONS[function] in kernels:
                 artifacts.locate(function, spec, target)
     except ArtifactNotFoundError:

@@ -359,9 +359,13 @@ def _parse(slug: str) -> CacheFormat | None:
         return None
     rotations = {s: rotation for rotation, s in _ROTATION_SLUGS.items()}
     rules = {s: rule for rule, s in _RULE_SLUGS.items()}
-    rotation = rotations[options.pop(0)] if options and options[0] in rotations else "none"
-    rule = rules[options.pop(0)] if options and options[0] in rules else None
-    return None if options else _format(key, value, rotation, rule)
+    # Slices: torch.compile of torch 2.11 does not trace list.pop.
+    rotated = options[:1] if options and options[0] in rotations else []
+    ruled = options[len(rotated) :]
+    if len(ruled) > 1 or not set(ruled) <= set(rules):
+        return None
+    rotation = rotations[rotated[0]] if rotated else "none"
+    return _format(key, value, rotation, rules[ruled[0]] if ruled else None)
 
 
 # --- rotations

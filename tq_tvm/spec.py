@@ -84,6 +84,9 @@ FUNCTIONS = {
 }
 """Functions of a library, each with the kernel that it is a form of."""
 
+LATENT_FUNCTIONS = ("rotate", "fill_slots", "fill_table", "flatten", "flatten_unrotated", "mla")
+"""Functions that GPUs have of a latent cache."""
+
 GPU_FUNCTIONS = ("decode_featured", "prefill")
 """Functions that a CPU's ``attend`` has in it."""
 
@@ -399,7 +402,7 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     ----------
     kind
         ``"cuda"`` or ``"llvm"``; a CPU has all but `GPU_FUNCTIONS`. A library for the target has
-        just these.
+        just these, see `tq_tvm.targets.TargetInfo.functions`.
 
     Examples
     --------
@@ -417,6 +420,8 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if isinstance(spec, RotateSpec):
         return spec.functions if dim in GPU_HEAD_DIMS or dim & (dim - 1) == 0 else ()
     fmt = spec.cache_format
+    if spec.is_latent:
+        return LATENT_FUNCTIONS
     if not {spec.head_dim, spec.value_dim} <= set(GPU_HEAD_DIMS):
         return ()
     if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_DECODE_DIMS):
@@ -463,8 +468,8 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
         f"V, for decode of Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V "
-        f"at head_dim 64, with a window of one head_dim of {decoded}; or a rotation of {dims} or a "
-        "power of two; float16 or bfloat16), "
+        f"at head_dim 64, with a window of one head_dim of {decoded}; a latent cache; or a "
+        f"rotation of {dims} or a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )
 

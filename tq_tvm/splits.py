@@ -1,4 +1,4 @@
-"""Into how many parts ``decode`` and ``attend`` cut their work.
+"""Into how many parts ``decode``, ``attend`` and ``mla`` cut their work.
 
 Shapes decide; lengths stay on the device. A CPU's kernel splits every context. A GPU's shares out
 all tokens of the batch among groups of CTAs or, in ``decode`` of short contexts, gives each
@@ -18,6 +18,9 @@ __all__ = [
     "attend_launch_keys",
     "attend_parts",
     "launch_keys",
+    "mla_floats",
+    "mla_launch_keys",
+    "mla_parts",
     "most_attend_floats",
     "num_ctas",
     "num_groups",
@@ -194,3 +197,32 @@ def most_attend_floats(
             most, attend_floats(spec, min(tokens, blocks * launch["block_tokens"]), count, launch)
         )
     return most
+
+
+def mla_launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
+    """What a kernel of ``mla`` has to say: as `launch_keys`, and of a GPU's parts of a sequence.
+
+    ``part_tokens`` are its least tokens, and ``pieces`` what it leaves of each head for the merge.
+    """
+    if "part_tokens" in launch:
+        return ("ctas_per_sm", "units", "part_tokens", "pieces")
+    return ("ctas_per_sm", "split_tokens")
+
+
+def mla_parts(
+    spec: CacheSpec, batch: int, context: int, launch: Mapping[str, int], processors: int
+) -> int:
+    """The number that ``mla`` is called with: splits, or parts of every sequence.
+
+    As many as are resident at once, but no more than have the least tokens.
+    """
+    if "part_tokens" in launch:
+        resident = launch["ctas_per_sm"] * processors // (launch["units"] * batch)
+        return max(1, min(resident, -(-context // launch["part_tokens"])))
+    return num_splits(spec, batch, context, launch, processors)
+
+
+def mla_floats(spec: CacheSpec, batch: int, parts: int, launch: Mapping[str, int]) -> int:
+    """float32 values of workspace of ``mla``: as `workspace_floats`, of latents."""
+    pieces = parts * launch.get("pieces", 1)
+    return batch * pieces * spec.num_q_heads * (spec.head_dim + 2)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from tq_tvm import env
 from tq_tvm.errors import ArgumentValueError, UnsupportedSpecError
+from tq_tvm.spec import Spec, functions_on
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,21 @@ class TargetInfo:
     kind: str
     arch: str
     attrs: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether four warps can multiply together, as ``mla`` does: Hopper alone."""
+        return self.arch == "sm_90a"
+
+    def functions(self, spec: Spec) -> tuple[str, ...]:
+        """Functions of a spec that kernels are generated of for this device: of a library of it.
+
+        Those of `tq_tvm.spec.functions_on`, but for ``mla`` on a GPU that has no `has_wgmma`.
+        """
+        served = functions_on(spec, self.kind)
+        if self.kind == "cuda" and not self.has_wgmma:
+            return tuple(name for name in served if name != "mla")
+        return served
 
     @property
     def has_clusters(self) -> bool:

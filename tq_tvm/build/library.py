@@ -18,7 +18,7 @@ from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.errors import TuningLogError
 from tq_tvm.schedules import Instance, featured, instantiate
-from tq_tvm.spec import FUNCTIONS, CacheSpec, Spec, check_target, functions_on
+from tq_tvm.spec import FUNCTIONS, CacheSpec, Spec, check_target
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
 from tq_tvm.tuning.workloads import decision_sizes, workloads
@@ -36,7 +36,7 @@ def build_library(
 ) -> Path:
     """Compile the functions of ``spec`` into ``<root>/<target name>/<spec label>``.
 
-    Those that the target has kernels of (`tq_tvm.spec.functions_on`): calls of others are refused.
+    Those that the target has kernels of (`TargetInfo.functions`): calls of others are refused.
 
     A function with records gets a variant for each, and the default schedule at sizes of
     `tq_tvm.tuning.workloads` that have none; one without records gets the default schedules;
@@ -71,7 +71,7 @@ def build_library(
     check_target("build_library", spec, target.kind)
     functions: dict[str, PrimFunc] = {}
     variants: dict[str, list[Variant]] = {}
-    for function in functions_on(spec, target.kind):
+    for function in target.functions(spec):
         if function == "decode_featured":
             assert isinstance(spec, CacheSpec)
             variants[function] = _following(spec, variants["decode"], functions)

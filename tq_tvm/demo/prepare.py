@@ -18,7 +18,7 @@ import torch
 from tq_tvm import artifacts, env, ops
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.errors import ArtifactCorruptError, ArtifactNotFoundError, BuildError, TQError
-from tq_tvm.spec import CacheSpec, functions_on
+from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import TargetInfo, detect
 
 __all__ = ["find_library", "prepare"]
@@ -42,8 +42,7 @@ def find_library(spec: CacheSpec, target: TargetInfo) -> list[Path] | None:
     """Directories that serve the functions of a spec; None if a function has none."""
     try:
         found = [
-            artifacts.locate(f, spec.relevant_to(f), target)[0]
-            for f in functions_on(spec, target.kind)
+            artifacts.locate(f, spec.relevant_to(f), target)[0] for f in target.functions(spec)
         ]
     except (ArtifactCorruptError, ArtifactNotFoundError):
         return None
@@ -86,7 +85,7 @@ def prepare(spec: CacheSpec, device: torch.device, *, retune: bool = False, seed
     from tq_tvm.tuning.database import find_records, logs_root
 
     logs = logs_root()
-    served = functions_on(spec, target.kind)
+    served = target.functions(spec)
     missing = [f for f in served if not find_records(f, spec, target, logs)]
     if retune or (missing and target.kind == "llvm"):
         chosen = list(served) if retune else missing

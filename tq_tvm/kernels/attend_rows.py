@@ -44,6 +44,7 @@ from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
+    "LOG2E",
     "LOWEST",
     "Options",
     "QueryOperands",
@@ -64,7 +65,7 @@ _MASKED = -3e38
 
 _SLACK = 6.0
 _MINUS_INFINITY = 0xFF800000
-_LOG2E = math.log2(math.e)
+LOG2E = math.log2(math.e)
 _NO_WINDOW = -(2**31)
 
 
@@ -167,7 +168,7 @@ class Softmax:
             store(self._slope, f32(0), *at)
             with when(T.And(self._sloped, rows.exists(row))):
                 slope = self._options.alibi_slopes[rows.head(row)]
-                store(self._slope, slope * f32(_LOG2E), *at)
+                store(self._slope, slope * f32(LOG2E), *at)
         for tile in range(self._shape.row_tiles):
             for octet in range(self._shape.spec.value_dim // 8):
                 for e in range(4):
@@ -224,7 +225,7 @@ class Softmax:
 
     def _bend(self, scores, first, octets: int) -> None:
         """Soft cap and ALiBi."""
-        cap = let(self._options.soft_cap * f32(_LOG2E))
+        cap = let(self._options.soft_cap * f32(LOG2E))
         inverse = let(T.Select(cap > f32(0), f32(1) / cap, f32(0)))
         value = local(1, "float32")
         for tile, half in self.places:
@@ -235,7 +236,7 @@ class Softmax:
                     store(value, scores[index])
                     with when(cap > f32(0)):
                         # tanh x = 1 - 2 / (1 + e^2x)
-                        grown = T.exp2(value[0] * inverse * f32(2 * _LOG2E)) + f32(1)
+                        grown = T.exp2(value[0] * inverse * f32(2 * LOG2E)) + f32(1)
                         store(value, cap - cap * (f32(2) / grown))
                     token = first + (8 * octet + e) + 2 * self._t
                     apart = T.cast(token - limit, "float32")
@@ -271,7 +272,7 @@ def load_queries(
 
     They go to shared memory from word ``place`` on; rows that do not exist are zeros.
     """
-    factor = let(sm_scale * f32(_LOG2E * _rotation_unit(shape.spec)))
+    factor = let(sm_scale * f32(LOG2E * _rotation_unit(shape.spec)))
     for row, coordinate, pair in _rotated(query, q, rows, first, count, lane, factor):
         word = local(1, "uint32")
         ptx(PAIR[shape.spec.dtype], word[0], *pair)
@@ -395,22 +396,23 @@ def attend_tile(
                     mma(product, result, [weights[m, i] for i in range(4)], b, result)
 
 
-def finish_row(row: WarpRow, x, top, total, place, options: Options, out, lse, lane) -> None:
+def finish_row(row: WarpRow, x, top, total, place, options: Options | None, out, lse, lane) -> None:
     """Divide a row that a warp shares, rotate it back, and write it and its lse.
 
     ``top`` and ``total`` are its bound and its sum of weights; ``place`` is its token and head.
+    Without ``options`` there are no sinks.
     """
-    spec = row.spec
     token, head = place
     bound, sum_, shrink = (local(1, "float32") for _ in range(3))
     store(bound, top)
     store(sum_, total)
     store(shrink, f32(1))
-    with when(T.cast(options.sinks.shape[0], "int32") > 0):
-        sink = let(options.sinks[head] * f32(_LOG2E))
-        store(bound, T.max(top, sink))
-        store(shrink, T.exp2(top - bound[0]))
-        store(sum_, total * shrink[0] + T.exp2(sink - bound[0]))
+    if options is not None:
+        with when(T.cast(options.sinks.shape[0], "int32") > 0):
+            sink = let(options.sinks[head] * f32(LOG2E))
+            store(bound, T.max(top, sink))
+            store(shrink, T.exp2(top - bound[0]))
+            store(sum_, total * shrink[0] + T.exp2(sink - bound[0]))
     unit = row.dim**-0.5 if row.rotated else 1.0
     # What is not a number stays so.
     nothing = let(sum_[0] == f32(0))
@@ -419,8 +421,7 @@ def finish_row(row: WarpRow, x, top, total, place, options: Options, out, lse, l
         store(x, x[i] * factor, i)
     if row.rotated:
         row.rotate_back(x, lane)
-    for i, base, extra in row.places(lane):
-        store(out, T.cast(x[i], spec.dtype), token, head, base + extra)
+    row.write(out, x, token, head, lane)
     with when(T.And(T.cast(lse.shape[1], "int32") > 0, lane == 0)):
         units = (T.log2(sum_[0]) + bound[0]) * f32(math.log(2))
         store(lse, T.Select(nothing, as_float(u32(_MINUS_INFINITY)), units), token, head)

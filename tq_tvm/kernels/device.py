@@ -32,6 +32,7 @@ __all__ = [
     "reduce_together",
     "remote_address",
     "shared",
+    "shared_address",
     "shared_dynamic",
     "shuffle",
     "shuffle_xor",
@@ -222,10 +223,15 @@ def wait_for_cluster() -> None:
     ptx("barrier.cluster.wait.acquire.aligned")
 
 
+def shared_address(pointer):
+    """The 32-bit address of ``pointer`` to shared memory."""
+    return T.cuda.cvta_generic_to_shared(pointer)
+
+
 def remote_address(pointer, rank):
     """What ``pointer`` to shared memory is in the CTA of a rank: for ``ld.shared::cluster``."""
     address = local(1, "uint32")
-    own = T.cuda.cvta_generic_to_shared(pointer)
+    own = shared_address(pointer)
     ptx("mapa.shared::cluster.u32", address[0], own, T.cast(rank, "uint32"))
     return address[0]
 

@@ -37,7 +37,7 @@ GROUP = 4
 MULTIPLIED = (64, 128, 256)
 """Dimensions of rows that tensor cores rotate, or shuffles."""
 
-_LANES = {64: 1, 80: 1, 96: 1, 112: 1, 128: 2, 192: 2, 256: 4}
+_LANES = {64: 1, 80: 1, 96: 1, 112: 1, 128: 2, 192: 2, 256: 4, 512: 8}
 """Lanes of a row: groups D/8 apart, whose signs share a byte, have to be in one of them."""
 
 

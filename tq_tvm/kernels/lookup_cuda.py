@@ -218,6 +218,20 @@ class CodedRow:
             self._read(self.third, pointer, inside)
             self._align(range(max(1, self.bytes // 4)), part // half)
 
+    def read_planes(self, first: Callable[[int], Any], second: Callable[[int], Any], half) -> None:
+        """Read the codes, of which ``first`` and ``second`` are the n-th 16 bytes of each plane.
+
+        ``half`` is that of the first plane in which they are.
+        """
+        planes = [(self.codes, first)]
+        if self.planes > 1:
+            planes.append((self.third, second))
+        for words, pointer in planes:
+            for n in range(0, self.bytes // 4, 4):
+                access(self.wide, words, n, min(4, self.bytes // 4 - n), pointer(n // 4))
+        if self.planes > 1:
+            self._align(range(self.bytes // 4), half)
+
     def _read(self, words, pointer: Callable[[Any], Any], at) -> None:
         count = self.bytes // 4
         if count == 0:
@@ -246,15 +260,20 @@ class CodedRow:
             return let(low_half(self.dtype, self.meta[0])), let(high_half(self.dtype, self.meta[0]))
         return let(from_half(self.dtype, self.meta[0])), None
 
+    def chunks(self):
+        """Four words of values at a time, as soon as they are found: their field and number in it.
+
+        Of rows of which a lane has 8 bytes or more of every plane.
+        """
+        table = self._table()
+        for i in range(0, self.bytes // 4, 2):
+            pair = [self._find(table, i + n) for n in range(2)]
+            for field in range(8 // self.field):
+                yield field, i // 2, [found[field, half] for found in pair for half in range(2)]
+
     def lines(self, part):
         """Of each field: the coordinate of the lane's first value, and words of two values."""
-        scale, residual = self._scales()
-        sigma = self.dim**-0.5
-        values = [scale * f32(c * sigma) for c in looked_up(self.codec)]
-        if residual is not None:
-            shift = let(scale * residual)
-            values = [value + shift for value in values]
-        table = LevelTable.rounded(self.dtype, values)
+        table = self._table()
         fields, words = 8 // self.field, max(1, self.bytes // 2)
         found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
         for i in range(max(1, self.bytes // 4)):
@@ -265,6 +284,16 @@ class CodedRow:
         for field in range(fields):
             first = field * (self.dim // fields)
             yield first + part * self.bytes, [found[field, i] for i in range(words)]
+
+    def _table(self) -> LevelTable:
+        """Values of the row by code."""
+        scale, residual = self._scales()
+        sigma = self.dim**-0.5
+        values = [scale * f32(c * sigma) for c in looked_up(self.codec)]
+        if residual is not None:
+            shift = let(scale * residual)
+            values = [value + shift for value in values]
+        return LevelTable.rounded(self.dtype, values)
 
 
 def access(operation: str, words, first: int, count: int, address) -> None:

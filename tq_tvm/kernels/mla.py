@@ -25,7 +25,7 @@ Buffers
     workspace     [W], see ``tq_tvm.splits``       float32  scratch: o, then (m, l)
     out           [B, HQ, 512]                     dtype    out
     lse           [B, HQ], or [B, 0]: not wanted   float32  out, natural logarithms
-    num_parts     scalar: splits                   int32    in
+    num_parts     scalar, see ``tq_tvm.splits``    int32    in
     sm_scale      scalar                           float32  in
     ============  ===============================  =======  ================================
 
@@ -39,7 +39,9 @@ Tail
     Tokens past a sequence's end are not read. An empty sequence gives zeros and lse = -inf.
 
 Numerics
-    float32 throughout; m of no token is -1e30.
+    float32 on CPUs; m of no token is -1e30. On GPUs rotated queries, latents as ``flatten`` gives
+    them and weights are rounded to dtype, sums are float32, and a row's bound lags behind its
+    largest logit by up to 6 powers of two.
 
 Cost of one token (mse4, bf16): 386 bytes read, and 2 (512 + 64) + 2 512 operations a query head.
 
@@ -53,6 +55,8 @@ from collections.abc import Mapping
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.mla_cpu import MlaCpuConfig, mla_cpu
+from tq_tvm.kernels.mla_cuda import mla_cuda
+from tq_tvm.kernels.mla_shape import MlaConfig
 from tq_tvm.spec import CacheSpec, check_target
 
 __all__ = ["mla"]
@@ -61,4 +65,6 @@ __all__ = ["mla"]
 def mla(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``mla`` for a target kind and one value of each decision."""
     check_target("mla", spec, kind, "mla")
+    if kind == "cuda":
+        return mla_cuda(spec, MlaConfig(**decisions))
     return mla_cpu(spec, MlaCpuConfig(**decisions))

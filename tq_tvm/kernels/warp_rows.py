@@ -1,8 +1,8 @@
-"""A row that a warp shares in ``attend`` and ``prefill`` on GPUs: queries and outputs.
+"""A row that a warp shares on GPUs, in ``attend``, ``prefill`` and ``mla``: queries and outputs.
 
-Lanes have neighbours of a row of 64, 128 or 256 values, and rotate it by shuffles. Of others they
-have every 32nd value, and each factor of the matrix is taken in shared memory, a lane all values of
-one vector of it.
+Lanes have neighbours of a row of 2^n values, and rotate it by shuffles. Of others they have every
+32nd value, and each factor of the matrix is taken in shared memory, a lane all values of one vector
+of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from tq_tvm.formats import hadamard_factors, rotation_signs
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.device import (
+    PAIR,
     as_bits,
     as_float,
     let,
@@ -27,10 +28,13 @@ from tq_tvm.kernels.device import (
     warp_barrier,
     when,
 )
-from tq_tvm.kernels.lane_rows import MULTIPLIED, factor_rows
+from tq_tvm.kernels.lane_rows import factor_rows
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["WarpRow", "exchange_words", "warp_rows"]
+
+_WIDE = 16
+"""Neighbours of a lane from which on it writes 16 bytes at a time."""
 
 _LARGEST = 16
 """Values of a vector of a power of two."""
@@ -48,7 +52,7 @@ class WarpRow:
     @property
     def by_shuffles(self) -> bool:
         """Whether lanes have neighbours."""
-        return self.dim in MULTIPLIED
+        return self.dim & (self.dim - 1) == 0
 
     @property
     def row_values(self) -> int:
@@ -71,6 +75,20 @@ class WarpRow:
             else:
                 with when(lane < self.dim - 32 * i):
                     yield i, lane, 32 * i
+
+    def write(self, out, x, token, head, lane) -> None:
+        """Round the row, and write it."""
+        count = self.row_values
+        if not self.by_shuffles or count < _WIDE:
+            for i, base, extra in self.places(lane):
+                store(out, T.cast(x[i], self.spec.dtype), token, head, base + extra)
+            return
+        words = local(count // 2, "uint32")
+        for i in range(0, count, 2):
+            ptx(PAIR[self.spec.dtype], words[i // 2], x[i + 1], x[i])
+        for i in range(0, count // 2, 4):
+            four = [words[i + n] for n in range(4)]
+            ptx("st.global.v4.u32", out.ptr_to([token, head, lane * count + 2 * i]), *four)
 
     def rotate_back(self, x, lane) -> None:
         """Undo the rotation, unscaled."""
@@ -138,7 +156,8 @@ class WarpRow:
 
 def exchange_words(spec: CacheSpec) -> int:
     """Words of shared memory that a warp needs for its query and output rows."""
-    return max(0 if dim in MULTIPLIED else dim for dim in (spec.head_dim, spec.value_dim))
+    rows = warp_rows(spec, None, 0)
+    return max(0 if row.by_shuffles else row.dim for row in rows)
 
 
 def warp_rows(spec: CacheSpec, words, begin) -> tuple[WarpRow, WarpRow]:

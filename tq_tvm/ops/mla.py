@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
+from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.ops import _check, _values
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.ops.workspace import as_scratch, choose_launch
+from tq_tvm.ops.workspace import as_scratch, choose_mla_launch
 from tq_tvm.spec import LATENT_DIMS, CacheFormat, CacheSpec
-from tq_tvm.splits import workspace_floats
+from tq_tvm.splits import mla_floats
+from tq_tvm.targets import detect
 
 __all__ = ["mla_decode"]
 
@@ -95,7 +97,8 @@ def mla_decode(
     ArgumentTypeError, ArgumentValueError
         A wrong dtype, shape, stride, alignment (16 bytes; 4 for metas) or device.
     UnsupportedSpecError
-        Not a latent cache, or a device without a kernel of it: GPUs have none.
+        Not a latent cache, or a device without a kernel of it: of GPUs those of compute capability
+        9.0 (H100, H200) have one.
     ArtifactNotFoundError, ArtifactCorruptError
         No library serves the call.
 
@@ -178,8 +181,8 @@ def _mla(
         return
     if max_seq_len is not None:
         context = max(min(context, max_seq_len), 1)
-    variant, parts = choose_launch(loaded, spec, batch, context)
-    floats = workspace_floats(spec.latent_parts[0], batch, parts, variant.launch)
+    variant, parts = choose_mla_launch(loaded, spec, batch, context)
+    floats = mla_floats(spec, batch, parts, variant.launch)
     if workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q_latent.device)
     else:
@@ -241,4 +244,16 @@ def _check_arguments(
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)
         first = torch.zeros_like(lens)
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
+    if q_latent.is_cuda:
+        _check_capability(q_latent.device)
     return spec, (q_latent, q_rope, *_check.kernel_caches(caches, scales), table, lens)
+
+
+def _check_capability(device: torch.device) -> None:
+    """Refuse GPUs that the kernel's instructions are not of, before a library is looked for."""
+    target = detect(device)
+    if not target.has_wgmma:
+        raise UnsupportedSpecError(
+            f"{_OP}: device must be a GPU of compute capability 9.0 (H100, H200) or the CPU, got "
+            f"{target.name} ({target.arch}); use another device"
+        )

@@ -14,6 +14,8 @@ from tq_tvm.splits import (
     attend_launch_keys,
     attend_parts,
     launch_keys,
+    mla_launch_keys,
+    mla_parts,
     most_attend_floats,
     num_parts,
     workspace_floats,
@@ -24,6 +26,7 @@ __all__ = [
     "as_scratch",
     "choose_attend_launch",
     "choose_launch",
+    "choose_mla_launch",
     "choose_prefill",
     "count_parts",
     "paged_decode_workspace_size",
@@ -154,6 +157,16 @@ def choose_attend_launch(
     _check_launch(loaded, variant, attend_launch_keys(variant.launch))
     parts = attend_parts(spec, tokens, batch, context, variant.launch, loaded.processors, longest)
     return variant, parts
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_mla_launch(
+    loaded: LoadedFunction, spec: CacheSpec, batch: int, context: int
+) -> tuple[LoadedVariant, int]:
+    """Choose the variant of ``mla`` for a problem, and the number of parts."""
+    variant = loaded.nearest(max(batch * context * spec.head_dim, 1))
+    _check_launch(loaded, variant, mla_launch_keys(variant.launch))
+    return variant, mla_parts(spec, batch, context, variant.launch, loaded.processors)
 
 
 @functools.lru_cache(maxsize=4096)

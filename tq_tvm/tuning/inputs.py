@@ -14,7 +14,14 @@ import torch
 from tq_tvm import reference
 from tq_tvm.errors import TQError
 from tq_tvm.spec import CacheSpec
-from tq_tvm.splits import attend_floats, attend_parts, num_parts, workspace_floats
+from tq_tvm.splits import (
+    attend_floats,
+    attend_parts,
+    mla_floats,
+    mla_parts,
+    num_parts,
+    workspace_floats,
+)
 from tq_tvm.targets import processors
 from tq_tvm.tuning.workloads import Workload
 
@@ -286,8 +293,8 @@ def _mla(workload: Workload, device: torch.device) -> Case:
     context = int(lengths[0])
 
     def arguments(launch: dict[str, int]) -> list:
-        parts = num_parts(spec, batch, context, launch, processors(device))
-        floats = workspace_floats(spec.latent_parts[0], batch, parts, launch)
+        parts = mla_parts(spec, batch, context, launch, processors(device))
+        floats = mla_floats(spec, batch, parts, launch)
         workspace = torch.full((floats,), float("nan"), device=device)
         inputs = [q_latent, q_rope, *_arguments(spec, caches), table, lengths]
         return [*inputs, workspace, out, lse, parts, scale]

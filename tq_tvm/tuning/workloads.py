@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, check_target, functions_on
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, check_target
 from tq_tvm.targets import TargetInfo
 
 __all__ = ["Workload", "decision_sizes", "workloads"]
@@ -112,7 +112,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
         chunks = [("attend", 2, 64, 512, "chunks of prefill over a packed past")]
-    served = functions_on(spec, target.kind)
+    served = target.functions(spec)
     every = [
         *rotations,
         Workload(

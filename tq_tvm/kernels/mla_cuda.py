@@ -1,0 +1,385 @@
+r"""``mla`` on Hopper GPUs: the threads of ``kernels.mla``'s equation.
+
+Two launches. Sequences are cut into ``num_parts`` parts of whole tiles of 64 tokens, and heads into
+pairs of blocks of 64. A part and a pair are a cluster's, whose two CTAs have half of the columns of
+every latent and rope part (`mla_shape`), so that a tile is decoded once for 128 heads, and each
+CTA's queries, tiles and outputs fit it. In a CTA
+
+1. all warps rotate queries into shared memory, scaled for logits in units of log2;
+2. warps that decode make operands of packed rows, tile after tile (`mla_latents`), in a ring of
+   ``tiles`` places;
+3. two warpgroups multiply (`mla_heads`): each has a block of heads, or where there is only one,
+   every other tile. Halves of scores cross the cluster, nothing else does.
+
+Barriers: ``full`` and ``empty`` of every place of the ring, between warps of a CTA; ``sums`` and
+``taken`` of every warpgroup, between it and the one of the peer. `setmaxnreg` gives registers of
+the warps that decode to those that multiply.
+
+Every piece, (sum of w c, bound, sum of w), goes to the workspace, whose rows are in the order of
+columns: of rank 0, then of rank 1. The second launch (`mla_merge`), a CTA a query head, merges
+pieces and rotates back; with ``overlap`` it begins before the first is done.
+
+The workspace is ``B HQ parts pieces (512 + 2)`` floats.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
+from tvm.tirx import PrimFunc
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.attend_rows import LOG2E
+from tq_tvm.kernels.decode_query import rotate_row, turn_signs
+from tq_tvm.kernels.device import (
+    PAIR,
+    arrive_at_cluster,
+    f32,
+    high_half,
+    let,
+    let_next_launch_begin,
+    local,
+    loop,
+    low_half,
+    pointer,
+    ptx,
+    shared_dynamic,
+    shuffle,
+    store,
+    u32,
+    wait_for_cluster,
+    warp_barrier,
+    when,
+)
+from tq_tvm.kernels.mbarrier import Barriers, Turn, publish_barriers
+from tq_tvm.kernels.mla_heads import Heads, warps_of
+from tq_tvm.kernels.mla_latents import Latents
+from tq_tvm.kernels.mla_merge import MERGE_THREADS, merge_pieces
+from tq_tvm.kernels.mla_shape import (
+    BLOCK,
+    HALF,
+    HALF_ROPE,
+    MULTIPLIERS,
+    RANKS,
+    ROWS,
+    TILE,
+    WARPGROUP,
+    MlaConfig,
+    MlaShape,
+)
+from tq_tvm.kernels.warp_rows import WarpRow
+from tq_tvm.kernels.wgmma import fence_writes, settle, swizzled, wait
+from tq_tvm.spec import CacheSpec
+
+__all__ = ["mla_cuda"]
+
+
+def mla_cuda(spec: CacheSpec, config: MlaConfig) -> PrimFunc:
+    """The TensorIR of ``mla`` for one configuration, all sizes dynamic."""
+    shape = MlaShape(spec, config)
+    heads, dtype = spec.num_q_heads, spec.dtype
+    D, R = spec.head_dim, spec.value_dim
+
+    @T.prim_func(s_tir=True)
+    def main(
+        q_latent: T.handle,
+        q_rope: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        workspace: T.handle,
+        out: T.handle,
+        lse: T.handle,
+        num_parts: T.int32,
+        sm_scale: T.float32,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        b = T.int64()
+        w = T.int64()
+        p = T.int64()
+        ws = T.int64()
+        hl = T.int64()
+        QL = T.match_buffer(q_latent, (b, heads, D), dtype, align=16)
+        QR = T.match_buffer(q_rope, (b, heads, R), dtype, align=16)
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+        OUT = T.match_buffer(out, (b, heads, D), dtype, align=16)
+        LSE = T.match_buffer(lse, (b, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
+        for by in T.thread_binding(shape.pairs, thread="blockIdx.y"):
+            for _ in T.thread_binding(RANKS, thread="clusterCtaIdx.x"):
+                for bx in T.thread_binding(b * num_parts * RANKS, thread="blockIdx.x"):
+                    for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
+                        _attend(
+                            shape, (QL, QR), caches, BT, SL, WS, b, by, bx, tx, num_parts, sm_scale
+                        )
+        for by2 in T.thread_binding(b, thread="blockIdx.y"):
+            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                    merge_pieces(shape, WS, OUT, LSE, b, bx2, by2, tx2, num_parts)
+
+    return main
+
+
+def _attend(shape, queries, caches, table, seq_lens, workspace, batch, by, bx, tx, parts, sm_scale):
+    """One CTA."""
+    config = shape.config
+    thread, pair = let(T.cast(tx, "int32")), let(T.cast(by, "int32"))
+    index = let(T.cast(bx, "int32"))
+    rank, task = let(index % RANKS), let(T.truncdiv(index, RANKS))
+    sequence, part = let(T.truncdiv(task, parts)), let(T.truncmod(task, parts))
+    warp = let(thread // 32)
+    words = shared_dynamic(shape.shared_bytes // 4, "uint32")
+    full = Barriers(words, shape.barriers_begin // 4, config.tiles)
+    empty = Barriers(words, full.end, config.tiles)
+    sums = Barriers(words, empty.end, MULTIPLIERS)
+    taken = Barriers(words, sums.end, MULTIPLIERS)
+    first_head = let(pair * (MULTIPLIERS * ROWS))
+    with when(thread == 0):
+        full.make(config.decoders)
+        empty.make(shape.readers)
+        sums.make(1)
+        taken.make(lambda number: T.max(warps_of(_heads(shape, first_head, number)), 1))
+        publish_barriers()
+    if config.overlap:
+        let_next_launch_begin()
+    _load_queries(shape, words, queries, sequence, first_head, rank, warp, thread % 32, sm_scale)
+    fence_writes()
+    # Barriers and queries are there, in both CTAs.
+    arrive_at_cluster(release=True)
+    wait_for_cluster()
+    length = let(seq_lens[sequence])
+    tiles = let(T.truncdiv(length + (TILE - 1), TILE))
+    share = let(T.truncdiv(tiles + parts - 1, parts))
+    first = let(part * share)
+    last = let(T.min(tiles, first + share))
+    with I.If(warp >= MULTIPLIERS * WARPGROUP // 32):
+        with I.Then():
+            ptx("setmaxnreg.dec.sync.aligned.u32", shape.decoder_registers)
+            decoder = let(warp - MULTIPLIERS * WARPGROUP // 32)
+            with when(first < last):
+                latents = Latents(
+                    shape, words, caches, table, sequence, length, rank, decoder, thread % 32
+                )
+                _decode(shape, latents, first, last, full, empty, thread % 32)
+        with I.Else():
+            ptx("setmaxnreg.inc.sync.aligned.u32", shape.multiplier_registers)
+            number = let(shuffle(T.truncdiv(thread, WARPGROUP), 0))
+            heads = let(_heads(shape, first_head, number))
+            group = Heads(shape, words, number, thread, rank, heads, sums, taken)
+            multiply = _multiply_ahead if config.ahead else _multiply
+            multiply(shape, group, number, first, last, length, full, empty)
+            own = first_head if shape.shares_tiles else let(first_head + number * ROWS)
+            piece = part * shape.pieces + (number if shape.shares_tiles else 0)
+            pieces = let(parts * shape.pieces)
+            count = shape.spec.num_q_heads
+
+            def place_of(head):
+                line = T.cast(sequence * count + own + head, "int64")
+                row = let(line * T.cast(pieces, "int64") + T.cast(piece, "int64"))
+                return row, let(row * T.int64(RANKS * HALF) + T.cast(rank * HALF, "int64"))
+
+            rows = T.cast(batch, "int64") * T.cast(pieces * count, "int64")
+            stats = let(rows * T.int64(RANKS * HALF)), rank == 0
+            group.leave(workspace, stats, place_of)
+    # The peer stores and arrives here until its last tile.
+    arrive_at_cluster(release=False)
+    wait_for_cluster()
+
+
+def _heads(shape: MlaShape, first_head, number):
+    """Query heads of a warpgroup, none or less where it has only rows without one."""
+    before = 0 if shape.shares_tiles else number * ROWS
+    return shape.spec.num_q_heads - first_head - before
+
+
+def _load_queries(shape, words, queries, sequence, first_head, rank, warp, lane, sm_scale) -> None:
+    """Rotate the CTA's queries to shared memory, its columns; those of no head are zeros."""
+    lane = let(lane)
+    warps = shape.threads // 32
+    rows = shape.query_blocks * ROWS
+    sides = [
+        _QuerySide(shape, words, queries[number], number, rank, lane, sm_scale)
+        for number in range(2)
+    ]
+    head = let(first_head + warp)
+    for side in sides:
+        side.ask(sequence, head)
+    with I.serial(0, -(-rows // warps)) as turn:
+        row = let(turn * warps + warp)
+        for side in sides:
+            side.take()
+        # The next row is on its way while this one is rotated.
+        with when(row + warps < rows):
+            for side in sides:
+                side.ask(sequence, first_head + row + warps)
+        with when(row < rows):
+            for side in sides:
+                side.leave(row)
+
+
+class _QuerySide:
+    """Latents or rope parts of a warp's queries."""
+
+    def __init__(self, shape: MlaShape, words, queries, number: int, rank, lane, sm_scale) -> None:
+        part = shape.spec.latent_parts[number]
+        self._shape, self._words, self._queries, self._number = shape, words, queries, number
+        self._lane, self._rank = lane, rank
+        self._row = WarpRow(part, part.head_dim, None, 0)
+        self._coming, self._pairs = (local(self._row.row_values // 2, "uint32") for _ in range(2))
+        unit = LOG2E * (part.head_dim**-0.5 if self._row.rotated else 1.0)
+        self._factor = let(sm_scale * f32(unit))
+
+    def ask(self, sequence, head) -> None:
+        """Begin to read the row of a head; zeros where there is none."""
+        count = self._row.row_values
+        for i in range(count // 2):
+            store(self._coming, u32(0), i)
+        with when(head < self._shape.spec.num_q_heads):
+            for i in range(0, count // 2, 4):
+                own = [self._coming[i + n] for n in range(min(4, count // 2))]
+                at = self._queries.ptr_to([sequence, head, self._lane * count + 2 * i])
+                kind = "u32" if len(own) == 1 else f"v{len(own)}.u32"
+                ptx(f"ld.global.nc.{kind}", *own, at)
+
+    def take(self) -> None:
+        """The row that was asked for is this one."""
+        for i in range(self._row.row_values // 2):
+            store(self._pairs, self._coming[i], i)
+
+    def leave(self, row) -> None:
+        """Rotate this row, and write the CTA's columns where products read them."""
+        shape, query, dtype = self._shape, self._row, self._shape.spec.dtype
+        count, dim = query.row_values, query.dim
+        x = local(count, "float32")
+        for i in range(count // 2):
+            for e, half in enumerate((low_half, high_half)):
+                store(x, half(dtype, self._pairs[i]), 2 * i + e)
+        if query.rotated:
+            turn_signs(query, x, self._lane)
+            rotate_row(query, x, self._lane)
+        pairs = local(count // 2, "uint32")
+        for i in range(0, count, 2):
+            ptx(PAIR[dtype], pairs[i // 2], x[i + 1] * self._factor, x[i] * self._factor)
+        fields = shape.fields if self._number == 0 else 1
+        owner, column = shape.column_of(dim, fields, let(self._lane * count))
+        width = BLOCK if self._number == 0 else HALF_ROPE
+        begin = T.truncdiv(row, ROWS) * (shape.matrix_bytes // 4)
+        begin = let(begin + self._number * (HALF * ROWS // 2))
+        inside = let(T.truncmod(row, ROWS))
+        with when(owner == self._rank):
+            for i in range(0, count // 2, 4):
+                chunk = let(T.truncdiv(column, 8) + i // 4)
+                block, at = T.truncdiv(chunk, width // 8), T.truncmod(chunk, width // 8)
+                to = (
+                    begin + (block * ROWS + inside) * (width // 2) + swizzled(width, inside, at) * 4
+                )
+                own = [pairs[i + n] for n in range(min(4, count // 2))]
+                if len(own) < 4:
+                    to = to + T.truncmod(T.truncdiv(column, 2), 4)
+                kind = "u32" if len(own) == 1 else f"v{len(own)}.u32"
+                ptx(f"st.shared.{kind}", pointer(self._words, to), *own)
+
+
+def _decode(shape, latents, first, last, full, empty, lane) -> None:
+    """A warp that decodes: its rows of every tile."""
+    place = Turn(shape.config.tiles, 1)
+    at = local(1, "int32")
+    store(at, first)
+    latents.begin(first)
+    with loop(at[0] < last):
+        begin = let(place.index * (shape.matrix_bytes // 4) + shape.tiles_begin // 4)
+        latents.decode(at[0], last, begin, lambda: empty.wait(place.index, place.parity))
+        fence_writes()
+        warp_barrier()
+        with when(lane == 0):
+            full.arrive(place.index)
+        place.advance()
+        store(at, at[0] + 1)
+
+
+class _Walk:
+    """A warpgroup's tiles, and their places in the ring."""
+
+    def __init__(self, shape: MlaShape, number, first) -> None:
+        self._step = MULTIPLIERS if shape.shares_tiles else 1
+        self.place = Turn(shape.config.tiles, 0)
+        self.tile = local(1, "int32")
+        store(self.tile, first)
+        if shape.shares_tiles:
+            with when(number == 1):
+                self.place.advance()
+                store(self.tile, first + 1)
+
+    def advance(self) -> None:
+        """Go on to it."""
+        for _ in range(self._step):
+            self.place.advance()
+        store(self.tile, self.tile[0] + self._step)
+
+
+def _multiply(shape, group, number, first, last, length, full, empty) -> None:
+    """A warpgroup's tiles, one after the other."""
+    scores, weights = local(TILE // 2, "float32"), local(TILE // 4, "uint32")
+    walk = _Walk(shape, number, first)
+    place = walk.place
+    with loop(walk.tile[0] < last):
+        full.wait(place.index, place.parity)
+        group.multiply_scores(scores, place.index)
+        wait(0)
+        settle(scores)
+        group.send(scores)
+        group.receive(scores)
+        group.weigh(scores, weights, walk.tile[0] * TILE, length)
+        group.multiply_values(weights, place.index)
+        wait(0)
+        settle(*group.output)
+        with when(group.lane == 0):
+            empty.arrive(place.index)
+        walk.advance()
+
+
+def _multiply_ahead(shape, group, number, first, last, length, full, empty) -> None:
+    """The same, but the next tile's scores are multiplied before this tile's values.
+
+    Halves of scores cross the cluster while values are multiplied, and the tensor cores have work
+    for twice as long at a time.
+    """
+    scores, weights = local(TILE // 2, "float32"), local(TILE // 4, "uint32")
+    walk, following = (_Walk(shape, number, first) for _ in range(2))
+    place, after = walk.place, following.place
+    with when(walk.tile[0] < last):
+        full.wait(place.index, place.parity)
+        group.multiply_scores(scores, place.index)
+        wait(0)
+        settle(scores)
+        group.send(scores)
+        group.receive(scores)
+        group.weigh(scores, weights, walk.tile[0] * TILE, length)
+        following.advance()
+    with loop(walk.tile[0] < last):
+        more = let(following.tile[0] < last)
+        with when(more):
+            full.wait(after.index, after.parity)
+        # Behind the last tile this multiplies an old one, for nobody: a branch here would make the
+        # compiler wait for every product.
+        group.multiply_scores(scores, after.index)
+        group.multiply_values(weights, place.index)
+        wait(1)
+        settle(scores)
+        with when(more):
+            group.send(scores)
+        wait(0)
+        settle(weights, *group.output)
+        with when(group.lane == 0):
+            empty.arrive(place.index)
+        with when(more):
+            group.receive(scores)
+            group.weigh(scores, weights, following.tile[0] * TILE, length)
+        walk.advance()
+        following.advance()

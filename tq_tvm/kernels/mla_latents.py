@@ -1,0 +1,256 @@
+"""Latents of ``mla`` on GPUs: warps that make operands of packed rows.
+
+A warp has eight rows of a tile at a time, which are of one page. Rows as they are in the cache come
+by ``cp.async`` a tile ahead, into a place in shared memory that is the warp's own; its chunks of 16
+bytes are exchanged, so that eight lanes, each with a row, read different banks. Lane l decodes
+columns of row ``l % 8``, the part ``l / 8`` of four, and writes them where `wgmma` reads them.
+
+Rows past the sequence's end become zeros: their weights are zero, but a product of zero and what
+is not a number is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels import pages
+from tq_tvm.kernels.device import (
+    i32,
+    let,
+    local,
+    pointer,
+    ptx,
+    store,
+    u32,
+    warp_barrier,
+    when,
+)
+from tq_tvm.kernels.direct_cuda import DirectRow
+from tq_tvm.kernels.lookup_cuda import CodedRow
+from tq_tvm.kernels.mla_shape import BLOCK, HALF, HALF_ROPE, RANKS, TILE, MlaShape
+from tq_tvm.kernels.wgmma import swizzled
+from tq_tvm.spec import LATENT_DIMS
+
+__all__ = ["Latents"]
+
+_GROUP = 8
+"""Rows of a warp at a time."""
+
+_PARTS = 32 // _GROUP
+"""Lanes that have a row of a CTA's columns between them."""
+
+_CHUNK = 16
+
+
+class Latents:
+    """A warp's rows of the tiles of one sequence.
+
+    ``rank`` is the CTA's in its cluster; the warp is number ``warp`` of those that decode.
+    """
+
+    def __init__(self, shape: MlaShape, words, caches, table, sequence, length, rank, warp, lane):
+        self._shape, self._words, self._rank, self._lane = shape, words, rank, lane
+        self._table, self._sequence, self._length = table, sequence, length
+        latents, ropes, metas, _ = caches
+        self._codes, self._ropes = pages.flat(latents), pages.flat(ropes)
+        self._code_stride = let(latents.buffer.strides[0])
+        self._rope_stride = let(ropes.buffer.strides[0])
+        codec = shape.codec
+        self._tensor_scale = None
+        if codec.tensor_scale:
+            self._tensor_scale = let(metas.buffer[0])
+        elif codec.meta:
+            self._metas, self._meta_stride = pages.flat(metas), let(metas.buffer.strides[0])
+        self._turns = TILE // _GROUP // shape.config.decoders
+        # Of each turn: the page of the rows that are asked for next, and their scales.
+        self._page = local(self._turns, "int32")
+        self._meta = local(self._turns, "uint32")
+        self._groups = [let(turn * shape.config.decoders + warp) for turn in range(self._turns)]
+        self._row, self._part = let(lane % _GROUP), let(lane // _GROUP)
+        self._written = [let(self._word_of(n)) for n in range(self._neighbours)]
+
+    @property
+    def _neighbours(self) -> int:
+        """Chunks of a lane that are neighbours."""
+        codec = self._shape.codec
+        if codec.family == "lloyd_max":
+            return self._half_plane // _PARTS // 8
+        return 2 if codec.packed else 1
+
+    def _word_of(self, number: int):
+        """Where a chunk of the lane is among the operand's, behind the first of a group's rows."""
+        chunk = let(self._part * self._neighbours + number)
+        block, inside = T.truncdiv(chunk, BLOCK // 8), T.truncmod(chunk, BLOCK // 8)
+        row = (block * TILE + self._row) * (BLOCK // 2)
+        return row + swizzled(BLOCK, self._row, inside) * 4
+
+    def _first(self, tile, turn: int):
+        """The first token of the warp's rows of a turn."""
+        return tile * TILE + self._groups[turn] * _GROUP
+
+    def begin(self, tile) -> None:
+        """Ask for a first tile."""
+        self._find_pages(tile)
+        self._ask(tile)
+
+    def _find_pages(self, tile) -> None:
+        size = self._shape.spec.page_size
+        for turn in range(self._turns):
+            token = T.min(self._first(tile, turn), self._length - 1)
+            store(self._page, self._table[self._sequence, T.truncdiv(token, size)], turn)
+
+    def _ask(self, tile) -> None:
+        """Begin to copy the warp's rows of a tile, whose pages are known; then find the next's."""
+        shape, codec = self._shape, self._shape.codec
+        codes, size = shape.code_bytes, shape.spec.page_size
+        for turn in range(self._turns):
+            first = let(self._first(tile, turn))
+            page = T.cast(self._page[turn], "int64")
+            inside = T.cast(T.truncmod(first, size), "int64")
+            place = self._place(turn)
+            own = let(self._rank * (shape.code_bytes if not codec.packed else self._half_plane))
+            begin = let(page * self._code_stride + inside * codec.packed_bytes(LATENT_DIMS[0]))
+            for n in range(_GROUP * codes // _CHUNK // 32):
+                chunk = let(n * 32 + self._lane)
+                row, at = (
+                    let(T.truncdiv(chunk, codes // _CHUNK)),
+                    T.truncmod(chunk, codes // _CHUNK),
+                )
+                at = let(at)
+                source = begin + T.cast(self._source(row, at, own), "int64")
+                to = place + row * (codes // 4) + self._exchanged(row, at) * 4
+                self._copy(to, self._codes.ptr_to([source]), first + row)
+            # A row's part of 64 bytes is four chunks, those of eight rows one a lane.
+            row, at = let(T.truncdiv(self._lane, 4)), let(T.truncmod(self._lane, 4))
+            begin = page * self._rope_stride + inside * LATENT_DIMS[1]
+            source = begin + T.cast(row * LATENT_DIMS[1] + self._rank * HALF_ROPE + at * 8, "int64")
+            to = place + _GROUP * codes // 4 + row * (HALF_ROPE // 2)
+            to = to + swizzled(HALF_ROPE, row, at) * 4
+            self._copy(to, self._ropes.ptr_to([source]), first + row)
+        ptx("cp.async.commit_group")
+        for turn in range(self._turns):
+            self._ask_meta(self._first(tile, turn), turn)
+        self._find_pages(tile + 1)
+
+    @property
+    def _half_plane(self) -> int:
+        """Bytes of the first plane that a CTA has."""
+        return LATENT_DIMS[0] * self._shape.codec.plane_bits[0] // 8 // RANKS
+
+    def _source(self, row, chunk, own):
+        """Of a chunk of a row of the CTA's codes: where it is, in elements of the cache."""
+        codec, bytes_ = self._shape.codec, self._shape.code_bytes
+        if not codec.packed:
+            return row * LATENT_DIMS[0] + T.shift_right(own, 1) + chunk * (_CHUNK // 2)
+        start = row * codec.packed_bytes(LATENT_DIMS[0])
+        if self._half_plane == bytes_:
+            return start + own + chunk * _CHUNK
+        # The second plane follows the whole first one, and a CTA has all of it.
+        second = chunk >= self._half_plane // _CHUNK
+        return start + chunk * _CHUNK + T.Select(second, i32(self._half_plane), own)
+
+    def _place(self, turn: int):
+        """The word of shared memory where the warp's rows of a turn are."""
+        size = _GROUP * (self._shape.code_bytes + 2 * HALF_ROPE)
+        return let((self._shape.staged_begin + self._groups[turn] * size) // 4)
+
+    def _exchanged(self, row, chunk):
+        """Where a chunk of codes is in its row."""
+        return swizzled(32 if self._shape.code_bytes == 4 * _CHUNK else 64, row, chunk)
+
+    def _copy(self, to, source, token) -> None:
+        """Copy 16 bytes, or zeros past the end."""
+        size = local(1, "uint32")
+        store(size, T.Select(token < self._length, u32(_CHUNK), u32(0)))
+        ptx("cp.async.cg.shared.global", pointer(self._words, to), source, _CHUNK, size[0])
+
+    def _ask_meta(self, first, turn: int) -> None:
+        """Read the scales of the lane's row; zeros past the end."""
+        spec, count = self._shape.spec, len(self._shape.codec.meta)
+        if not count:
+            return
+        store(self._meta, u32(0), turn)
+        with when(first + self._row < self._length):
+            inside = (T.truncmod(first, spec.page_size) + self._row) * count
+            at = T.cast(self._page[turn], "int64") * self._meta_stride + T.cast(inside, "int64")
+            if count == 2:
+                ptx("ld.global.nc.u32", self._meta[turn], self._metas.ptr_to([at]))
+            else:
+                short = local(1, "uint16")
+                ptx("ld.global.nc.u16", short[0], self._metas.ptr_to([at]))
+                store(self._meta, T.cast(short[0], "uint32"), turn)
+
+    def decode(self, tile, last, begin, wait) -> None:
+        """Make operands of a tile from word ``begin`` on, and ask for the next one before ``last``.
+
+        ``wait`` is called when rows have been read: it waits until the operands may be written.
+        """
+        ptx("cp.async.wait_group", 0)
+        warp_barrier()
+        read = [self._read(turn) for turn in range(self._turns)]
+        # Others of the warp copy to where this lane has read.
+        warp_barrier()
+        with when(tile + 1 < last):
+            self._ask(tile + 1)
+        wait()
+        for turn in range(self._turns):
+            self._write(turn, begin, *read[turn])
+
+    def _read(self, turn: int) -> tuple[Any, Any]:
+        """The lane's codes and scales in registers, and a chunk of a rope part."""
+        shape, codec = self._shape, self._shape.codec
+        place, words = self._place(turn), self._words
+        begin = let(place + self._row * (shape.code_bytes // 4))
+
+        def chunk(number):
+            return pointer(words, begin + self._exchanged(self._row, number) * 4)
+
+        dtype = shape.spec.dtype
+        row: Any
+        if codec.family == "lloyd_max":
+            row = CodedRow(LATENT_DIMS[0], dtype, codec, RANKS * _PARTS, "ld.shared")
+            row.read_planes(
+                lambda n: chunk(self._part * (row.bytes // _CHUNK) + n),
+                lambda n: chunk(
+                    self._half_plane // _CHUNK + self._part * (row.bytes // _CHUNK) + n
+                ),
+                self._rank,
+            )
+        else:
+            piece = _CHUNK if codec.packed else _CHUNK // 2
+            row = DirectRow(HALF, dtype, codec, _PARTS, "ld.shared", self._tensor_scale, piece)
+            row.read_pieces(lambda n: chunk(n * _PARTS + self._part))
+        if codec.meta:
+            store(row.meta, self._meta[turn])
+        rope = local(4, "uint32")
+        at = place + _GROUP * shape.code_bytes // 4 + self._lane * 4
+        ptx("ld.shared.v4.u32", *[rope[i] for i in range(4)], pointer(words, at))
+        return row, rope
+
+    def _write(self, turn: int, begin, row, rope) -> None:
+        """Write the lane's columns, and its chunk of a rope part, where products read them."""
+        words, group = self._words, self._groups[turn]
+        start = let(begin + group * (_GROUP * BLOCK // 2))
+        for first, number, line in self._chunks(row):
+            # Lanes' chunks are neighbours, and begin where a block or its second half does.
+            block, inside = divmod(first, BLOCK // 8)
+            turned = self._written[number]
+            at = start + (T.bitwise_xor(turned, inside * 4) if inside else turned)
+            at = at + block * (TILE * BLOCK // 2)
+            ptx("st.shared.v4.u32", pointer(words, at), *line)
+        # Chunks of a rope part are where they have to be already.
+        at = begin + HALF * TILE // 2 + group * (_GROUP * HALF_ROPE // 2) + self._lane * 4
+        ptx("st.shared.v4.u32", pointer(words, at), *[rope[i] for i in range(4)])
+
+    def _chunks(self, row):
+        """Eight values at a time: the first chunk of all lanes' columns, and the lane's n-th."""
+        if self._shape.codec.family != "lloyd_max":
+            for column, line in row.pieces_of_lines():
+                for n in range(len(line) // 4):
+                    yield column // 8, n, line[4 * n : 4 * n + 4]
+            return
+        fields = 8 // row.field
+        for field, n, line in row.chunks():
+            yield field * (HALF // fields) // 8, n, line
