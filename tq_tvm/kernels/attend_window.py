@@ -47,12 +47,12 @@ _ABREAST = 4
 
 
 class WindowRows:
-    """K and V of a KV head in the rings ``(k_window, v_window, window_slots)``, for a lane."""
+    """K and V of a KV head in the rings, for a lane."""
 
-    def __init__(self, shape: AttendShape, words, rings, head, lane, sm_scale) -> None:
+    def __init__(self, shape: AttendShape, words, rings: pages.Rings, head, lane, sm_scale) -> None:
         self._shape, self._words = shape, words
-        k, v, self._slots = rings
-        self._k, self._v = pages.flat_buffer(k), pages.flat_buffer(v)
+        self._slots = rings.slots
+        self._k, self._v = pages.flat_buffer(rings.k), pages.flat_buffer(rings.v)
         self._head, self._lane, self._sm_scale = head, lane, sm_scale
         self._g, self._t = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
 

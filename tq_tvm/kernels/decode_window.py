@@ -38,7 +38,7 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["PackedLengths", "Window", "prefetch_ring"]
+__all__ = ["Window", "find_window", "packed_lengths", "prefetch_ring"]
 
 _LOG2E = math.log2(math.e)
 _MASKED = -3e38
@@ -66,7 +66,7 @@ def prefetch_ring(spec: CacheSpec, rings, ring, kv_head, thread, threads: int) -
                 ptx("prefetch.global.L2", rows.ptr_to([at]))
 
 
-class PackedLengths:
+class _PackedLengths:
     """Tokens of each sequence before its window; ``seq_lens`` has all."""
 
     def __init__(self, seq_lens, window: int) -> None:
@@ -76,13 +76,18 @@ class PackedLengths:
         return T.max(self._seq_lens[sequence] - self._window, i32(0))
 
 
+def packed_lengths(spec: CacheSpec, seq_lens):
+    """Tokens of each sequence that are attended to packed, by the sequence."""
+    return _PackedLengths(seq_lens, spec.window) if spec.window else seq_lens
+
+
 class Window:
     """What finishes a row of ``decode``: its tokens of the window, then the rest."""
 
-    def __init__(self, shape: Shape, q, rings, seq_lens, sm_scale) -> None:
-        k, v, self._slots = rings
+    def __init__(self, shape: Shape, q, rings: pages.Rings, seq_lens, sm_scale) -> None:
+        self._slots = rings.slots
         self._shape, self._q, self._seq_lens, self._sm_scale = shape, q, seq_lens, sm_scale
-        self._k, self._v = pages.flat_buffer(k), pages.flat_buffer(v)
+        self._k, self._v = pages.flat_buffer(rings.k), pages.flat_buffer(rings.v)
 
     def prefetch(self, sequence, kv_head, thread, threads: int) -> None:
         """`prefetch_ring` of a sequence."""
@@ -215,3 +220,8 @@ class Window:
             weight = let(shuffle(weights, first % 32 + n))
             for i, value in enumerate(self._values(read, n)):
                 store(x, x[i] + weight * value, i)
+
+
+def find_window(shape: Shape, q, rings: pages.Rings | None, seq_lens, sm_scale) -> Window | None:
+    """The window of a spec that has one."""
+    return None if rings is None else Window(shape, q, rings, seq_lens, sm_scale)

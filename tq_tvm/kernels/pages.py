@@ -1,23 +1,28 @@
-"""The four cache tensors as kernel arguments, and where a token's rows are in them."""
+"""Cache tensors and a window's rings as kernel arguments, and where a token's rows are in them."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
+from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.device import local, loop, store
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
     "Caches",
+    "Rings",
     "Strided",
     "find_last_start",
     "flat",
     "flat_buffer",
+    "jit",
     "match_caches",
+    "match_rings",
     "match_rows",
     "matched_buffer",
     "page_slot",
@@ -122,6 +127,49 @@ def match_caches(spec: CacheSpec, handles: tuple, pages) -> list[Strided | None]
             _strided(handle, (pages, outer, inner, last), dtype, strides, unit * size, unit)
         )
     return matched
+
+
+@dataclasses.dataclass(frozen=True)
+class Rings:
+    """The matched buffers of ``k_window``, ``v_window`` and ``window_slots``."""
+
+    k: Any
+    v: Any
+    slots: Any
+
+
+def match_rings(spec: CacheSpec, handles: tuple, sequences) -> Rings | None:
+    """Match the handles of a window's rings, or None for a spec without one."""
+    if not spec.window:
+        return None
+    k_window, v_window, window_slots = handles
+    rings = T.int64()
+
+    def match(handle, dim: int):
+        shape = (rings, spec.window, spec.num_kv_heads, dim)
+        return T.match_buffer(handle, shape, spec.dtype, align=16)
+
+    return Rings(
+        match(k_window, spec.head_dim),
+        match(v_window, spec.value_dim),
+        T.match_buffer(window_slots, (sequences,), "int32", align=4),
+    )
+
+
+def jit(spec: CacheSpec, s_tir: bool) -> Callable[[Callable], PrimFunc]:
+    """Parse a function as ``T.prim_func`` does, without optional handles if there is no window.
+
+    ``T.Optional`` marks these. The parser takes it only below a decorator of this name, and reads
+    ``s_tir``, which ``T.jit`` does not accept, out of the source.
+    """
+
+    def parse(function: Callable) -> PrimFunc:
+        kernel = T.jit(function)
+        absent = () if spec.window else kernel.optional_names
+        return kernel.specialize(**dict.fromkeys(absent))
+
+    parse.dispatch_token = T.jit.dispatch_token
+    return parse
 
 
 def matched_buffer(matched: Strided | None):

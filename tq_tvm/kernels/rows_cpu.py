@@ -28,10 +28,10 @@ from tq_tvm.formats import Codec, hadamard_factors
 from tq_tvm.kernels.blocks import paley_rows, rotation_scale, select, sign_of
 from tq_tvm.kernels.codecs import read_row
 from tq_tvm.kernels.device import local
-from tq_tvm.kernels.pages import row_index
+from tq_tvm.kernels.pages import Rings, matched_buffer, row_index
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["LOG2_E", "NEGATIVE", "CpuRows", "Source", "State"]
+__all__ = ["LOG2_E", "NEGATIVE", "CpuRows", "Source", "State", "sources"]
 
 NEGATIVE = -1e30
 """Below every logit: of tokens that a query does not see, and m of none."""
@@ -92,16 +92,24 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One side of the cache: codes, their scales, and with a window the rings and whose is which.
-
-    ``ring`` and ``slots`` are not looked at without a window.
-    """
+    """One side of the cache: codes, scales, and with a window its rings and whose is which."""
 
     cache: Any
     meta: Any
     table: Any
-    ring: Any
-    slots: Any
+    ring: Any = None
+    slots: Any = None
+
+
+def sources(caches: list, table, rings: Rings | None = None) -> tuple[Source, Source]:
+    """K and V of what `pages.match_caches` and `pages.match_rings` matched."""
+    k_cache, v_cache, k_meta, v_meta = map(matched_buffer, caches)
+    if rings is None:
+        return Source(k_cache, k_meta, table), Source(v_cache, v_meta, table)
+    return (
+        Source(k_cache, k_meta, table, rings.k, rings.slots),
+        Source(v_cache, v_meta, table, rings.v, rings.slots),
+    )
 
 
 class CpuRows:
