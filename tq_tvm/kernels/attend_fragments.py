@@ -38,6 +38,7 @@ from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.device import (
     FULL_WARP,
     PAIR,
+    access,
     as_bits,
     as_float,
     byte_perm,
@@ -250,9 +251,8 @@ class Fragments:
                         store(self._metas, T.cast(short[0], "uint32"), turn, side)
 
     def _load_codes(self, octet: int, first: int, count: int, kept: str, pointer) -> None:
-        kind = f"v{count}.u32" if count > 1 else "u32"
         registers = [self._codes[octet, first + e] for e in range(count)]
-        ptx(f"ld.global.nc{kept}.L2::128B.{kind}", *registers, pointer)
+        access(f"ld.global.nc{kept}.L2::128B", registers, pointer)
 
     def _copy_values(self) -> None:
         shape = self._shape
@@ -300,7 +300,7 @@ class Fragments:
         """Factors of logits, or of weights, of tokens 2 t and 2 t + 1 of an octet."""
         factors = local(2, "float32")
         begin = self._scales + (side * self._shape.tile + 8 * octet) + 2 * self._t
-        ptx("ld.shared.v2.f32", factors[0], factors[1], pointer(self._words, begin))
+        access("ld.shared", [factors[0], factors[1]], pointer(self._words, begin), "f32")
         return factors
 
     def _leave_scales(self, softmax: Softmax) -> None:
@@ -376,7 +376,7 @@ class Fragments:
         """The operand of a step of a row tile."""
         a = local(4, "uint32")
         registers = [a[e] for e in range(4)]
-        ptx("ld.shared.v4.u32", *registers, pointer(self._words, own + 128 * step))
+        access("ld.shared", registers, pointer(self._words, own + 128 * step))
         return registers
 
     def _table_of(self, octet: int) -> LevelTable:

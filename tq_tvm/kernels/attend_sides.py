@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.dense_rows import dense_row_words
-from tq_tvm.kernels.device import let, local, ptx, store, u32, when
+from tq_tvm.kernels.device import access, let, local, ptx, store, u32, when
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES, DirectRow
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
@@ -256,9 +256,7 @@ class Side:
             word = as_register(T.truncdiv(first, 2) + i)
             chunk = T.bitwise_xor(T.truncdiv(word, 4), T.truncmod(row, 8))
             at = begin + row * shape.row_words(self._number) + chunk * 4 + T.truncmod(word, 4)
-            kind = "u32" if count == 1 else f"v{count}.u32"
-            pieces = [line[i + n] for n in range(count)]
-            ptx(f"st.shared.{kind}", words.ptr_to([as_register(at)]), *pieces)
+            access("st.shared", line[i : i + count], words.ptr_to([as_register(at)]))
 
 
 class DirectSide(Side):
@@ -365,4 +363,4 @@ class DirectSide(Side):
                 turned = (chunk ^ row) % 8 * 4
                 at = T.bitwise_xor(written, turned) if turned else written
                 at = at + (row * shape.row_words(self._number) + chunk // 8 * 32)
-                ptx(f"st.shared.v{len(line)}.u32", words.ptr_to([at]), *line)
+                access("st.shared", line, words.ptr_to([at]))

@@ -23,6 +23,7 @@ from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.decode_window import prefetch_ring
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     byte_perm,
     f32,
     high_half,
@@ -117,8 +118,7 @@ class WindowRows:
                 first = field * fragments.key_words + word
                 at = base + T.cast(self._t * own + (field * plane + 4 * word), "int64")
                 registers = [words[first + n, half] for n in range(abreast) for half in range(2)]
-                kind = f"v{len(registers)}.u32"
-                ptx(f"ld.global.nc.{kind}", *registers, self._k.ptr_to([at]))
+                access("ld.global.nc", registers, self._k.ptr_to([at]))
         return [[words[step, half] for half in range(2)] for step in range(steps)]
 
     def _arranged_queries(self, m: int, step: int) -> list[Any]:
@@ -127,7 +127,7 @@ class WindowRows:
         a = local(4, "uint32")
         registers = [a[e] for e in range(4)]
         at = 4 * self._lane + 128 * (m * shape.fragments.steps + step)
-        ptx("ld.shared.v4.u32", *registers, pointer(words, at))
+        access("ld.shared", registers, pointer(words, at))
         if shape.spec.dtype != "float16":
             for e in range(4):
                 pair = [half("float16", a[e]) for half in (high_half, low_half)]

@@ -25,6 +25,7 @@ from tvm.script.ir_builder import tirx as I
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
+    access,
     byte_perm,
     let,
     local,
@@ -218,7 +219,6 @@ class PageReader:
         """Read K's codes and metas; `find_pages` has been there."""
         shape = self._shape
         words = min(shape.key_plane_words, 4)
-        kind = f"v{words}.u32" if words > 1 else "u32"
         codes, metas = self._bases("k", tile), self._bases("k_meta", tile)
         meta = "u32" if shape.residual else "u16"
         planes = [codes]
@@ -230,9 +230,9 @@ class PageReader:
             for plane, bases in enumerate(planes):
                 for j in range(0, shape.key_plane_words, 4):
                     first = plane * shape.key_plane_words + j
-                    ptx(
-                        f"ld.global.nc{kept}{shape.promoted}.{kind}",
-                        *[into.codes[i, first + e] for e in range(words)],
+                    access(
+                        f"ld.global.nc{kept}{shape.promoted}",
+                        [into.codes[i, first + e] for e in range(words)],
                         self._from("k", bases, 8 * i, 4 * j),
                     )
             # A norm and a residual in a word, or a norm alone.

@@ -22,6 +22,7 @@ from tq_tvm.kernels.decode_merge import finish_row
 from tq_tvm.kernels.decode_query import Query, rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
+    access,
     f32,
     high_half,
     i32,
@@ -181,11 +182,10 @@ class Window:
         """Words of a lane's pieces of `_ABREAST` rows, none after ``last``."""
         words = self._shape.row_values // 2
         read = local((_ABREAST, words), "uint32")
-        kind = "u32" if words == 1 else f"v{words}.u32"
         for n in range(_ABREAST):
             row = first + n if last is None else T.min(first + n, last)
             at = base + T.cast(row * self._stride, "int64")
-            ptx(f"ld.global.nc.{kind}", *(read[n, w] for w in range(words)), ring.ptr_to([at]))
+            access("ld.global.nc", [read[n, w] for w in range(words)], ring.ptr_to([at]))
         return read
 
     def _values(self, read, n: int):

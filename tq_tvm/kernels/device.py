@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as I
 
 __all__ = [
     "PAIR",
+    "access",
     "arrive_at_cluster",
     "as_bits",
     "as_float",
@@ -105,6 +106,13 @@ def store(buffer, value, *index) -> None:
 def ptx(instruction: str, *operands) -> None:
     """One PTX instruction, results first."""
     I.evaluate(T.ptx[instruction](*operands))
+
+
+def access(operation: str, registers: list, address, kind: str = "u32") -> None:
+    """Read or write neighbouring words of memory at once; ``operation`` lacks their ``kind``."""
+    kind = kind if len(registers) == 1 else f"v{len(registers)}.{kind}"
+    stores = operation.startswith("st")
+    ptx(f"{operation}.{kind}", *([address, *registers] if stores else [*registers, address]))
 
 
 def mma(instruction: str, result, a, b, c) -> None:

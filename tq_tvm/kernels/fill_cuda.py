@@ -32,6 +32,7 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
+    access,
     f32,
     high_half,
     i32,
@@ -318,12 +319,11 @@ def _write_plane(row: RowBits, flat, codes, t, first: int, bits: int, words) -> 
     """
     size = max(1, bits // 8)
     count = row.piece * size // 4
-    kind = "u32" if count == 1 else f"v{count}.u32"
     pieces, lanes = divmod(row.dim * bits // (8 * size), 4 * row.piece)
 
     def write(n: int) -> None:
         at = codes + T.cast(t * row.piece, "int64") + T.int64(first + n * 4 * row.piece)
-        ptx(f"st.global.{kind}", flat.ptr_to([at]), *(words[n * count + i] for i in range(count)))
+        access("st.global", [words[n * count + i] for i in range(count)], flat.ptr_to([at]))
 
     for n in range(pieces):
         write(n)

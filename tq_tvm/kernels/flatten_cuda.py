@@ -25,6 +25,7 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     f32,
     i32,
     let,
@@ -45,7 +46,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     rotate_rows,
 )
 from tq_tvm.kernels.lane_rows import multiplies
-from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, access, looked_up
+from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, looked_up
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
@@ -119,7 +120,8 @@ class _Side(CodedRow):
             for i in range(words):
                 store(line, found[i], i)
             for i in range(0, words, 4):
-                access("st.global", line, i, min(4, words - i), out.ptr_to([at + T.int64(2 * i)]))
+                pieces = [line[n] for n in range(i, min(i + 4, words))]
+                access("st.global", pieces, out.ptr_to([at + T.int64(2 * i)]))
 
 
 class _RotatedSide(_Side):
@@ -142,7 +144,7 @@ class _RotatedSide(_Side):
         for n in range(self.bytes // piece):
             at = pointer(T.cast(part * piece + n * 4 * piece, "int64"))
             words = piece // 4
-            access(self.wide, self.codes, n * words, words, at)
+            access(self.wide, [self.codes[n * words + i] for i in range(words)], at)
         if self.planes > 1:
             self._load_third(pointer, part)
 
@@ -152,7 +154,7 @@ class _RotatedSide(_Side):
         lanes = self.plane // 2 // piece
         at = pointer(T.cast(part % lanes * piece + self.plane, "int64"))
         words = min(piece // 4, count)
-        access(self.wide, self.third, 0, words, at)
+        access(self.wide, [self.third[i] for i in range(words)], at)
         for i in range(words, count):
             store(self.third, self.third[i - words], i)
         if lanes < 4:
@@ -199,7 +201,7 @@ def _write_rotated(bits: RowBits, pairs, out, row, part) -> None:
     piece = bits.piece
     for n in range(bits.pieces):
         at = out.ptr_to([row + T.cast(part * piece + n * 4 * piece, "int64")])
-        access("st.global", pairs, n * (piece // 2), piece // 2, at)
+        access("st.global", [pairs[n * (piece // 2) + i] for i in range(piece // 2)], at)
 
 
 def _emit(

@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     f32,
     i32,
     let,
@@ -72,7 +73,7 @@ class _Side:
             for n in range(count // 2):
                 at = codes + T.cast((n * lanes + part) * GROUP, "int64")
                 pair = [self._codes[2 * n + i] for i in range(2)]
-                ptx(f"{GLOBAL}.v2.u32", *pair, cache.codes.ptr_to([at]))
+                access(GLOBAL, pair, cache.codes.ptr_to([at]))
         elif lanes == 1:
             self._read_run(codes, count)
         else:
@@ -121,9 +122,8 @@ class _Side:
             return
         for n in range(0, count, most):
             wide = min(most, count - n)
-            kind = "u32" if wide == 1 else f"v{wide}.u32"
             registers = [words[n + i] for i in range(wide)]
-            ptx(f"{GLOBAL}.{kind}", *registers, flat.ptr_to([codes + T.int64(4 * n)]))
+            access(GLOBAL, registers, flat.ptr_to([codes + T.int64(4 * n)]))
 
     def leave(self, pointer, part) -> None:
         """Leave the row in shared memory; ``pointer`` is of its words."""
@@ -145,7 +145,7 @@ class _Side:
                 third = None if self._third is None else self._third[n]
                 for field, pair in enumerate(words.pairs(self._codes[n], third)):
                     group = (n + field * groups) * row.lanes + part
-                    ptx("st.shared.v2.u32", pointer(2 * group), *pair)
+                    access("st.shared", pair, pointer(2 * group))
             return
         value = local(row.values, "float32")
         for n in range(count):
@@ -213,10 +213,10 @@ def emit_lanes(
             with when(row < last):
                 at = let(begin + inside * padded_words(dim) + chunk * 4)
                 registers = [piece[i] for i in range(4)]
-                ptx("ld.shared.v4.u32", *registers, words.ptr_to([at]))
+                access("ld.shared", registers, words.ptr_to([at]))
                 token, head = T.truncdiv(row, heads), T.truncmod(row, heads)
                 to = T.cast(token, "int64") * stride + T.cast(head * dim + chunk * 8, "int64")
-                ptx("st.global.v4.u32", out.ptr_to([to]), *registers)
+                access("st.global", registers, out.ptr_to([to]))
 
     for codec, dim, cache, output in zip((fmt.key, fmt.value), dims, caches, outputs, strict=True):
         side = _Side(spec, codec, dim, cache, back)

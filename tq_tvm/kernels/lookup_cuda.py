@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     byte_perm,
     f32,
     from_half,
@@ -36,7 +37,6 @@ __all__ = [
     "CodedRow",
     "HighTable",
     "LevelTable",
-    "access",
     "alone",
     "find_mirrored",
     "find_pairs",
@@ -226,7 +226,7 @@ class CodedRow:
             store(words, T.cast(short[0], "uint32"))
         for first in range(0, count, 4):
             place = pointer(at + T.int64(4 * first) if first else at)
-            access(self.wide, words, first, min(4, count - first), place)
+            access(self.wide, [words[i] for i in range(first, min(first + 4, count))], place)
 
     def _align(self, which, half) -> None:
         """Shift bytes of the second plane to the codes of a half of the first."""
@@ -265,11 +265,3 @@ class CodedRow:
         for field in range(fields):
             first = field * (self.dim // fields)
             yield first + part * self.bytes, [found[field, i] for i in range(words)]
-
-
-def access(operation: str, words, first: int, count: int, address) -> None:
-    """Read or write ``count`` neighbouring words at once."""
-    kind = "u32" if count == 1 else f"v{count}.u32"
-    registers = [words[first + i] for i in range(count)]
-    operands = (address, *registers) if operation.startswith("st") else (*registers, address)
-    ptx(f"{operation}.{kind}", *operands)
