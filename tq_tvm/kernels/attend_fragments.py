@@ -48,7 +48,6 @@ from tq_tvm.kernels.device import (
     i32,
     let,
     local,
-    low_half,
     mma,
     pointer,
     ptx,
@@ -67,6 +66,7 @@ from tq_tvm.kernels.lookup_cuda import (
     find_mirrored,
     find_pairs,
     looked_up,
+    row_scale,
     together,
 )
 
@@ -325,7 +325,7 @@ class Fragments:
 
         def leave(turn: int) -> None:
             token, key = let(self._lane + 32 * turn), self._metas[turn, 0]
-            scale = low_half(dtype, key) if shape.key.residual_sign else from_half(dtype, key)
+            scale = row_scale(dtype, shape.key, key)
             factors = (scale * self._key_factor, values[turn] * self._inverse[0])
             for side, factor in enumerate(factors):
                 at = pointer(words, self._scales + side * shape.tile + token)

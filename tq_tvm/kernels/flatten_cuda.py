@@ -46,7 +46,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     rotate_rows,
 )
 from tq_tvm.kernels.lane_rows import multiplies
-from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, looked_up
+from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, unit_levels
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
@@ -166,11 +166,8 @@ class _RotatedSide(_Side):
         """Values of a lane in order of their coordinates, in pairs of the model's dtype."""
         spec, row = self.spec, self._row
         norm, residual = self._scales()
-        values = [f32(c) for c in looked_up(self.codec)]
-        if residual is not None:
-            shift = let(residual * f32(spec.head_dim**0.5))
-            values = [value + shift for value in values]
-        table = LevelTable.rounded("float16", values)
+        levels = unit_levels(self.codec, spec.head_dim, residual)
+        table = LevelTable.rounded("float16", levels)
         words = local(spec.head_dim // 8, "uint32")
         for i in range(self.bytes // 4):
             found = self._find(table, i)

@@ -30,8 +30,8 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.lane_rows import GROUP, LaneRow, padded_words
-from tq_tvm.kernels.lookup_cuda import GLOBAL
-from tq_tvm.kernels.word_codes import WordCodes, code_fields, code_words, scale_of, third_bits
+from tq_tvm.kernels.lookup_cuda import GLOBAL, row_scale
+from tq_tvm.kernels.word_codes import WordCodes, code_fields, code_words, third_bits
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["emit_lanes"]
@@ -155,7 +155,7 @@ class _Side:
                     store(value, one, (n + field * groups) * GROUP + i)
         scale = f32(1)
         if looked:
-            scale = scale_of(dtype, codec, self._meta[0]) * f32(row.dim**-0.5)
+            scale = row_scale(dtype, codec, self._meta[0]) * f32(row.dim**-0.5)
         self._leave_rotated(value, scale, pointer, part)
 
     def _leave_rotated(self, value, scale, pointer, part) -> None:

@@ -41,7 +41,11 @@ __all__ = [
     "find_mirrored",
     "find_pairs",
     "looked_up",
+    "row_residual",
+    "row_scale",
+    "scaled_levels",
     "together",
+    "unit_levels",
 ]
 
 GLOBAL = "ld.global.nc"
@@ -76,6 +80,33 @@ def looked_up(codec: Codec) -> list[float]:
     """Levels that a table has: of 16, the positive ones."""
     levels = list(codec.centroids)
     return levels[len(levels) // 2 :] if len(levels) == 16 else levels
+
+
+def row_scale(dtype: str, codec: Codec, meta):
+    """The scale in a row's word of scales."""
+    return low_half(dtype, meta) if codec.residual_sign else from_half(dtype, meta)
+
+
+def row_residual(dtype: str, codec: Codec, meta):
+    """The length of a row's residual, or None for a codec without its signs."""
+    return let(high_half(dtype, meta)) if codec.residual_sign else None
+
+
+def scaled_levels(codec: Codec, dim: int, scale, residual) -> list:
+    """Values of a table of a row; ``residual`` is added to codes whose top bit is set."""
+    values = [scale * f32(c * dim**-0.5) for c in looked_up(codec)]
+    return values if residual is None else _shifted(values, scale * residual)
+
+
+def unit_levels(codec: Codec, dim: int, residual) -> list:
+    """`scaled_levels` without the scale and 1 / sqrt(D)."""
+    values = [f32(c) for c in looked_up(codec)]
+    return values if residual is None else _shifted(values, residual * f32(dim**0.5))
+
+
+def _shifted(values: list, shift) -> list:
+    shift = let(shift)
+    return [value + shift for value in values]
 
 
 class LevelTable:
@@ -242,19 +273,14 @@ class CodedRow:
 
     def _scales(self):
         """Scale and, for a codec with signs, residual."""
-        if self.codec.residual_sign:
-            return let(low_half(self.dtype, self.meta[0])), let(high_half(self.dtype, self.meta[0]))
-        return let(from_half(self.dtype, self.meta[0])), None
+        scale = let(row_scale(self.dtype, self.codec, self.meta[0]))
+        return scale, row_residual(self.dtype, self.codec, self.meta[0])
 
     def lines(self, part):
         """Of each field: the coordinate of the lane's first value, and words of two values."""
         scale, residual = self._scales()
-        sigma = self.dim**-0.5
-        values = [scale * f32(c * sigma) for c in looked_up(self.codec)]
-        if residual is not None:
-            shift = let(scale * residual)
-            values = [value + shift for value in values]
-        table = LevelTable.rounded(self.dtype, values)
+        levels = scaled_levels(self.codec, self.dim, scale, residual)
+        table = LevelTable.rounded(self.dtype, levels)
         fields, words = 8 // self.field, max(1, self.bytes // 2)
         found = local((fields, 2 * max(1, self.bytes // 4)), "uint32")
         for i in range(max(1, self.bytes // 4)):
