@@ -89,9 +89,9 @@ class _Place:
         spec = shape.spec
         self._shape, self._span = shape, span
         self._flat = pages.flat(argument)
-        bshd = spec.layout == "bshd"
-        self._row = elements * (spec.num_kv_heads if bshd else 1)
-        first = head * (elements if bshd else elements * spec.page_size)
+        token_rows, head_rows = pages.row_strides(spec)
+        self._row = elements * token_rows
+        first = head * (elements * head_rows)
         self._token = token
         inside = T.truncmod(token, spec.page_size) if span > spec.page_size else token
         self._lane, self._stride = local(1, "int32"), local(1, "int32")

@@ -141,17 +141,14 @@ class Side:
 
     def _base(self, page, offset, elements: int, stride):
         """First element of the row of this head at an offset of a page."""
-        spec = self._shape.spec
-        bshd = spec.layout == "bshd"
-        first = self._head if bshd else self._head * spec.page_size
-        inside = first * elements + offset * (self._apart * elements)
+        _, head_rows = pages.row_strides(self._shape.spec)
+        inside = self._head * head_rows * elements + offset * (self._apart * elements)
         return T.cast(page, "int64") * T.cast(stride[0], "int64") + T.cast(inside, "int64")
 
     @property
     def _apart(self) -> int:
         """Rows from a token of a page to the next."""
-        spec = self._shape.spec
-        return spec.num_kv_heads if spec.layout == "bshd" else 1
+        return pages.row_strides(self._shape.spec)[0]
 
     def ask(self, table, sequence, first, seen: Seen, packed) -> None:
         """Begin to copy the rows from token ``first`` on.

@@ -143,11 +143,11 @@ class PageReader:
         self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
         column = {"k": lane % 4 * (4 * shape.key_plane_words), "v": lane % chunks * 16}
         self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
+        token_rows, head_rows = pages.row_strides(spec)
         for name, argument in zip(width, matched, strict=True):
             self._flat[name] = pages.flat(argument)
-            bshd = spec.layout == "bshd"
-            stride = width[name] * spec.num_kv_heads if bshd else width[name]
-            first = head * (width[name] if bshd else width[name] * spec.page_size)
+            stride = width[name] * token_rows
+            first = head * (width[name] * head_rows)
             self._row_stride[name] = stride
             inside = self._token[name] % spec.page_size
             at = let(first + inside * stride + column.get(name, 0))
@@ -166,10 +166,9 @@ class PageReader:
 
     def odd_meta(self, head, own_token):
         """Whether V's meta of a token is the upper half of its word; all the lane's are alike."""
-        spec = self._shape.spec
         stride = self._row_stride["v_meta"]
-        first = head if spec.layout == "bshd" else head * spec.page_size
-        return T.bitwise_and(first + own_token * stride, 1) == 1
+        _, head_rows = pages.row_strides(self._shape.spec)
+        return T.bitwise_and(head * head_rows + own_token * stride, 1) == 1
 
     def find_pages(self, sequence, tile, seq_len) -> None:
         """Look up the pages of a tile: ahead of its copies, whose addresses wait for them."""

@@ -289,11 +289,11 @@ def _write(
 ) -> None:
     """Codes of a lane, and by one lane of a row the scales."""
     page, offset, head, exists = where
-    name, row, size = side.name, side.row, spec.page_size
+    name, row = side.name, side.row
     codec = side.codec
 
     def inside(page, offset, width: int, stride):
-        place = offset * spec.num_kv_heads + head if spec.layout == "bshd" else head * size + offset
+        place = pages.page_row(spec, offset, head)
         return wide_product(page, stride) + T.cast(place * width, "int64")
 
     with when(exists):

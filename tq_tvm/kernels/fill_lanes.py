@@ -14,6 +14,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
+from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     access,
     f32,
@@ -111,9 +112,7 @@ class _Side:
         """Codes of a lane, and by one lane of a row the scales."""
         page, offset, head = where
         spec, codec, given, name = self.spec, self.codec, self._arguments, self.name
-        size = spec.page_size
-        place = offset * spec.num_kv_heads + head if spec.layout == "bshd" else head * size + offset
-        place = let(place)
+        place = let(pages.page_row(spec, offset, head))
         width = codec.packed_bytes(self.row.dim)
         codes = wide_product(page, given.code_stride[name]) + T.cast(place * width, "int64")
         self._write_codes(let(codes), width, part, encoded)

@@ -220,7 +220,7 @@ def _emit(
         return
     block_table, seq_lens, start_loc = tables
     tokens, batch = sizes
-    fmt, heads, size = spec.cache_format, spec.num_kv_heads, spec.page_size
+    fmt, heads = spec.cache_format, spec.num_kv_heads
     lanes = _lanes(unrotated)
     abreast = 32 // lanes
     codecs = (fmt.key, fmt.value)
@@ -254,17 +254,13 @@ def _emit(
     def read(row, both: list) -> None:
         """Rows past the end repeat the last one."""
         token = let(T.truncdiv(row, heads))
-        following = T.cast(batch, "int32") - 1
-        later = T.if_then_else(low[0] < following, start_loc[low[0] + 1] <= token, T.bool(False))
-        with loop(later):
-            store(low, low[0] + 1)
+        pages.advance_start(low, start_loc, batch, token)
         position = let(token - start_loc[low[0]])
         for side in both:
             side.blank()
         with when(T.And(position >= 0, position < seq_lens[low[0]])):
-            page = let(T.cast(block_table[low[0], T.truncdiv(position, size)], "int64"))
-            offset, head = T.truncmod(position, size), T.truncmod(row, heads)
-            place = let(offset * heads + head if spec.layout == "bshd" else head * size + offset)
+            head = T.truncmod(row, heads)
+            page, place = pages.token_row(spec, block_table, low[0], position, head)
             for side in both:
                 side.load(page, place, part)
 

@@ -177,7 +177,7 @@ def emit_lanes(
     """``32 tiles`` rows of a warp, K and then V; ``back`` says whether to rotate back."""
     block_table, seq_lens, start_loc = tables
     tokens, batch = sizes
-    fmt, heads, size = spec.cache_format, spec.num_kv_heads, spec.page_size
+    fmt, heads = spec.cache_format, spec.num_kv_heads
     warp, lane = let(thread // 32), let(thread % 32)
     total = let(T.cast(tokens, "int32") * heads)
     dims = (spec.head_dim, spec.value_dim)
@@ -190,16 +190,12 @@ def emit_lanes(
 
     def load(side: _Side, row, part) -> None:
         token = let(T.truncdiv(row, heads))
-        following = T.cast(batch, "int32") - 1
-        later = T.if_then_else(low[0] < following, start_loc[low[0] + 1] <= token, T.bool(False))
-        with loop(later):
-            store(low, low[0] + 1)
+        pages.advance_start(low, start_loc, batch, token)
         position = let(token - start_loc[low[0]])
         side.blank()
         with when(T.And(position >= 0, position < seq_lens[low[0]])):
-            page = let(T.cast(block_table[low[0], T.truncdiv(position, size)], "int64"))
-            offset, head = T.truncmod(position, size), T.truncmod(row, heads)
-            place = let(offset * heads + head if spec.layout == "bshd" else head * size + offset)
+            head = T.truncmod(row, heads)
+            page, place = pages.token_row(spec, block_table, low[0], position, head)
             side.load(page, place, part)
 
     def write(side: _Side, out, stride) -> None:

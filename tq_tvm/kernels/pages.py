@@ -10,13 +10,14 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
-from tq_tvm.kernels.device import local, loop, store
+from tq_tvm.kernels.device import let, local, loop, store
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
     "Caches",
     "Rings",
     "Strided",
+    "advance_start",
     "find_last_start",
     "flat",
     "flat_buffer",
@@ -25,10 +26,14 @@ __all__ = [
     "match_rings",
     "match_rows",
     "matched_buffer",
+    "page_row",
     "page_slot",
     "row_index",
+    "row_strides",
     "slot_row",
     "store_slot",
+    "token_place",
+    "token_row",
     "view_caches",
     "whole",
 ]
@@ -218,6 +223,38 @@ def find_last_start(found, starts, count, token) -> None:
                 store(past, probe[0])
 
 
+def advance_start(found, starts, count, token) -> None:
+    """Go on from a sequence that `find_last_start` found to that of a later ``token``."""
+    last = T.cast(count, "int32") - 1
+    ended = T.if_then_else(found[0] < last, starts[found[0] + 1] <= token, T.bool(False))
+    with loop(ended):
+        store(found, found[0] + 1)
+
+
+def row_strides(spec: CacheSpec) -> tuple[int, int]:
+    """Rows of a page from a token to the next, and from a KV head to the next."""
+    return (spec.num_kv_heads, 1) if spec.layout == "bshd" else (1, spec.page_size)
+
+
+def page_row(spec: CacheSpec, offset, head):
+    """Number of a token's row among those of its page."""
+    if spec.layout == "bshd":
+        return offset * spec.num_kv_heads + head
+    return head * spec.page_size + offset
+
+
+def token_place(spec: CacheSpec, table, sequence, position) -> tuple[Any, Any]:
+    """Page of a position of a sequence, int64, and the offset in it."""
+    page = T.cast(table[sequence, position // spec.page_size], "int64")
+    return page, position % spec.page_size
+
+
+def token_row(spec: CacheSpec, table, sequence, position, head) -> tuple[Any, Any]:
+    """Page of a position that is not negative, int64, and the `page_row` there: two registers."""
+    page = let(T.cast(table[sequence, T.truncdiv(position, spec.page_size)], "int64"))
+    return page, let(page_row(spec, T.truncmod(position, spec.page_size), head))
+
+
 def row_index(spec: CacheSpec, page, offset, head):
     """Indices of coordinate ``j`` of the row at ``offset`` of ``page``, as a function of ``j``."""
     if spec.layout == "bshd":
@@ -232,8 +269,8 @@ def slot_row(spec: CacheSpec, slot, head):
 
 def page_slot(spec: CacheSpec, table, sequence, position):
     """Slot of a position of a sequence, through the block table."""
-    page = T.cast(table[sequence, position // spec.page_size], "int64")
-    return page * spec.page_size + T.cast(position % spec.page_size, "int64")
+    page, offset = token_place(spec, table, sequence, position)
+    return page * spec.page_size + T.cast(offset, "int64")
 
 
 def store_slot(slot, value, reads: list) -> None:

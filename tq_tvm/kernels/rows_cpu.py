@@ -28,7 +28,7 @@ from tq_tvm.formats import Codec, hadamard_factors
 from tq_tvm.kernels.blocks import paley_rows, rotation_scale, select, sign_of
 from tq_tvm.kernels.codecs import read_row
 from tq_tvm.kernels.device import local
-from tq_tvm.kernels.pages import Rings, matched_buffer, row_index
+from tq_tvm.kernels.pages import Rings, matched_buffer, row_index, token_place
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["LOG2_E", "NEGATIVE", "CpuRows", "Source", "State", "sources"]
@@ -307,10 +307,8 @@ class CpuRows:
 
     def _find(self, codec: Codec, side: Source, sequence, position, head):
         """Where a token's row is, its first scale or the tensor's, and its second one or None."""
-        page_size = self.spec.page_size
-        page = _number(T.cast(side.table[sequence, position // page_size], "int64"), "int64")
-        offset = I.bind(position % page_size)
-        at = row_index(self.spec, page, offset, head)
+        page, offset = token_place(self.spec, side.table, sequence, position)
+        at = row_index(self.spec, _number(page, "int64"), I.bind(offset), head)
         if codec.meta:
             norm = _number(T.cast(side.meta[tuple(at(0))], "float32"))
         else:
