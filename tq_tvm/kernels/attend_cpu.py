@@ -24,8 +24,8 @@ from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.device import local, loop, store
-from tq_tvm.kernels.rows_cpu import LOG2_E, NEGATIVE, CpuRows, sources
+from tq_tvm.kernels.device import LOG2E, LOWEST, local, loop, store
+from tq_tvm.kernels.rows_cpu import CpuRows, sources
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["AttendCpuConfig", "attend_cpu", "block_tokens"]
@@ -83,13 +83,13 @@ def attend_cpu(spec: CacheSpec, config: AttendCpuConfig) -> PrimFunc:
         store(weight, total)
         store(factor, T.float32(1))
         with I.If(SINKS.shape[0] > 0), I.Then():
-            sink = I.bind(SINKS[head] * T.float32(LOG2_E))
+            sink = I.bind(SINKS[head] * T.float32(LOG2E))
             store(top, T.max(best, sink))
             store(factor, T.exp2(best - top[0]))
             store(weight, total * factor[0] + T.exp2(sink - top[0]))
         with I.If(LSE.shape[1] > 0), I.Then():
             none = T.EQ(weight[0], T.float32(0))
-            lse = (top[0] + T.log2(weight[0])) * T.float32(1 / LOG2_E)
+            lse = (top[0] + T.log2(weight[0])) * T.float32(1 / LOG2E)
             I.buffer_store(LSE, T.if_then_else(none, T.float32(-math.inf), lse), [token, head])
         rows.rotate(x, scratch, row, DV)
         scale = factor[0] * T.float32(rows.value_scale) / weight[0]
@@ -195,16 +195,16 @@ def attend_cpu(spec: CacheSpec, config: AttendCpuConfig) -> PrimFunc:
                                     dot = T.meta_var(rows.dot(state, t * G + g))
                                     logit: T.float32 = dot * norm
                                     if soft_cap > T.float32(0):
-                                        cap: T.let = soft_cap * T.float32(LOG2_E)
+                                        cap: T.let = soft_cap * T.float32(LOG2E)
                                         logit = cap * T.tanh(logit / cap)
                                     if ALIBI.shape[0] > 0:
                                         logit = logit - ALIBI[h * G + g] * (
-                                            T.float32(LOG2_E) * T.cast(age, "float32")
+                                            T.float32(LOG2E) * T.cast(age, "float32")
                                         )
                                     state.score[t * G + g, r] = logit
                             else:
                                 for g in T.serial(G):
-                                    state.score[t * G + g, r] = T.float32(NEGATIVE)
+                                    state.score[t * G + g, r] = T.float32(LOWEST)
                     for i in T.serial(queries * G):
                         rows.weigh(state, i, count, masked=True)
                     for r in T.serial(count):

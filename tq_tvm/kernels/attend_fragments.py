@@ -37,6 +37,7 @@ from tq_tvm.kernels.attend_rows import RowShape, Softmax
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    LOG2E,
     PAIR,
     access,
     as_bits,
@@ -72,7 +73,6 @@ from tq_tvm.kernels.lookup_cuda import (
 
 __all__ = ["Fragments"]
 
-_LOG2E = 1.4426950408889634
 
 _ROOM = 512.0
 """Weights are up to 2^6: times this they are still below the largest float16."""
@@ -157,7 +157,7 @@ class Fragments:
             self._third = let(spec.head_dim // 4 + (self._t % 2 - self._t) * own)
             self._later = let(T.cast(T.truncdiv(self._t, 2), "uint32"))
         unit = spec.head_dim**-0.5
-        self._key_factor = let(sm_scale * f32(_LOG2E * unit))
+        self._key_factor = let(sm_scale * f32(LOG2E * unit))
         self._value_factor = unit / shape.value_unit
         self._bound, self._inverse = local(1, "float32"), local(1, "float32")
         self._key_pairs = _constants(looked_up(shape.key), unknown_zero)

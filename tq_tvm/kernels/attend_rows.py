@@ -23,6 +23,9 @@ from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.dense_rows import dense_row_words, dense_step, dense_word, turned
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    LOG2E,
+    LOWEST,
+    MASKED,
     PAIR,
     as_float,
     f32,
@@ -44,7 +47,6 @@ from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
-    "LOWEST",
     "Options",
     "QueryOperands",
     "RowBlock",
@@ -56,15 +58,8 @@ __all__ = [
     "load_queries",
 ]
 
-LOWEST = -1e30
-"""A bound of logits before the first tile."""
-
-_MASKED = -3e38
-"""Logit of a token that is not attended to."""
-
 _SLACK = 6.0
 _MINUS_INFINITY = 0xFF800000
-_LOG2E = math.log2(math.e)
 _NO_WINDOW = -(2**31)
 
 
@@ -167,7 +162,7 @@ class Softmax:
             store(self._slope, f32(0), *at)
             with when(T.And(self._sloped, rows.exists(row))):
                 slope = self._options.alibi_slopes[rows.head(row)]
-                store(self._slope, slope * f32(_LOG2E), *at)
+                store(self._slope, slope * f32(LOG2E), *at)
         for tile in range(self._shape.row_tiles):
             for octet in range(self._shape.spec.value_dim // 8):
                 for e in range(4):
@@ -202,7 +197,7 @@ class Softmax:
                         if self.end is not None:
                             seen = T.And(token < self.end, seen)
                         index = (tile, octet, 2 * half + e)
-                        value = T.Select(seen, scores[index], f32(_MASKED))
+                        value = T.Select(seen, scores[index], f32(MASKED))
                         store(scores, value, *index)
         top = local((shape.row_tiles, 2), "float32")
         above = T.bool(False)
@@ -224,7 +219,7 @@ class Softmax:
 
     def _bend(self, scores, first, octets: int) -> None:
         """Soft cap and ALiBi."""
-        cap = let(self._options.soft_cap * f32(_LOG2E))
+        cap = let(self._options.soft_cap * f32(LOG2E))
         inverse = let(T.Select(cap > f32(0), f32(1) / cap, f32(0)))
         value = local(1, "float32")
         for tile, half in self.places:
@@ -235,7 +230,7 @@ class Softmax:
                     store(value, scores[index])
                     with when(cap > f32(0)):
                         # tanh x = 1 - 2 / (1 + e^2x)
-                        grown = T.exp2(value[0] * inverse * f32(2 * _LOG2E)) + f32(1)
+                        grown = T.exp2(value[0] * inverse * f32(2 * LOG2E)) + f32(1)
                         store(value, cap - cap * (f32(2) / grown))
                     token = first + (8 * octet + e) + 2 * self._t
                     apart = T.cast(token - limit, "float32")
@@ -271,7 +266,7 @@ def load_queries(
 
     They go to shared memory from word ``place`` on; rows that do not exist are zeros.
     """
-    factor = let(sm_scale * f32(_LOG2E * _rotation_unit(shape.spec)))
+    factor = let(sm_scale * f32(LOG2E * _rotation_unit(shape.spec)))
     for row, coordinate, pair in _rotated(query, q, rows, first, count, lane, factor):
         word = local(1, "uint32")
         ptx(PAIR[shape.spec.dtype], word[0], *pair)
@@ -407,7 +402,7 @@ def finish_row(row: WarpRow, x, top, total, place, options: Options, out, lse, l
     store(sum_, total)
     store(shrink, f32(1))
     with when(T.cast(options.sinks.shape[0], "int32") > 0):
-        sink = let(options.sinks[head] * f32(_LOG2E))
+        sink = let(options.sinks[head] * f32(LOG2E))
         store(bound, T.max(top, sink))
         store(shrink, T.exp2(top - bound[0]))
         store(sum_, total * shrink[0] + T.exp2(sink - bound[0]))

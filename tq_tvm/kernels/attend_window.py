@@ -22,6 +22,7 @@ from tq_tvm.kernels.attend_shape import WINDOW_TILE, AttendShape
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.decode_window import prefetch_ring
 from tq_tvm.kernels.device import (
+    LOG2E,
     PAIR,
     access,
     byte_perm,
@@ -42,7 +43,6 @@ from tq_tvm.kernels.hadamard_cuda import PRODUCTS
 __all__ = ["WindowRows"]
 
 _OCTETS = WINDOW_TILE // 8
-_LOG2E = 1.4426950408889634
 _ABREAST = 4
 """Pairs of octets of V that are on their way together."""
 
@@ -81,7 +81,7 @@ class WindowRows:
                 start = result if step else [f32(0)] * 4
                 mma(product, result, a[m], keys[octet][step], start)
         if shape.in_registers:
-            factor = let(self._sm_scale * f32(_LOG2E))
+            factor = let(self._sm_scale * f32(LOG2E))
             for index in itertools.product(*(range(int(n)) for n in scores.shape)):
                 store(scores, scores[index] * factor, *index)
         softmax.weigh(scores, first, T.bool(True))

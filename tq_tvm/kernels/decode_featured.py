@@ -21,8 +21,6 @@ cap 7, two of them exponentials or reciprocals, against some 100 for its part of
 
 from __future__ import annotations
 
-import math
-
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -33,13 +31,11 @@ from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
-from tq_tvm.kernels.device import f32, let, local, store, when
+from tq_tvm.kernels.device import LOG2E, f32, let, local, store, when
 from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["Featured", "decode_featured"]
-
-_LOG2E = math.log2(math.e)
 
 
 class Featured:
@@ -60,7 +56,7 @@ class Featured:
             head = let((2 * t + j) % 4 if self._shape.packed else 2 * t + j)
             store(self._slope, f32(0), j)
             with when(T.And(sloped, head < heads)):
-                store(self._slope, slopes[first_head + head] * f32(_LOG2E), j)
+                store(self._slope, slopes[first_head + head] * f32(LOG2E), j)
         self._cap, self._inverse = self._caps()
         self._bent = let(T.Or(sloped, cap > f32(0)))
 
@@ -90,8 +86,8 @@ class Featured:
     def _caps(self):
         """The soft cap in units of log2, and what a logit is multiplied by, 0 without a cap."""
         given = self._options.soft_cap
-        cap = let(given * f32(_LOG2E))
-        return cap, let(T.Select(given > f32(0), f32(2 * _LOG2E) / cap, f32(0)))
+        cap = let(given * f32(LOG2E))
+        return cap, let(T.Select(given > f32(0), f32(2 * LOG2E) / cap, f32(0)))
 
     def _bend_one(self, logit, head, age):
         """Soft cap and ALiBi of a logit in units of log2."""
@@ -103,7 +99,7 @@ class Featured:
             grown = T.exp2(value[0] * inverse) + f32(1)
             store(value, cap - cap * (f32(2) / grown))
         with when(T.cast(slopes.shape[0], "int32") > 0):
-            store(value, value[0] - slopes[head] * f32(_LOG2E) * T.cast(age, "float32"))
+            store(value, value[0] - slopes[head] * f32(LOG2E) * T.cast(age, "float32"))
         return value[0]
 
     def finish(self, x, top, total, out, place, lane) -> None:

@@ -13,9 +13,10 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
-from tq_tvm.kernels.decode_values import LOWEST, WEIGHT_TOP, SumMemory
+from tq_tvm.kernels.decode_values import WEIGHT_TOP, SumMemory
 from tq_tvm.kernels.decode_work import share_out, tiles_by_length, tiles_of
 from tq_tvm.kernels.device import (
+    LOWEST,
     access,
     barrier,
     f32,

@@ -28,6 +28,8 @@ from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    LOWEST,
+    MASKED,
     access,
     as_bits,
     as_float,
@@ -48,7 +50,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 
-__all__ = ["LOWEST", "WEIGHT_TOP", "SumMemory", "Values"]
+__all__ = ["WEIGHT_TOP", "SumMemory", "Values"]
 
 _PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32"
 _SIGNED_PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32"
@@ -60,12 +62,6 @@ WEIGHT_TOP = 32766.0
 """Largest weight: with what is added to it, below 2^15."""
 
 WEIGHT_BASE = 32768.0
-
-LOWEST = -1e30
-"""A bound of logits before the first tile."""
-
-MASKED = -3e38
-"""Score of a token past the end."""
 
 NORM_MARGIN = 1.25
 """Norms of V differ little: with this margin their bound seldom moves."""

@@ -11,7 +11,6 @@ instructions for addresses, loads, and its part of the sums over lanes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,8 @@ from tq_tvm.kernels.decode_merge import finish_row
 from tq_tvm.kernels.decode_query import Query, rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
+    LOG2E,
+    MASKED,
     access,
     f32,
     high_half,
@@ -40,10 +41,6 @@ from tq_tvm.kernels.device import (
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["Window", "find_window", "packed_lengths", "prefetch_ring"]
-
-_LOG2E = math.log2(math.e)
-_MASKED = -3e38
-"""Logit of a row that is not a token's."""
 
 _ABREAST = 16
 _LINE = 128
@@ -127,7 +124,7 @@ class Window:
         logits = local(-(-window // 32), "float32")
         at = local(1, "int32")
         for i in range(int(logits.shape[0])):
-            store(logits, f32(_MASKED), i)
+            store(logits, f32(MASKED), i)
             store(at, i32(32 * i))
             with loop(at[0] < T.min(tokens, i32(32 * (i + 1)))):
                 found = self._dots(query, base, at[0], lane)
@@ -139,7 +136,7 @@ class Window:
                 row = let(lane + 32 * i)
                 age = T.truncmod(length - 1 - row, window)
                 bent = bend(logits[i], head, age)
-                store(logits, T.Select(row < tokens, bent, f32(_MASKED)), i)
+                store(logits, T.Select(row < tokens, bent, f32(MASKED)), i)
         bound, sum_ = local(1, "float32"), local(1, "float32")
         store(bound, logits[0])
         for i in range(1, int(logits.shape[0])):
@@ -173,7 +170,7 @@ class Window:
             store(query, T.cast(self._q[sequence, head, lane * count + i], "float32"), i)
         turn_signs(shape, query, lane)
         rotate_row(shape, query, lane)
-        unit = let(self._sm_scale * f32(_LOG2E * shape.spec.head_dim**-0.5))
+        unit = let(self._sm_scale * f32(LOG2E * shape.spec.head_dim**-0.5))
         for i in range(count):
             store(query, query[i] * unit, i)
         return query

@@ -15,7 +15,8 @@ from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.rows_cpu import LOG2_E, CpuRows, sources
+from tq_tvm.kernels.device import LOG2E
+from tq_tvm.kernels.rows_cpu import CpuRows, sources
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["MlaCpuConfig", "mla_cpu"]
@@ -48,7 +49,7 @@ def mla_cpu(spec: CacheSpec, config: MlaCpuConfig) -> PrimFunc:
         """Output and lse of a query row, from its m and l."""
         none = T.EQ(weight, T.float32(0))
         with I.If(LSE.shape[1] > 0), I.Then():
-            lse = (best + T.log2(weight)) * T.float32(1 / LOG2_E)
+            lse = (best + T.log2(weight)) * T.float32(1 / LOG2E)
             lse = T.if_then_else(none, T.float32(-math.inf), lse)
             I.buffer_store(LSE, lse, [sequence, head])
         latents.rotate(merged, scratch, 0, D)
