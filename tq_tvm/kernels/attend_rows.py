@@ -56,6 +56,7 @@ __all__ = [
     "attend_tile",
     "finish_row",
     "load_queries",
+    "soft_capped",
 ]
 
 _SLACK = 6.0
@@ -134,6 +135,12 @@ class RowBlock:
     def position(self, row):
         """The last position that it attends to."""
         return self._past + T.truncdiv(self._first + row, self._group)
+
+
+def soft_capped(cap, exponent):
+    """``cap tanh(x / cap)``, where ``2 ** exponent`` is ``e ** (2 x / cap)``."""
+    # tanh x = 1 - 2 / (1 + e^2x)
+    return cap - cap * (f32(2) / (T.exp2(exponent) + f32(1)))
 
 
 class Softmax:
@@ -229,9 +236,7 @@ class Softmax:
                     index = (tile, octet, 2 * half + e)
                     store(value, scores[index])
                     with when(cap > f32(0)):
-                        # tanh x = 1 - 2 / (1 + e^2x)
-                        grown = T.exp2(value[0] * inverse * f32(2 * LOG2E)) + f32(1)
-                        store(value, cap - cap * (f32(2) / grown))
+                        store(value, soft_capped(cap, value[0] * inverse * f32(2 * LOG2E)))
                     token = first + (8 * octet + e) + 2 * self._t
                     apart = T.cast(token - limit, "float32")
                     store(scores, value[0] + self._slope[tile, half] * apart, *index)

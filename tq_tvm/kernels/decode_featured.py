@@ -25,7 +25,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import Options, finish_row
+from tq_tvm.kernels.attend_rows import Options, finish_row, soft_capped
 from tq_tvm.kernels.decode_cuda import attend_share
 from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
 from tq_tvm.kernels.decode_query import Query
@@ -70,9 +70,7 @@ class Featured:
                 for n in range(shape.own_tokens):
                     store(value, scores[n, j] * query.scale[j])
                     with when(self._cap > f32(0)):
-                        # tanh x = 1 - 2 / (1 + e^2x)
-                        grown = T.exp2(value[0] * self._inverse) + f32(1)
-                        store(value, self._cap - self._cap * (f32(2) / grown))
+                        store(value, soft_capped(self._cap, value[0] * self._inverse))
                     # Behind packed tokens there is the whole window.
                     offset = apart * n + 1 - shape.spec.window
                     apart_from = T.cast(first + own_token + offset - seq_len, "float32")
@@ -96,8 +94,7 @@ class Featured:
         cap, inverse = self._caps()
         store(value, logit)
         with when(cap > f32(0)):
-            grown = T.exp2(value[0] * inverse) + f32(1)
-            store(value, cap - cap * (f32(2) / grown))
+            store(value, soft_capped(cap, value[0] * inverse))
         with when(T.cast(slopes.shape[0], "int32") > 0):
             store(value, value[0] - slopes[head] * f32(LOG2E) * T.cast(age, "float32"))
         return value[0]
