@@ -6,8 +6,10 @@ function in its place, whose one block carries the decisions as annotations.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import tvm_ffi
 from tq_tvm.schedules.decisions import Decide
@@ -63,10 +65,14 @@ def end_points(options: Mapping[str, list[int]]) -> tuple[Point, ...]:
     return tuple(tuple((name, values[end]) for name, values in options.items()) for end in (0, -1))
 
 
-def hash_points(make: Callable[[dict[str, int]], PrimFunc], points: tuple[Point, ...]) -> str:
+@functools.lru_cache(maxsize=256)
+def hash_points(
+    factory: Callable[..., PrimFunc], arguments: tuple[Any, ...], points: tuple[Point, ...]
+) -> str:
     """Tell the TensorIR of a factory from what it once was, as a body does for other kernels.
 
-    Names, formatting and comments do not count.
+    ``factory`` takes ``arguments`` and the decisions of a point. Names, formatting and comments do
+    not count.
     """
-    hashes = [tvm_ffi.structural_hash(make(dict(point))) for point in points]
+    hashes = [tvm_ffi.structural_hash(factory(*arguments, dict(point))) for point in points]
     return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]

@@ -33,11 +33,10 @@ overlap           the second launch begins before the first is done
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 from tq_tvm.schedules import decode
-from tq_tvm.schedules.anchors import Point, annotate, end_points, hash_points
+from tq_tvm.schedules.anchors import annotate, end_points, hash_points
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
@@ -146,12 +145,7 @@ def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
 
 def digest(spec: CacheSpec, kind: str) -> str:
     """What the kernels of today are, see `anchors.hash_points`."""
-    return _digest(spec, kind, end_points(options(spec, kind)))
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(spec: CacheSpec, kind: str, points: tuple[Point, ...]) -> str:
-    return hash_points(lambda point: attend(spec, kind, point), points)
+    return hash_points(attend, (spec, kind), end_points(options(spec, kind)))
 
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:

@@ -40,10 +40,9 @@ lookup            codes of k4v2 become values by AVX2's permutation of a registe
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
-from tq_tvm.schedules.anchors import Point, annotate, end_points, hash_points
+from tq_tvm.schedules.anchors import annotate, end_points, hash_points
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
@@ -168,12 +167,7 @@ def digest(spec: CacheSpec, kind: str, *, short: bool = False) -> str:
         for cluster in sorted({clusters[0], clusters[-1]})
         for point in end_points(offered)
     )
-    return _digest(spec, kind, points)
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(spec: CacheSpec, kind: str, points: tuple[Point, ...]) -> str:
-    return hash_points(lambda point: decode(spec, kind, point), points)
+    return hash_points(decode, (spec, kind), points)
 
 
 def apply(

@@ -35,11 +35,9 @@ Rows in lanes, of dimensions that are no power of two or of K and V of different
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 from collections.abc import Mapping
 
-import tvm_ffi
+from tq_tvm.schedules.anchors import end_points, hash_points
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 from tvm.tirx import PrimFunc
@@ -214,12 +212,6 @@ def made(sch: Schedule) -> Made | None:
     return Made(function, spec, config)
 
 
-@functools.lru_cache(maxsize=64)
 def _digest(function: str, spec: Spec) -> str:
-    """Of the kernels with each decision at the first and at the last of its options."""
-    table = options(function, spec) or {}
-    hashes = [
-        tvm_ffi.structural_hash(make(function, spec, {n: v[end] for n, v in table.items()}))
-        for end in (0, -1)
-    ]
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
+    """What the kernels of today are, see `anchors.hash_points`."""
+    return hash_points(make, (function, spec), end_points(options(function, spec) or {}))

@@ -25,9 +25,7 @@ overlap           the merge begins before the first launch is done, and waits th
 
 from __future__ import annotations
 
-import functools
-
-from tq_tvm.schedules.anchors import Point, annotate, end_points, hash_points
+from tq_tvm.schedules.anchors import annotate, end_points, hash_points
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
@@ -73,12 +71,7 @@ def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
 
 def digest(spec: CacheSpec, kind: str) -> str:
     """What the kernels of today are, see `anchors.hash_points`."""
-    return _digest(spec, kind, end_points(options(spec, kind)))
-
-
-@functools.lru_cache(maxsize=64)
-def _digest(spec: CacheSpec, kind: str, points: tuple[Point, ...]) -> str:
-    return hash_points(lambda point: mla(spec, kind, point), points)
+    return hash_points(mla, (spec, kind), end_points(options(spec, kind)))
 
 
 def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Decide) -> None:

@@ -172,6 +172,16 @@ def test_wrong_arguments(served, device, name, change, error, message):
         mla_decode(**given, sm_scale=SCALE, policy=spec.format)
 
 
+def test_a_workspace_that_is_too_small(served, device):
+    """Its size is not what `paged_decode_workspace_size` says."""
+    spec = SPECS[0]
+    served(spec)
+    batch, queries = make_problem(spec, device)
+    small = torch.empty(16, device=device)
+    with pytest.raises(ArgumentValueError, match=r"workspace must be at least .*workspace=None$"):
+        call(spec, batch, queries, workspace=small)
+
+
 def test_other_caches_are_refused(device):
     spec = dataclasses.replace(SPECS[0], format="mse4-mse4-signed-matched")
     batch = make_batch(spec, device, LENGTHS)

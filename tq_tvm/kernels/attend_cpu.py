@@ -24,8 +24,8 @@ from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.device import local, loop, store
-from tq_tvm.kernels.rows_cpu import LOG2_E, NEGATIVE, CpuRows, Source
+from tq_tvm.kernels.device import LOG2E, LOWEST, local, loop, store
+from tq_tvm.kernels.rows_cpu import CpuRows, sources
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["AttendCpuConfig", "attend_cpu", "block_tokens"]
@@ -55,7 +55,6 @@ def attend_cpu(spec: CacheSpec, config: AttendCpuConfig) -> PrimFunc:
     G = spec.group_size
     DV = spec.value_dim
     TILE = config.tile
-    WINDOW = spec.window
     BLOCK = block_tokens(spec, config)
     rows = CpuRows(spec, TILE, config.vector, bool(config.lookup))
 
@@ -84,31 +83,69 @@ def attend_cpu(spec: CacheSpec, config: AttendCpuConfig) -> PrimFunc:
         store(weight, total)
         store(factor, T.float32(1))
         with I.If(SINKS.shape[0] > 0), I.Then():
-            sink = I.bind(SINKS[head] * T.float32(LOG2_E))
+            sink = I.bind(SINKS[head] * T.float32(LOG2E))
             store(top, T.max(best, sink))
             store(factor, T.exp2(best - top[0]))
             store(weight, total * factor[0] + T.exp2(sink - top[0]))
         with I.If(LSE.shape[1] > 0), I.Then():
             none = T.EQ(weight[0], T.float32(0))
-            lse = (top[0] + T.log2(weight[0])) * T.float32(1 / LOG2_E)
+            lse = (top[0] + T.log2(weight[0])) * T.float32(1 / LOG2E)
             I.buffer_store(LSE, T.if_then_else(none, T.float32(-math.inf), lse), [token, head])
         rows.rotate(x, scratch, row, DV)
         scale = factor[0] * T.float32(rows.value_scale) / weight[0]
         store(factor, T.if_then_else(T.EQ(weight[0], T.float32(0)), T.float32(0), scale))
         rows.write(x, row, factor[0], OUT, token, head)
 
-    @T.inline
-    def attend(
-        Q, KC, VC, KM, VM, BT, SL, CU, SINKS, ALIBI, WS, OUT, LSE, KW, VW, RING, tokens, b,
-        num_splits, sm_scale, soft_cap, window_left, kept_tokens,
-    ):  # fmt: skip
-        keys = T.meta_var(Source(KC, KM, BT, KW, RING))
-        values = T.meta_var(Source(VC, VM, BT, VW, RING))
-        pieces = T.meta_var(tokens * HQ * num_splits)
-        for task in T.parallel((T.truncdiv(tokens, T.int64(BLOCK)) + b) * HK * num_splits):
-            unit: T.let = T.truncdiv(task, HK * num_splits)
-            h: T.let = T.truncmod(T.truncdiv(task, num_splits), HK)
-            split: T.let = T.cast(T.truncmod(task, num_splits), "int32")
+    @pages.jit(spec, s_tir=True)
+    def main(
+        q: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        cu_seqlens_q: T.handle,
+        sinks: T.handle,
+        alibi_slopes: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
+        workspace: T.handle,
+        out: T.handle,
+        lse: T.handle,
+        num_parts: T.int32,
+        sm_scale: T.float32,
+        soft_cap: T.float32,
+        window_left: T.int32,
+        kept_tokens: T.int32,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        tokens = T.int64()
+        b = T.int64()
+        w = T.int64()
+        p = T.int64()
+        hs = T.int64()
+        ha = T.int64()
+        ws = T.int64()
+        hl = T.int64()
+        Q = T.match_buffer(q, (tokens, HQ, D), dtype, align=16)
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
+        SINKS = T.match_buffer(sinks, (hs,), "float32", align=4)
+        ALIBI = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
+        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+        OUT = T.match_buffer(out, (tokens, HQ, DV), dtype, align=16)
+        LSE = T.match_buffer(lse, (tokens, hl), "float32", align=4)
+        keys, values = T.meta_var(sources(caches, BT, rings))
+        pieces = T.meta_var(tokens * HQ * num_parts)
+        for task in T.parallel((T.truncdiv(tokens, T.int64(BLOCK)) + b) * HK * num_parts):
+            unit: T.let = T.truncdiv(task, HK * num_parts)
+            h: T.let = T.truncmod(T.truncdiv(task, num_parts), HK)
+            split: T.let = T.cast(T.truncmod(task, num_parts), "int32")
             bz: T.let = find_sequence(CU, b, unit)
             first: T.int32 = CU[bz]
             new: T.int32 = CU[bz + 1] - first
@@ -135,7 +172,7 @@ def attend_cpu(spec: CacheSpec, config: AttendCpuConfig) -> PrimFunc:
                     kept = T.min(kept_tokens, low)
                 kept_tiles: T.int32 = T.truncdiv(kept + (TILE - 1), TILE)
                 tiles: T.int32 = kept_tiles + T.truncdiv(T.max(end - low, 0) + (TILE - 1), TILE)
-                share: T.int32 = T.truncdiv(tiles + num_splits - 1, num_splits)
+                share: T.int32 = T.truncdiv(tiles + num_parts - 1, num_parts)
                 tile: T.int32 = split * share
                 last: T.int32 = T.min(tiles, (split + 1) * share)
                 while tile < last:
@@ -158,16 +195,16 @@ def attend_cpu(spec: CacheSpec, config: AttendCpuConfig) -> PrimFunc:
                                     dot = T.meta_var(rows.dot(state, t * G + g))
                                     logit: T.float32 = dot * norm
                                     if soft_cap > T.float32(0):
-                                        cap: T.let = soft_cap * T.float32(LOG2_E)
+                                        cap: T.let = soft_cap * T.float32(LOG2E)
                                         logit = cap * T.tanh(logit / cap)
                                     if ALIBI.shape[0] > 0:
                                         logit = logit - ALIBI[h * G + g] * (
-                                            T.float32(LOG2_E) * T.cast(age, "float32")
+                                            T.float32(LOG2E) * T.cast(age, "float32")
                                         )
                                     state.score[t * G + g, r] = logit
                             else:
                                 for g in T.serial(G):
-                                    state.score[t * G + g, r] = T.float32(NEGATIVE)
+                                    state.score[t * G + g, r] = T.float32(LOWEST)
                     for i in T.serial(queries * G):
                         rows.weigh(state, i, count, masked=True)
                     for r in T.serial(count):
@@ -183,131 +220,22 @@ def attend_cpu(spec: CacheSpec, config: AttendCpuConfig) -> PrimFunc:
                         token: T.let = T.cast(first + skipped + t, "int64")
                         head: T.let = h * G + g
                         i2: T.let = t * G + g
-                        if num_splits == 1:
+                        if num_parts == 1:
                             finish(
                                 state.acc, state.scratch, i2, state.top[i2], state.total[i2],
                                 SINKS, OUT, LSE, token, head,
                             )  # fmt: skip
                         else:
                             rows.leave(
-                                state, WS, i2, (token * HQ + head) * num_splits + split, pieces
+                                state, WS, i2, (token * HQ + head) * num_parts + split, pieces
                             )
-        if num_splits > 1:
+        if num_parts > 1:
             # Rows past the last sequence's have no pieces.
             for line in T.parallel(T.cast(CU[b], "int64") * HQ):
-                merged = T.meta_var(rows.collect(WS, line, num_splits, pieces))
+                merged = T.meta_var(rows.collect(WS, line, num_parts, pieces))
                 finish(
                     merged[0], merged[1], 0, merged[2], merged[3], SINKS, OUT, LSE,
                     T.truncdiv(line, HQ), T.truncmod(line, HQ),
                 )  # fmt: skip
-
-    if WINDOW:
-
-        @T.prim_func(s_tir=True)
-        def windowed(
-            q: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            cu_seqlens_q: T.handle,
-            sinks: T.handle,
-            alibi_slopes: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-            workspace: T.handle,
-            out: T.handle,
-            lse: T.handle,
-            num_parts: T.int32,
-            sm_scale: T.float32,
-            soft_cap: T.float32,
-            window_left: T.int32,
-            kept_tokens: T.int32,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            tokens = T.int64()
-            b = T.int64()
-            w = T.int64()
-            p = T.int64()
-            hs = T.int64()
-            ha = T.int64()
-            ws = T.int64()
-            hl = T.int64()
-            Q = T.match_buffer(q, (tokens, HQ, D), dtype, align=16)
-            cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            KC = T.meta_var(cache_args[0].buffer)
-            VC = T.meta_var(cache_args[1].buffer)
-            KM = T.meta_var(pages.matched_buffer(cache_args[2]))
-            VM = T.meta_var(pages.matched_buffer(cache_args[3]))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
-            SINKS = T.match_buffer(sinks, (hs,), "float32", align=4)
-            ALIBI = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
-            rings = T.int64()
-            KW = T.match_buffer(k_window, (rings, WINDOW, HK, D), dtype, align=16)
-            VW = T.match_buffer(v_window, (rings, WINDOW, HK, DV), dtype, align=16)
-            RING = T.match_buffer(window_slots, (b,), "int32", align=4)
-            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-            OUT = T.match_buffer(out, (tokens, HQ, DV), dtype, align=16)
-            LSE = T.match_buffer(lse, (tokens, hl), "float32", align=4)
-            attend(
-                Q, KC, VC, KM, VM, BT, SL, CU, SINKS, ALIBI, WS, OUT, LSE, KW, VW, RING, tokens, b,
-                num_parts, sm_scale, soft_cap, window_left, kept_tokens,
-            )  # fmt: skip
-
-        return windowed
-
-    @T.prim_func(s_tir=True)
-    def main(
-        q: T.handle,
-        k_cache: T.handle,
-        v_cache: T.handle,
-        k_meta: T.handle,
-        v_meta: T.handle,
-        block_table: T.handle,
-        seq_lens: T.handle,
-        cu_seqlens_q: T.handle,
-        sinks: T.handle,
-        alibi_slopes: T.handle,
-        workspace: T.handle,
-        out: T.handle,
-        lse: T.handle,
-        num_parts: T.int32,
-        sm_scale: T.float32,
-        soft_cap: T.float32,
-        window_left: T.int32,
-        kept_tokens: T.int32,
-    ):
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        tokens = T.int64()
-        b = T.int64()
-        w = T.int64()
-        p = T.int64()
-        hs = T.int64()
-        ha = T.int64()
-        ws = T.int64()
-        hl = T.int64()
-        Q = T.match_buffer(q, (tokens, HQ, D), dtype, align=16)
-        cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-        KC = T.meta_var(cache_args[0].buffer)
-        VC = T.meta_var(cache_args[1].buffer)
-        KM = T.meta_var(pages.matched_buffer(cache_args[2]))
-        VM = T.meta_var(pages.matched_buffer(cache_args[3]))
-        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-        CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
-        SINKS = T.match_buffer(sinks, (hs,), "float32", align=4)
-        ALIBI = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
-        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-        OUT = T.match_buffer(out, (tokens, HQ, DV), dtype, align=16)
-        LSE = T.match_buffer(lse, (tokens, hl), "float32", align=4)
-        attend(
-            Q, KC, VC, KM, VM, BT, SL, CU, SINKS, ALIBI, WS, OUT, LSE, Q, Q, SL, tokens, b,
-            num_parts, sm_scale, soft_cap, window_left, kept_tokens,
-        )  # fmt: skip
 
     return main

@@ -77,77 +77,7 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
     shape = AttendShape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
 
-    @T.inline
-    def launch(Q, caches, rings, BT, extent, WS, OUT, LSE, n, b, num_groups):
-        for by in T.thread_binding(num_groups, thread="blockIdx.y"):
-            for bx in T.thread_binding(spec.num_kv_heads, thread="blockIdx.x"):
-                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
-                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                    _attend(
-                        shape, Q, caches, rings, BT, extent, WS, OUT, LSE, b, bx, by, tx,
-                        num_groups,
-                    )  # fmt: skip
-        for by2 in T.thread_binding(n, thread="blockIdx.y"):
-            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
-                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                    merge_rows(shape, extent, WS, OUT, LSE, b, bx2, by2, tx2, num_groups)
-
-    if spec.window:
-
-        @T.prim_func(s_tir=True)
-        def windowed(
-            q: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            cu_seqlens_q: T.handle,
-            sinks: T.handle,
-            alibi_slopes: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-            workspace: T.handle,
-            out: T.handle,
-            lse: T.handle,
-            num_groups: T.int32,
-            sm_scale: T.float32,
-            soft_cap: T.float32,
-            window_left: T.int32,
-            kept_tokens: T.int32,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            n = T.int64()
-            b = T.int64()
-            w = T.int64()
-            p = T.int64()
-            hs = T.int64()
-            ha = T.int64()
-            hl = T.int64()
-            ws = T.int64()
-            Q = T.match_buffer(q, (n, heads, dim), dtype, align=16)
-            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
-            SK = T.match_buffer(sinks, (hs,), "float32", align=4)
-            AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
-            r = T.int64()
-            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
-            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-            OUT = T.match_buffer(out, (n, heads, dim), dtype, align=16)
-            LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
-            options = T.meta_var(Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens))
-            extent = T.meta_var(Extent(shape, SL, CU, options))
-            launch(Q, caches, (KW, VW, RS), BT, extent, WS, OUT, LSE, n, b, num_groups)
-
-        return windowed
-
-    @T.prim_func(s_tir=True)
+    @pages.jit(spec, s_tir=True)
     def main(
         q: T.handle,
         k_cache: T.handle,
@@ -159,6 +89,9 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
         cu_seqlens_q: T.handle,
         sinks: T.handle,
         alibi_slopes: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
         workspace: T.handle,
         out: T.handle,
         lse: T.handle,
@@ -184,12 +117,24 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
         CU = T.match_buffer(cu_seqlens_q, (b + 1,), "int32", align=4)
         SK = T.match_buffer(sinks, (hs,), "float32", align=4)
         AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
         WS = T.match_buffer(workspace, (ws,), "float32", align=16)
         OUT = T.match_buffer(out, (n, heads, spec.value_dim), dtype, align=16)
         LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
         options = T.meta_var(Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens))
         extent = T.meta_var(Extent(shape, SL, CU, options))
-        launch(Q, caches, (), BT, extent, WS, OUT, LSE, n, b, num_groups)
+        for by in T.thread_binding(num_groups, thread="blockIdx.y"):
+            for bx in T.thread_binding(spec.num_kv_heads, thread="blockIdx.x"):
+                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
+                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
+                    _attend(
+                        shape, Q, caches, rings, BT, extent, WS, OUT, LSE, b, bx, by, tx,
+                        num_groups,
+                    )  # fmt: skip
+        for by2 in T.thread_binding(n, thread="blockIdx.y"):
+            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+                for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
+                    merge_rows(shape, extent, WS, OUT, LSE, b, bx2, by2, tx2, num_groups)
 
     return main
 
@@ -296,7 +241,7 @@ def _attend(
     softmax = Softmax(shape.rows, g, t, options)
     now, ahead, last = (local(1, "int32") for _ in range(3))
     window, until = None, last
-    if rings:
+    if rings is not None:
         window = WindowRows(shape, words, rings, kv_head, lane, options.sm_scale)
         until = local(1, "int32")
     with loop(place.tile[0] < place.end[0]):

@@ -37,7 +37,9 @@ from tq_tvm.kernels.attend_rows import RowShape, Softmax
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    LOG2E,
     PAIR,
+    access,
     as_bits,
     as_float,
     byte_perm,
@@ -47,7 +49,6 @@ from tq_tvm.kernels.device import (
     i32,
     let,
     local,
-    low_half,
     mma,
     pointer,
     ptx,
@@ -66,12 +67,12 @@ from tq_tvm.kernels.lookup_cuda import (
     find_mirrored,
     find_pairs,
     looked_up,
+    row_scale,
     together,
 )
 
 __all__ = ["Fragments"]
 
-_LOG2E = 1.4426950408889634
 
 _ROOM = 512.0
 """Weights are up to 2^6: times this they are still below the largest float16."""
@@ -88,9 +89,9 @@ class _Place:
         spec = shape.spec
         self._shape, self._span = shape, span
         self._flat = pages.flat(argument)
-        bshd = spec.layout == "bshd"
-        self._row = elements * (spec.num_kv_heads if bshd else 1)
-        first = head * (elements if bshd else elements * spec.page_size)
+        token_rows, head_rows = pages.row_strides(spec)
+        self._row = elements * token_rows
+        first = head * (elements * head_rows)
         self._token = token
         inside = T.truncmod(token, spec.page_size) if span > spec.page_size else token
         self._lane, self._stride = local(1, "int32"), local(1, "int32")
@@ -156,7 +157,7 @@ class Fragments:
             self._third = let(spec.head_dim // 4 + (self._t % 2 - self._t) * own)
             self._later = let(T.cast(T.truncdiv(self._t, 2), "uint32"))
         unit = spec.head_dim**-0.5
-        self._key_factor = let(sm_scale * f32(_LOG2E * unit))
+        self._key_factor = let(sm_scale * f32(LOG2E * unit))
         self._value_factor = unit / shape.value_unit
         self._bound, self._inverse = local(1, "float32"), local(1, "float32")
         self._key_pairs = _constants(looked_up(shape.key), unknown_zero)
@@ -250,9 +251,8 @@ class Fragments:
                         store(self._metas, T.cast(short[0], "uint32"), turn, side)
 
     def _load_codes(self, octet: int, first: int, count: int, kept: str, pointer) -> None:
-        kind = f"v{count}.u32" if count > 1 else "u32"
         registers = [self._codes[octet, first + e] for e in range(count)]
-        ptx(f"ld.global.nc{kept}.L2::128B.{kind}", *registers, pointer)
+        access(f"ld.global.nc{kept}.L2::128B", registers, pointer)
 
     def _copy_values(self) -> None:
         shape = self._shape
@@ -300,7 +300,7 @@ class Fragments:
         """Factors of logits, or of weights, of tokens 2 t and 2 t + 1 of an octet."""
         factors = local(2, "float32")
         begin = self._scales + (side * self._shape.tile + 8 * octet) + 2 * self._t
-        ptx("ld.shared.v2.f32", factors[0], factors[1], pointer(self._words, begin))
+        access("ld.shared", [factors[0], factors[1]], pointer(self._words, begin), "f32")
         return factors
 
     def _leave_scales(self, softmax: Softmax) -> None:
@@ -325,7 +325,7 @@ class Fragments:
 
         def leave(turn: int) -> None:
             token, key = let(self._lane + 32 * turn), self._metas[turn, 0]
-            scale = low_half(dtype, key) if shape.key.residual_sign else from_half(dtype, key)
+            scale = row_scale(dtype, shape.key, key)
             factors = (scale * self._key_factor, values[turn] * self._inverse[0])
             for side, factor in enumerate(factors):
                 at = pointer(words, self._scales + side * shape.tile + token)
@@ -376,7 +376,7 @@ class Fragments:
         """The operand of a step of a row tile."""
         a = local(4, "uint32")
         registers = [a[e] for e in range(4)]
-        ptx("ld.shared.v4.u32", *registers, pointer(self._words, own + 128 * step))
+        access("ld.shared", registers, pointer(self._words, own + 128 * step))
         return registers
 
     def _table_of(self, octet: int) -> LevelTable:

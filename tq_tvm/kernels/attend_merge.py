@@ -9,10 +9,11 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import LOWEST, Options, RowBlock, Softmax, finish_row
+from tq_tvm.kernels.attend_rows import Options, RowBlock, Softmax, finish_row
 from tq_tvm.kernels.attend_shape import AttendShape, Extent
 from tq_tvm.kernels.decode_work import share_out
 from tq_tvm.kernels.device import (
+    LOWEST,
     barrier,
     f32,
     i32,

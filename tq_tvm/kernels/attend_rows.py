@@ -23,6 +23,9 @@ from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.dense_rows import dense_row_words, dense_step, dense_word, turned
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    LOG2E,
+    LOWEST,
+    MASKED,
     PAIR,
     as_float,
     f32,
@@ -44,8 +47,6 @@ from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
-    "LOG2E",
-    "LOWEST",
     "Options",
     "QueryOperands",
     "RowBlock",
@@ -55,17 +56,11 @@ __all__ = [
     "attend_tile",
     "finish_row",
     "load_queries",
+    "soft_capped",
 ]
-
-LOWEST = -1e30
-"""A bound of logits before the first tile."""
-
-_MASKED = -3e38
-"""Logit of a token that is not attended to."""
 
 _SLACK = 6.0
 _MINUS_INFINITY = 0xFF800000
-LOG2E = math.log2(math.e)
 _NO_WINDOW = -(2**31)
 
 
@@ -142,6 +137,12 @@ class RowBlock:
         return self._past + T.truncdiv(self._first + row, self._group)
 
 
+def soft_capped(cap, exponent):
+    """``cap tanh(x / cap)``, where ``2 ** exponent`` is ``e ** (2 x / cap)``."""
+    # tanh x = 1 - 2 / (1 + e^2x)
+    return cap - cap * (f32(2) / (T.exp2(exponent) + f32(1)))
+
+
 class Softmax:
     """State of a lane's rows, g and g + 8 of each row tile, and their output."""
 
@@ -203,7 +204,7 @@ class Softmax:
                         if self.end is not None:
                             seen = T.And(token < self.end, seen)
                         index = (tile, octet, 2 * half + e)
-                        value = T.Select(seen, scores[index], f32(_MASKED))
+                        value = T.Select(seen, scores[index], f32(MASKED))
                         store(scores, value, *index)
         top = local((shape.row_tiles, 2), "float32")
         above = T.bool(False)
@@ -235,9 +236,7 @@ class Softmax:
                     index = (tile, octet, 2 * half + e)
                     store(value, scores[index])
                     with when(cap > f32(0)):
-                        # tanh x = 1 - 2 / (1 + e^2x)
-                        grown = T.exp2(value[0] * inverse * f32(2 * LOG2E)) + f32(1)
-                        store(value, cap - cap * (f32(2) / grown))
+                        store(value, soft_capped(cap, value[0] * inverse * f32(2 * LOG2E)))
                     token = first + (8 * octet + e) + 2 * self._t
                     apart = T.cast(token - limit, "float32")
                     store(scores, value[0] + self._slope[tile, half] * apart, *index)

@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.dense_rows import dense_row_words
-from tq_tvm.kernels.device import let, local, ptx, store, u32, when
+from tq_tvm.kernels.device import access, let, local, ptx, store, u32, when
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES, DirectRow
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
@@ -141,17 +141,14 @@ class Side:
 
     def _base(self, page, offset, elements: int, stride):
         """First element of the row of this head at an offset of a page."""
-        spec = self._shape.spec
-        bshd = spec.layout == "bshd"
-        first = self._head if bshd else self._head * spec.page_size
-        inside = first * elements + offset * (self._apart * elements)
+        _, head_rows = pages.row_strides(self._shape.spec)
+        inside = self._head * head_rows * elements + offset * (self._apart * elements)
         return T.cast(page, "int64") * T.cast(stride[0], "int64") + T.cast(inside, "int64")
 
     @property
     def _apart(self) -> int:
         """Rows from a token of a page to the next."""
-        spec = self._shape.spec
-        return spec.num_kv_heads if spec.layout == "bshd" else 1
+        return pages.row_strides(self._shape.spec)[0]
 
     def ask(self, table, sequence, first, seen: Seen, packed) -> None:
         """Begin to copy the rows from token ``first`` on.
@@ -256,9 +253,7 @@ class Side:
             word = as_register(T.truncdiv(first, 2) + i)
             chunk = T.bitwise_xor(T.truncdiv(word, 4), T.truncmod(row, 8))
             at = begin + row * shape.row_words(self._number) + chunk * 4 + T.truncmod(word, 4)
-            kind = "u32" if count == 1 else f"v{count}.u32"
-            pieces = [line[i + n] for n in range(count)]
-            ptx(f"st.shared.{kind}", words.ptr_to([as_register(at)]), *pieces)
+            access("st.shared", line[i : i + count], words.ptr_to([as_register(at)]))
 
 
 class DirectSide(Side):
@@ -365,4 +360,4 @@ class DirectSide(Side):
                 turned = (chunk ^ row) % 8 * 4
                 at = T.bitwise_xor(written, turned) if turned else written
                 at = at + (row * shape.row_words(self._number) + chunk // 8 * 32)
-                ptx(f"st.shared.v{len(line)}.u32", words.ptr_to([at]), *line)
+                access("st.shared", line, words.ptr_to([at]))

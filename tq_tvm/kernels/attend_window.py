@@ -22,7 +22,9 @@ from tq_tvm.kernels.attend_shape import WINDOW_TILE, AttendShape
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.decode_window import prefetch_ring
 from tq_tvm.kernels.device import (
+    LOG2E,
     PAIR,
+    access,
     byte_perm,
     f32,
     high_half,
@@ -41,18 +43,17 @@ from tq_tvm.kernels.hadamard_cuda import PRODUCTS
 __all__ = ["WindowRows"]
 
 _OCTETS = WINDOW_TILE // 8
-_LOG2E = 1.4426950408889634
 _ABREAST = 4
 """Pairs of octets of V that are on their way together."""
 
 
 class WindowRows:
-    """K and V of a KV head in the rings ``(k_window, v_window, window_slots)``, for a lane."""
+    """K and V of a KV head in the rings, for a lane."""
 
-    def __init__(self, shape: AttendShape, words, rings, head, lane, sm_scale) -> None:
+    def __init__(self, shape: AttendShape, words, rings: pages.Rings, head, lane, sm_scale) -> None:
         self._shape, self._words = shape, words
-        k, v, self._slots = rings
-        self._k, self._v = pages.flat_buffer(k), pages.flat_buffer(v)
+        self._slots = rings.slots
+        self._k, self._v = pages.flat_buffer(rings.k), pages.flat_buffer(rings.v)
         self._head, self._lane, self._sm_scale = head, lane, sm_scale
         self._g, self._t = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
 
@@ -80,7 +81,7 @@ class WindowRows:
                 start = result if step else [f32(0)] * 4
                 mma(product, result, a[m], keys[octet][step], start)
         if shape.in_registers:
-            factor = let(self._sm_scale * f32(_LOG2E))
+            factor = let(self._sm_scale * f32(LOG2E))
             for index in itertools.product(*(range(int(n)) for n in scores.shape)):
                 store(scores, scores[index] * factor, *index)
         softmax.weigh(scores, first, T.bool(True))
@@ -117,8 +118,7 @@ class WindowRows:
                 first = field * fragments.key_words + word
                 at = base + T.cast(self._t * own + (field * plane + 4 * word), "int64")
                 registers = [words[first + n, half] for n in range(abreast) for half in range(2)]
-                kind = f"v{len(registers)}.u32"
-                ptx(f"ld.global.nc.{kind}", *registers, self._k.ptr_to([at]))
+                access("ld.global.nc", registers, self._k.ptr_to([at]))
         return [[words[step, half] for half in range(2)] for step in range(steps)]
 
     def _arranged_queries(self, m: int, step: int) -> list[Any]:
@@ -127,7 +127,7 @@ class WindowRows:
         a = local(4, "uint32")
         registers = [a[e] for e in range(4)]
         at = 4 * self._lane + 128 * (m * shape.fragments.steps + step)
-        ptx("ld.shared.v4.u32", *registers, pointer(words, at))
+        access("ld.shared", registers, pointer(words, at))
         if shape.spec.dtype != "float16":
             for e in range(4):
                 pair = [half("float16", a[e]) for half in (high_half, low_half)]

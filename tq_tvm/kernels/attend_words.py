@@ -11,7 +11,7 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.attend_sides import Seen, Side, TileMemory, TileShape, as_register
 from tq_tvm.kernels.dense_rows import dense_word
-from tq_tvm.kernels.device import let, local, ptx, store, u32, when
+from tq_tvm.kernels.device import access, let, local, ptx, store, u32, when
 from tq_tvm.kernels.word_codes import WordCodes, code_fields, code_words, third_bits
 
 __all__ = ["WordSide"]
@@ -109,4 +109,4 @@ class WordSide(Side):
                     for field, pair in enumerate(found.pairs(word[0], third)):
                         at = index * 2 + field * (dim // fields // 2)
                         to = as_register(dense + dense_word(dim, row, let(at)))
-                        ptx("st.shared.v2.u32", words.ptr_to([to]), *pair)
+                        access("st.shared", pair, words.ptr_to([to]))

@@ -29,7 +29,7 @@ from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_values import SumMemory, Values
-from tq_tvm.kernels.decode_window import Window
+from tq_tvm.kernels.decode_window import Window, find_window
 from tq_tvm.kernels.decode_work import tiles_of
 from tq_tvm.kernels.device import (
     arrive_at_cluster,
@@ -54,56 +54,7 @@ def decode_cluster(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     shape = Shape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
 
-    if spec.window:
-
-        @T.prim_func(s_tir=True)
-        def windowed(
-            q: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-            workspace: T.handle,
-            out: T.handle,
-            num_ctas: T.int32,
-            sm_scale: T.float32,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            b = T.int64()
-            w = T.int64()
-            p = T.int64()
-            ws = T.int64()
-            Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
-            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            r = T.int64()
-            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
-            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-            OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
-            window = T.meta_var(Window(shape, Q, (KW, VW, RS), SL, sm_scale))
-            for bz in T.thread_binding(b, thread="blockIdx.z"):
-                for by in T.thread_binding(shape.units, thread="blockIdx.y"):
-                    # A row of the grid is a cluster.
-                    for _ in T.thread_binding(num_ctas, thread="clusterCtaIdx.x"):
-                        for bx in T.thread_binding(num_ctas, thread="blockIdx.x"):
-                            for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
-                                T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                                _attend(
-                                    shape, Q, caches, BT, SL, OUT, w, by, bz, bx, num_ctas, tx,
-                                    sm_scale, window,
-                                )  # fmt: skip
-
-        return windowed
-
-    @T.prim_func(s_tir=True)
+    @pages.jit(spec, s_tir=True)
     def main(
         q: T.handle,
         k_cache: T.handle,
@@ -112,6 +63,9 @@ def decode_cluster(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         v_meta: T.handle,
         block_table: T.handle,
         seq_lens: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
         workspace: T.handle,
         out: T.handle,
         num_ctas: T.int32,
@@ -126,8 +80,10 @@ def decode_cluster(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
         WS = T.match_buffer(workspace, (ws,), "float32", align=16)
         OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
+        window = T.meta_var(find_window(shape, Q, rings, SL, sm_scale))
         for bz in T.thread_binding(b, thread="blockIdx.z"):
             for by in T.thread_binding(shape.units, thread="blockIdx.y"):
                 # A row of the grid is a cluster.
@@ -136,15 +92,16 @@ def decode_cluster(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
                             T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
                             _attend(
-                                shape, Q, caches, BT, SL, OUT, w, by, bz, bx, num_ctas, tx, sm_scale
-                            )
+                                shape, Q, caches, BT, SL, OUT, w, by, bz, bx, num_ctas, tx,
+                                sm_scale, window,
+                            )  # fmt: skip
 
     return main
 
 
 def _attend(
     shape: Shape, q, caches, block_table, seq_lens, out, table_width, unit, sequence, rank, ctas,
-    thread, sm_scale, window: Window | None = None,
+    thread, sm_scale, window: Window | None,
 ) -> None:  # fmt: skip
     """One CTA: number ``rank`` of ``ctas`` in its cluster."""
     spec, warps = shape.spec, shape.config.warps

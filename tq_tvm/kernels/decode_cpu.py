@@ -20,7 +20,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.rows_cpu import CpuRows, Source
+from tq_tvm.kernels.rows_cpu import CpuRows, sources
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["DecodeCpuConfig", "decode_cpu"]
@@ -42,17 +42,42 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
     G = spec.group_size
     DV = spec.value_dim
     TILE = config.tile
-    WINDOW = spec.window
     rows = CpuRows(spec, TILE, config.vector, bool(config.lookup))
     head_loop = T.unroll if config.unroll else T.serial
 
     def query(Q, sequence, head):
         return lambda j: Q[sequence, head, j]
 
-    @T.inline
-    def attend(Q, KC, VC, KM, VM, BT, SL, WS, OUT, KW, VW, RING, b, num_splits, sm_scale):
-        keys = T.meta_var(Source(KC, KM, BT, KW, RING))
-        values = T.meta_var(Source(VC, VM, BT, VW, RING))
+    @pages.jit(spec, s_tir=True)
+    def main(
+        q: T.handle,
+        k_cache: T.handle,
+        v_cache: T.handle,
+        k_meta: T.handle,
+        v_meta: T.handle,
+        block_table: T.handle,
+        seq_lens: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
+        workspace: T.handle,
+        out: T.handle,
+        num_splits: T.int32,
+        sm_scale: T.float32,
+    ):
+        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
+        b = T.int64()
+        w = T.int64()
+        p = T.int64()
+        ws = T.int64()
+        Q = T.match_buffer(q, (b, HQ, D), dtype, align=16)
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
+        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
+        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
+        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
+        OUT = T.match_buffer(out, (b, HQ, DV), dtype, align=16)
+        keys, values = T.meta_var(sources(caches, BT, rings))
         for task in T.parallel(b * HK * num_splits):
             bz: T.let = T.truncdiv(task, HK * num_splits)
             h: T.let = T.truncmod(T.truncdiv(task, num_splits), HK)
@@ -94,78 +119,5 @@ def decode_cpu(spec: CacheSpec, config: DecodeCpuConfig) -> PrimFunc:
                 weight > T.float32(0), T.float32(rows.value_scale) / weight, T.float32(0)
             )
             rows.write(merged[0], 0, inverse, OUT, T.truncdiv(line, HQ), T.truncmod(line, HQ))
-
-    if WINDOW:
-
-        @T.prim_func(s_tir=True)
-        def windowed(
-            q: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-            workspace: T.handle,
-            out: T.handle,
-            num_splits: T.int32,
-            sm_scale: T.float32,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            b = T.int64()
-            w = T.int64()
-            p = T.int64()
-            ws = T.int64()
-            Q = T.match_buffer(q, (b, HQ, D), dtype, align=16)
-            cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            KC = T.meta_var(cache_args[0].buffer)
-            VC = T.meta_var(cache_args[1].buffer)
-            KM = T.meta_var(pages.matched_buffer(cache_args[2]))
-            VM = T.meta_var(pages.matched_buffer(cache_args[3]))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            rings = T.int64()
-            KW = T.match_buffer(k_window, (rings, WINDOW, HK, D), dtype, align=16)
-            VW = T.match_buffer(v_window, (rings, WINDOW, HK, DV), dtype, align=16)
-            RING = T.match_buffer(window_slots, (b,), "int32", align=4)
-            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-            OUT = T.match_buffer(out, (b, HQ, DV), dtype, align=16)
-            attend(Q, KC, VC, KM, VM, BT, SL, WS, OUT, KW, VW, RING, b, num_splits, sm_scale)
-
-        return windowed
-
-    @T.prim_func(s_tir=True)
-    def main(
-        q: T.handle,
-        k_cache: T.handle,
-        v_cache: T.handle,
-        k_meta: T.handle,
-        v_meta: T.handle,
-        block_table: T.handle,
-        seq_lens: T.handle,
-        workspace: T.handle,
-        out: T.handle,
-        num_splits: T.int32,
-        sm_scale: T.float32,
-    ):
-        T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-        b = T.int64()
-        w = T.int64()
-        p = T.int64()
-        ws = T.int64()
-        Q = T.match_buffer(q, (b, HQ, D), dtype, align=16)
-        cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-        KC = T.meta_var(cache_args[0].buffer)
-        VC = T.meta_var(cache_args[1].buffer)
-        KM = T.meta_var(pages.matched_buffer(cache_args[2]))
-        VM = T.meta_var(pages.matched_buffer(cache_args[3]))
-        BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-        SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-        WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-        OUT = T.match_buffer(out, (b, HQ, DV), dtype, align=16)
-        attend(Q, KC, VC, KM, VM, BT, SL, WS, OUT, Q, Q, SL, b, num_splits, sm_scale)
 
     return main

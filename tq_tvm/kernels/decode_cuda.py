@@ -70,7 +70,7 @@ from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_values import SumMemory, Values
-from tq_tvm.kernels.decode_window import PackedLengths, Window
+from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
 from tq_tvm.kernels.decode_work import (
     find_place,
     share_out,
@@ -113,58 +113,7 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     shape = Shape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
 
-    if spec.window:
-
-        @T.prim_func(s_tir=True)
-        def windowed(
-            q: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-            workspace: T.handle,
-            out: T.handle,
-            num_groups: T.int32,
-            sm_scale: T.float32,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            b = T.int64()
-            w = T.int64()
-            p = T.int64()
-            ws = T.int64()
-            Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
-            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            r = T.int64()
-            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
-            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-            OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
-            lengths = T.meta_var(PackedLengths(SL, spec.window))
-            window = T.meta_var(Window(shape, Q, (KW, VW, RS), SL, sm_scale))
-            for by in T.thread_binding(num_groups, thread="blockIdx.y"):
-                for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
-                    for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
-                        T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                        attend_share(
-                            shape, Q, caches, BT, lengths, WS, OUT, b, bx, by, tx, num_groups,
-                            sm_scale, window,
-                        )  # fmt: skip
-            for by2 in T.thread_binding(b, thread="blockIdx.y"):
-                for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
-                    for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                        merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, window)
-
-        return windowed
-
-    @T.prim_func(s_tir=True)
+    @pages.jit(spec, s_tir=True)
     def main(
         q: T.handle,
         k_cache: T.handle,
@@ -173,6 +122,9 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         v_meta: T.handle,
         block_table: T.handle,
         seq_lens: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
         workspace: T.handle,
         out: T.handle,
         num_groups: T.int32,
@@ -187,19 +139,23 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
         WS = T.match_buffer(workspace, (ws,), "float32", align=16)
         OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
+        lengths = T.meta_var(packed_lengths(spec, SL))
+        window = T.meta_var(find_window(shape, Q, rings, SL, sm_scale))
         for by in T.thread_binding(num_groups, thread="blockIdx.y"):
             for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
                 for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
                     attend_share(
-                        shape, Q, caches, BT, SL, WS, OUT, b, bx, by, tx, num_groups, sm_scale
-                    )
+                        shape, Q, caches, BT, lengths, WS, OUT, b, bx, by, tx, num_groups,
+                        sm_scale, window,
+                    )  # fmt: skip
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
             for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                    merge_pieces(shape, SL, WS, OUT, b, bx2, by2, tx2, num_groups)
+                    merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, window)
 
     return main
 

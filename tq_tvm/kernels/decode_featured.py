@@ -21,32 +21,28 @@ cap 7, two of them exponentials or reciprocals, against some 100 for its part of
 
 from __future__ import annotations
 
-import math
-
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import Options, finish_row
+from tq_tvm.kernels.attend_rows import Options, finish_row, soft_capped
 from tq_tvm.kernels.decode_cuda import attend_share
 from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
-from tq_tvm.kernels.decode_window import PackedLengths, Window
-from tq_tvm.kernels.device import f32, let, local, store, when
+from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
+from tq_tvm.kernels.device import LOG2E, f32, let, local, store, when
 from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["Featured", "decode_featured"]
-
-_LOG2E = math.log2(math.e)
 
 
 class Featured:
     """Features of a call, and how a logit and a row take them."""
 
     def __init__(
-        self, shape: Shape, sinks, alibi_slopes, lse, soft_cap, window: Window | None = None
+        self, shape: Shape, sinks, alibi_slopes, lse, soft_cap, window: Window | None
     ) -> None:
         self._shape, self._lse, self._window = shape, lse, window
         self._options = Options(sinks, alibi_slopes, None, soft_cap, None, None)
@@ -60,7 +56,7 @@ class Featured:
             head = let((2 * t + j) % 4 if self._shape.packed else 2 * t + j)
             store(self._slope, f32(0), j)
             with when(T.And(sloped, head < heads)):
-                store(self._slope, slopes[first_head + head] * f32(_LOG2E), j)
+                store(self._slope, slopes[first_head + head] * f32(LOG2E), j)
         self._cap, self._inverse = self._caps()
         self._bent = let(T.Or(sloped, cap > f32(0)))
 
@@ -74,9 +70,7 @@ class Featured:
                 for n in range(shape.own_tokens):
                     store(value, scores[n, j] * query.scale[j])
                     with when(self._cap > f32(0)):
-                        # tanh x = 1 - 2 / (1 + e^2x)
-                        grown = T.exp2(value[0] * self._inverse) + f32(1)
-                        store(value, self._cap - self._cap * (f32(2) / grown))
+                        store(value, soft_capped(self._cap, value[0] * self._inverse))
                     # Behind packed tokens there is the whole window.
                     offset = apart * n + 1 - shape.spec.window
                     apart_from = T.cast(first + own_token + offset - seq_len, "float32")
@@ -90,8 +84,8 @@ class Featured:
     def _caps(self):
         """The soft cap in units of log2, and what a logit is multiplied by, 0 without a cap."""
         given = self._options.soft_cap
-        cap = let(given * f32(_LOG2E))
-        return cap, let(T.Select(given > f32(0), f32(2 * _LOG2E) / cap, f32(0)))
+        cap = let(given * f32(LOG2E))
+        return cap, let(T.Select(given > f32(0), f32(2 * LOG2E) / cap, f32(0)))
 
     def _bend_one(self, logit, head, age):
         """Soft cap and ALiBi of a logit in units of log2."""
@@ -100,10 +94,9 @@ class Featured:
         cap, inverse = self._caps()
         store(value, logit)
         with when(cap > f32(0)):
-            grown = T.exp2(value[0] * inverse) + f32(1)
-            store(value, cap - cap * (f32(2) / grown))
+            store(value, soft_capped(cap, value[0] * inverse))
         with when(T.cast(slopes.shape[0], "int32") > 0):
-            store(value, value[0] - slopes[head] * f32(_LOG2E) * T.cast(age, "float32"))
+            store(value, value[0] - slopes[head] * f32(LOG2E) * T.cast(age, "float32"))
         return value[0]
 
     def finish(self, x, top, total, out, place, lane) -> None:
@@ -122,71 +115,7 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     shape = Shape(spec, config)
     dim, heads, dtype = spec.head_dim, spec.num_q_heads, spec.dtype
 
-    if spec.window:
-
-        @T.prim_func(s_tir=True)
-        def windowed(
-            q: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            sinks: T.handle,
-            alibi_slopes: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-            workspace: T.handle,
-            out: T.handle,
-            lse: T.handle,
-            num_groups: T.int32,
-            sm_scale: T.float32,
-            soft_cap: T.float32,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            b = T.int64()
-            w = T.int64()
-            p = T.int64()
-            hs = T.int64()
-            ha = T.int64()
-            hl = T.int64()
-            ws = T.int64()
-            Q = T.match_buffer(q, (b, heads, dim), dtype, align=16)
-            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            SK = T.match_buffer(sinks, (hs,), "float32", align=4)
-            AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
-            r = T.int64()
-            KW = T.match_buffer(k_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            VW = T.match_buffer(v_window, (r, spec.window, spec.num_kv_heads, dim), dtype, align=16)
-            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
-            WS = T.match_buffer(workspace, (ws,), "float32", align=16)
-            OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
-            LSE = T.match_buffer(lse, (b, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
-            lengths = T.meta_var(PackedLengths(SL, spec.window))
-            window = T.meta_var(Window(shape, Q, (KW, VW, RS), SL, sm_scale))
-            features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap, window))
-            for by in T.thread_binding(num_groups, thread="blockIdx.y"):
-                for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
-                    for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
-                        T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                        attend_share(
-                            shape, Q, caches, BT, lengths, WS, OUT, b, bx, by, tx, num_groups,
-                            sm_scale, features,
-                        )  # fmt: skip
-            for by2 in T.thread_binding(b, thread="blockIdx.y"):
-                for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
-                    for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                        merge_pieces(
-                            shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, features
-                        )
-
-        return windowed
-
-    @T.prim_func(s_tir=True)
+    @pages.jit(spec, s_tir=True)
     def main(
         q: T.handle,
         k_cache: T.handle,
@@ -197,6 +126,9 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         seq_lens: T.handle,
         sinks: T.handle,
         alibi_slopes: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
         workspace: T.handle,
         out: T.handle,
         lse: T.handle,
@@ -218,21 +150,24 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
         SK = T.match_buffer(sinks, (hs,), "float32", align=4)
         AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
         WS = T.match_buffer(workspace, (ws,), "float32", align=16)
         OUT = T.match_buffer(out, (b, heads, dim), dtype, align=16)
         LSE = T.match_buffer(lse, (b, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
-        features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap))
+        lengths = T.meta_var(packed_lengths(spec, SL))
+        window = T.meta_var(find_window(shape, Q, rings, SL, sm_scale))
+        features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap, window))
         for by in T.thread_binding(num_groups, thread="blockIdx.y"):
             for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
                 for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
                     attend_share(
-                        shape, Q, caches, BT, SL, WS, OUT, b, bx, by, tx, num_groups, sm_scale,
-                        features,
+                        shape, Q, caches, BT, lengths, WS, OUT, b, bx, by, tx, num_groups,
+                        sm_scale, features,
                     )  # fmt: skip
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
             for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                    merge_pieces(shape, SL, WS, OUT, b, bx2, by2, tx2, num_groups, features)
+                    merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, features)
 
     return main

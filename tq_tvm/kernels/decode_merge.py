@@ -13,9 +13,11 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
-from tq_tvm.kernels.decode_values import LOWEST, WEIGHT_TOP, SumMemory
+from tq_tvm.kernels.decode_values import WEIGHT_TOP, SumMemory
 from tq_tvm.kernels.decode_work import share_out, tiles_by_length, tiles_of
 from tq_tvm.kernels.device import (
+    LOWEST,
+    access,
     barrier,
     f32,
     i32,
@@ -286,7 +288,7 @@ def merge_cluster(
             remote = remote_address(own, T.min(at[0] + n, ctas - 1))
             for i in range(0, count, width):
                 values = [piece[n, i + e] for e in range(width)]
-                ptx(f"ld.shared::cluster.v{width}.f32", *values, remote + u32(4 * i))
+                access("ld.shared::cluster", values, remote + u32(4 * i), "f32")
 
     def add() -> None:
         for n in range(_AT_ONCE):

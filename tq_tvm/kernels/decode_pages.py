@@ -25,6 +25,7 @@ from tvm.script.ir_builder import tirx as I
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
+    access,
     byte_perm,
     let,
     local,
@@ -142,11 +143,11 @@ class PageReader:
         self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
         column = {"k": lane % 4 * (4 * shape.key_plane_words), "v": lane % chunks * 16}
         self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
+        token_rows, head_rows = pages.row_strides(spec)
         for name, argument in zip(width, matched, strict=True):
             self._flat[name] = pages.flat(argument)
-            bshd = spec.layout == "bshd"
-            stride = width[name] * spec.num_kv_heads if bshd else width[name]
-            first = head * (width[name] if bshd else width[name] * spec.page_size)
+            stride = width[name] * token_rows
+            first = head * (width[name] * head_rows)
             self._row_stride[name] = stride
             inside = self._token[name] % spec.page_size
             at = let(first + inside * stride + column.get(name, 0))
@@ -165,10 +166,9 @@ class PageReader:
 
     def odd_meta(self, head, own_token):
         """Whether V's meta of a token is the upper half of its word; all the lane's are alike."""
-        spec = self._shape.spec
         stride = self._row_stride["v_meta"]
-        first = head if spec.layout == "bshd" else head * spec.page_size
-        return T.bitwise_and(first + own_token * stride, 1) == 1
+        _, head_rows = pages.row_strides(self._shape.spec)
+        return T.bitwise_and(head * head_rows + own_token * stride, 1) == 1
 
     def find_pages(self, sequence, tile, seq_len) -> None:
         """Look up the pages of a tile: ahead of its copies, whose addresses wait for them."""
@@ -218,7 +218,6 @@ class PageReader:
         """Read K's codes and metas; `find_pages` has been there."""
         shape = self._shape
         words = min(shape.key_plane_words, 4)
-        kind = f"v{words}.u32" if words > 1 else "u32"
         codes, metas = self._bases("k", tile), self._bases("k_meta", tile)
         meta = "u32" if shape.residual else "u16"
         planes = [codes]
@@ -230,9 +229,9 @@ class PageReader:
             for plane, bases in enumerate(planes):
                 for j in range(0, shape.key_plane_words, 4):
                     first = plane * shape.key_plane_words + j
-                    ptx(
-                        f"ld.global.nc{kept}{shape.promoted}.{kind}",
-                        *[into.codes[i, first + e] for e in range(words)],
+                    access(
+                        f"ld.global.nc{kept}{shape.promoted}",
+                        [into.codes[i, first + e] for e in range(words)],
                         self._from("k", bases, 8 * i, 4 * j),
                     )
             # A norm and a residual in a word, or a norm alone.

@@ -13,6 +13,7 @@ from tq_tvm.formats import rotation_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    access,
     as_bits,
     as_float,
     byte_perm,
@@ -157,12 +158,11 @@ class Query:
         """Without branches, so that other loads can be on their way; the last head is repeated."""
         shape, count = self._shape, self._shape.row_values
         words = count // 2
-        kind = f"v{words}.u32" if words > 1 else "u32"
         read = local((self._turns, words), "uint32")
         for turn in range(self._turns):
             head = T.min(turn * shape.config.warps + self._warp, heads - 1)
             row = q.ptr_to([sequence, first_head + head, self._lane * count])
-            ptx(f"ld.global.nc.{kind}", *[read[turn, i] for i in range(words)], row)
+            access("ld.global.nc", [read[turn, i] for i in range(words)], row)
         for turn in range(self._turns):
             for i in range(count):
                 half = high_half if i % 2 else low_half

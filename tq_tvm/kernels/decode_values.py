@@ -28,6 +28,9 @@ from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    LOWEST,
+    MASKED,
+    access,
     as_bits,
     as_float,
     byte_perm,
@@ -47,7 +50,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 
-__all__ = ["LOWEST", "WEIGHT_TOP", "SumMemory", "Values"]
+__all__ = ["WEIGHT_TOP", "SumMemory", "Values"]
 
 _PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32"
 _SIGNED_PRODUCT = "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32"
@@ -59,12 +62,6 @@ WEIGHT_TOP = 32766.0
 """Largest weight: with what is added to it, below 2^15."""
 
 WEIGHT_BASE = 32768.0
-
-LOWEST = -1e30
-"""A bound of logits before the first tile."""
-
-MASKED = -3e38
-"""Score of a token past the end."""
 
 NORM_MARGIN = 1.25
 """Norms of V differ little: with this margin their bound seldom moves."""
@@ -154,7 +151,7 @@ class Values:
         store(self._tiles, i32(-1 if self._shape.config.cluster else 0))
         self._clear()
         for quad in range(self._shape.quads):
-            ptx("st.shared.v4.f32", self._address(quad), *[f32(0)] * 4)
+            access("st.shared", [f32(0)] * 4, self._address(quad), "f32")
 
     def _clear(self) -> None:
         for part in range(self._shape.parts):
@@ -247,7 +244,7 @@ class Values:
         shape, floats = self._shape, local(4, "float32")
         for quad in range(shape.quads):
             address = self._address(quad)
-            ptx("ld.shared.v4.f32", *[floats[e] for e in range(4)], address)
+            access("ld.shared", [floats[e] for e in range(4)], address, "f32")
             for e in range(4):
                 field = 2 * (quad % (shape.value.fields // 2)) + e // 2
                 value = T.cast(T.cast(self.sums[0, quad, e], "int32"), "float32")
@@ -256,7 +253,7 @@ class Values:
                     value = value * f32(256) + low
                 value = value * f32(float(shape.value.step) ** -field) + floats[e]
                 store(floats, value if factor is None else value * factor[e % 2], e)
-            ptx("st.shared.v4.f32", address, *[floats[e] for e in range(4)])
+            access("st.shared", [floats[e] for e in range(4)], address, "f32")
         self._clear()
 
     def _weigh(self):

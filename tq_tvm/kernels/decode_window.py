@@ -11,7 +11,6 @@ instructions for addresses, loads, and its part of the sums over lanes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,9 @@ from tq_tvm.kernels.decode_merge import finish_row
 from tq_tvm.kernels.decode_query import Query, rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
+    LOG2E,
+    MASKED,
+    access,
     f32,
     high_half,
     i32,
@@ -38,11 +40,7 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["PackedLengths", "Window", "prefetch_ring"]
-
-_LOG2E = math.log2(math.e)
-_MASKED = -3e38
-"""Logit of a row that is not a token's."""
+__all__ = ["Window", "find_window", "packed_lengths", "prefetch_ring"]
 
 _ABREAST = 16
 _LINE = 128
@@ -66,7 +64,7 @@ def prefetch_ring(spec: CacheSpec, rings, ring, kv_head, thread, threads: int) -
                 ptx("prefetch.global.L2", rows.ptr_to([at]))
 
 
-class PackedLengths:
+class _PackedLengths:
     """Tokens of each sequence before its window; ``seq_lens`` has all."""
 
     def __init__(self, seq_lens, window: int) -> None:
@@ -76,13 +74,18 @@ class PackedLengths:
         return T.max(self._seq_lens[sequence] - self._window, i32(0))
 
 
+def packed_lengths(spec: CacheSpec, seq_lens):
+    """Tokens of each sequence that are attended to packed, by the sequence."""
+    return _PackedLengths(seq_lens, spec.window) if spec.window else seq_lens
+
+
 class Window:
     """What finishes a row of ``decode``: its tokens of the window, then the rest."""
 
-    def __init__(self, shape: Shape, q, rings, seq_lens, sm_scale) -> None:
-        k, v, self._slots = rings
+    def __init__(self, shape: Shape, q, rings: pages.Rings, seq_lens, sm_scale) -> None:
+        self._slots = rings.slots
         self._shape, self._q, self._seq_lens, self._sm_scale = shape, q, seq_lens, sm_scale
-        self._k, self._v = pages.flat_buffer(k), pages.flat_buffer(v)
+        self._k, self._v = pages.flat_buffer(rings.k), pages.flat_buffer(rings.v)
 
     def prefetch(self, sequence, kv_head, thread, threads: int) -> None:
         """`prefetch_ring` of a sequence."""
@@ -121,7 +124,7 @@ class Window:
         logits = local(-(-window // 32), "float32")
         at = local(1, "int32")
         for i in range(int(logits.shape[0])):
-            store(logits, f32(_MASKED), i)
+            store(logits, f32(MASKED), i)
             store(at, i32(32 * i))
             with loop(at[0] < T.min(tokens, i32(32 * (i + 1)))):
                 found = self._dots(query, base, at[0], lane)
@@ -133,7 +136,7 @@ class Window:
                 row = let(lane + 32 * i)
                 age = T.truncmod(length - 1 - row, window)
                 bent = bend(logits[i], head, age)
-                store(logits, T.Select(row < tokens, bent, f32(_MASKED)), i)
+                store(logits, T.Select(row < tokens, bent, f32(MASKED)), i)
         bound, sum_ = local(1, "float32"), local(1, "float32")
         store(bound, logits[0])
         for i in range(1, int(logits.shape[0])):
@@ -167,7 +170,7 @@ class Window:
             store(query, T.cast(self._q[sequence, head, lane * count + i], "float32"), i)
         turn_signs(shape, query, lane)
         rotate_row(shape, query, lane)
-        unit = let(self._sm_scale * f32(_LOG2E * shape.spec.head_dim**-0.5))
+        unit = let(self._sm_scale * f32(LOG2E * shape.spec.head_dim**-0.5))
         for i in range(count):
             store(query, query[i] * unit, i)
         return query
@@ -176,11 +179,10 @@ class Window:
         """Words of a lane's pieces of `_ABREAST` rows, none after ``last``."""
         words = self._shape.row_values // 2
         read = local((_ABREAST, words), "uint32")
-        kind = "u32" if words == 1 else f"v{words}.u32"
         for n in range(_ABREAST):
             row = first + n if last is None else T.min(first + n, last)
             at = base + T.cast(row * self._stride, "int64")
-            ptx(f"ld.global.nc.{kind}", *(read[n, w] for w in range(words)), ring.ptr_to([at]))
+            access("ld.global.nc", [read[n, w] for w in range(words)], ring.ptr_to([at]))
         return read
 
     def _values(self, read, n: int):
@@ -215,3 +217,8 @@ class Window:
             weight = let(shuffle(weights, first % 32 + n))
             for i, value in enumerate(self._values(read, n)):
                 store(x, x[i] + weight * value, i)
+
+
+def find_window(shape: Shape, q, rings: pages.Rings | None, seq_lens, sm_scale) -> Window | None:
+    """The window of a spec that has one."""
+    return None if rings is None else Window(shape, q, rings, seq_lens, sm_scale)

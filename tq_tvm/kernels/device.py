@@ -6,11 +6,17 @@ Python around them are unrolled loops of the kernel.
 
 from __future__ import annotations
 
+import math
+
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
 __all__ = [
+    "LOG2E",
+    "LOWEST",
+    "MASKED",
     "PAIR",
+    "access",
     "arrive_at_cluster",
     "as_bits",
     "as_float",
@@ -45,6 +51,14 @@ __all__ = [
 ]
 
 FULL_WARP = 0xFFFFFFFF
+
+LOG2E = math.log2(math.e)
+
+LOWEST = -1e30
+"""Below every logit: the bound of a softmax before its first tile, and on CPUs also `MASKED`."""
+
+MASKED = -3e38
+"""Logit of a token that is not attended to: its weight is 0 beside any bound, `LOWEST` too."""
 
 PAIR = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
 """Instructions that round two floats to the halves of a word, the second one lower."""
@@ -106,6 +120,13 @@ def store(buffer, value, *index) -> None:
 def ptx(instruction: str, *operands) -> None:
     """One PTX instruction, results first."""
     I.evaluate(T.ptx[instruction](*operands))
+
+
+def access(operation: str, registers: list, address, kind: str = "u32") -> None:
+    """Read or write neighbouring words of memory at once; ``operation`` lacks their ``kind``."""
+    kind = kind if len(registers) == 1 else f"v{len(registers)}.{kind}"
+    stores = operation.startswith("st")
+    ptx(f"{operation}.{kind}", *([address, *registers] if stores else [*registers, address]))
 
 
 def mma(instruction: str, result, a, b, c) -> None:

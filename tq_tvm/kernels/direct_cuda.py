@@ -26,6 +26,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     as_float,
     byte_perm,
     f32,
@@ -37,7 +38,6 @@ from tq_tvm.kernels.device import (
     store,
     u32,
 )
-from tq_tvm.kernels.lookup_cuda import access
 from tq_tvm.spec import Codec
 
 __all__ = ["DIRECT_LANES", "E4M3_HALVES", "AffineCodes", "DirectRow", "e4m3_halves", "nibbles"]
@@ -133,7 +133,8 @@ class DirectRow:
     def read_pieces(self, pointer: Callable[[int], Any]) -> None:
         """Read the codes; ``pointer`` is of the lane's n-th piece."""
         for n in range(self.pieces):
-            access(self._space, self.codes, n * self._words, self._words, pointer(n))
+            words = [self.codes[n * self._words + i] for i in range(self._words)]
+            access(self._space, words, pointer(n))
 
     def blank(self) -> None:
         """Codes and scales of a row of zeros."""

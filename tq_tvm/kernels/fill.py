@@ -92,10 +92,12 @@ def _emit_row(spec: CacheSpec, k, v, caches: pages.Caches, token, head, slot) ->
     ]  # fmt: skip
 
 
-def _emit_window(spec: CacheSpec, rows, rings, head, sequence, position, newest) -> None:
+def _emit_window(
+    spec: CacheSpec, rows, rings: pages.Rings, head, sequence, position, newest
+) -> None:
     """Leave the rotated rows in the sequence's ring too, if ``newest`` holds."""
-    ring, at = rings[2][sequence], position % spec.window
-    sides = zip("kv", rows, rings[:2], (spec.head_dim, spec.value_dim), strict=True)
+    ring, at = rings.slots[sequence], position % spec.window
+    sides = zip("kv", rows, (rings.k, rings.v), (spec.head_dim, spec.value_dim), strict=True)
     for prefix, (row, scale), buffer, dim in sides:
         blocks.store_row(
             f"{prefix}_window", row, buffer, lambda j: [ring, at, head, j], dim, spec.dtype, scale,
@@ -164,7 +166,7 @@ def fill_table(
     """The TensorIR of ``fill`` by block table; the sizes fix a search's shapes."""
     dtype, hk = spec.dtype, spec.num_kv_heads
 
-    def emit(k, v, caches, table, lens, starts, vr, total, sequences, rings=None):
+    def emit(k, v, caches, table, lens, starts, vr, total, sequences, rings):
         token = T.min(vr // hk, total - 1)
         found = blocks.find_sequence(starts, sequences, token)
         slot = I.sblock_alloc_buffer((1,), "int64")
@@ -181,65 +183,13 @@ def fill_table(
             newest = T.And(slot[0] >= T.int64(0), position >= lens[b] - spec.window)
             _emit_window(spec, rows, rings, vr % hk, b, position, newest)
 
-    if spec.window:
+    def ring_slots(rings):
+        return [] if rings is None else [pages.whole(rings.slots)]
 
-        @T.prim_func(s_tir=True)
-        def windowed(
-            k: T.handle,
-            v: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            q_start_loc: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            if tokens is None:
-                n = T.int64()
-                p = T.int64()
-                b = T.int64()
-                w = T.int64()
-            else:
-                n = T.meta_var(T.int64(tokens))
-                p = T.meta_var(T.int64(num_pages))
-                b = T.meta_var(T.int64(batch))
-                w = T.meta_var(T.int64(table_width))
-            k_rows = T.meta_var(pages.match_rows(k, n, hk, spec.head_dim, dtype))
-            v_rows = T.meta_var(pages.match_rows(v, n, hk, spec.value_dim, dtype))
-            cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
-            s = T.int64()
-            KW = T.match_buffer(k_window, (s, spec.window, hk, spec.head_dim), dtype, align=16)
-            VW = T.match_buffer(v_window, (s, spec.window, hk, spec.value_dim), dtype, align=16)
-            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
-            K = T.meta_var(k_rows.view())
-            V = T.meta_var(v_rows.view())
-            caches = T.meta_var(pages.view_caches(cache_args))
-            for i in T.serial(blocks.padded(n * hk, row_multiple)):
-                with T.sblock("row"):
-                    vr = T.axis.spatial(blocks.padded(n * hk, row_multiple), i)
-                    T.reads(
-                        pages.whole(K),
-                        pages.whole(V),
-                        pages.whole(BT),
-                        pages.whole(SL),
-                        pages.whole(QS),
-                        pages.whole(RS),
-                        *caches.tensor_scales(spec),
-                    )
-                    T.writes(*caches.written(spec), pages.whole(KW), pages.whole(VW))
-                    emit(K, V, caches, BT, SL, QS, vr, n, b, (KW, VW, RS))
+    def written_rings(rings):
+        return [] if rings is None else [pages.whole(rings.k), pages.whole(rings.v)]
 
-        return windowed
-
-    @T.prim_func(s_tir=True)
+    @pages.jit(spec, s_tir=True)
     def main(
         k: T.handle,
         v: T.handle,
@@ -250,6 +200,9 @@ def fill_table(
         block_table: T.handle,
         seq_lens: T.handle,
         q_start_loc: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
     ):
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         if tokens is None:
@@ -268,6 +221,7 @@ def fill_table(
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
         QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
         K = T.meta_var(k_rows.view())
         V = T.meta_var(v_rows.view())
         caches = T.meta_var(pages.view_caches(cache_args))
@@ -280,9 +234,10 @@ def fill_table(
                     pages.whole(BT),
                     pages.whole(SL),
                     pages.whole(QS),
+                    *ring_slots(rings),
                     *caches.tensor_scales(spec),
                 )
-                T.writes(caches.written(spec))
-                emit(K, V, caches, BT, SL, QS, vr, n, b)
+                T.writes(*caches.written(spec), *written_rings(rings))
+                emit(K, V, caches, BT, SL, QS, vr, n, b, rings)
 
     return main

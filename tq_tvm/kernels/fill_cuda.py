@@ -32,6 +32,7 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
+    access,
     f32,
     high_half,
     i32,
@@ -288,11 +289,11 @@ def _write(
 ) -> None:
     """Codes of a lane, and by one lane of a row the scales."""
     page, offset, head, exists = where
-    name, row, size = side.name, side.row, spec.page_size
+    name, row = side.name, side.row
     codec = side.codec
 
     def inside(page, offset, width: int, stride):
-        place = offset * spec.num_kv_heads + head if spec.layout == "bshd" else head * size + offset
+        place = pages.page_row(spec, offset, head)
         return wide_product(page, stride) + T.cast(place * width, "int64")
 
     with when(exists):
@@ -318,12 +319,11 @@ def _write_plane(row: RowBits, flat, codes, t, first: int, bits: int, words) -> 
     """
     size = max(1, bits // 8)
     count = row.piece * size // 4
-    kind = "u32" if count == 1 else f"v{count}.u32"
     pieces, lanes = divmod(row.dim * bits // (8 * size), 4 * row.piece)
 
     def write(n: int) -> None:
         at = codes + T.cast(t * row.piece, "int64") + T.int64(first + n * 4 * row.piece)
-        ptx(f"st.global.{kind}", flat.ptr_to([at]), *(words[n * count + i] for i in range(count)))
+        access("st.global", [words[n * count + i] for i in range(count)], flat.ptr_to([at]))
 
     for n in range(pieces):
         write(n)
@@ -342,12 +342,12 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
     def blocks(tokens):
         return (tokens * heads + (rows - 1)) // rows
 
-    def emit(k, v, caches, tokens, block, side, thread, slots, rings=()):
+    def emit(k, v, caches, tokens, block, side, thread, slots, rings=None):
         given = fill_arguments(spec, k, v, caches, rings)
         emit_rows = _emit if multiplies(spec) else emit_lanes
         emit_rows(spec, config, given, tokens, block, side, thread, slots)
 
-    def table_slots(table, lens, starts, batch, rings=None):
+    def table_slots(table, lens, starts, batch, rings):
         return TableSlots(spec, table, lens, starts, batch, rings)
 
     @T.prim_func(s_tir=True)
@@ -375,48 +375,8 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
 
     if not by_table:
         return by_slots
-    if spec.window:
 
-        @T.prim_func(s_tir=True)
-        def windowed(
-            k: T.handle,
-            v: T.handle,
-            k_cache: T.handle,
-            v_cache: T.handle,
-            k_meta: T.handle,
-            v_meta: T.handle,
-            block_table: T.handle,
-            seq_lens: T.handle,
-            q_start_loc: T.handle,
-            k_window: T.handle,
-            v_window: T.handle,
-            window_slots: T.handle,
-        ):
-            T.func_attr({"global_symbol": "main", "tirx.noalias": True})
-            n = T.int64()
-            p = T.int64()
-            b = T.int64()
-            w = T.int64()
-            k_rows = T.meta_var(pages.match_rows(k, n, heads, dim, dtype))
-            v_rows = T.meta_var(pages.match_rows(v, n, heads, dim, dtype))
-            caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-            BT = T.match_buffer(block_table, (b, w), "int32", align=4)
-            SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
-            QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
-            r = T.int64()
-            KW = T.match_buffer(k_window, (r, spec.window, heads, dim), dtype, align=16)
-            VW = T.match_buffer(v_window, (r, spec.window, heads, dim), dtype, align=16)
-            RS = T.match_buffer(window_slots, (b,), "int32", align=4)
-            for by in T.thread_binding(config.sides, thread="blockIdx.y"):
-                for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
-                    for tx in T.thread_binding(threads, thread="threadIdx.x"):
-                        T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
-                        slots = T.meta_var(table_slots(BT, SL, QS, b, RS))
-                        emit(k_rows, v_rows, caches, n, bx, by, tx, slots, (KW, VW))
-
-        return windowed
-
-    @T.prim_func(s_tir=True)
+    @pages.jit(spec, s_tir=True)
     def by_block_table(
         k: T.handle,
         v: T.handle,
@@ -427,6 +387,9 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
         block_table: T.handle,
         seq_lens: T.handle,
         q_start_loc: T.handle,
+        k_window: T.Optional(T.handle),
+        v_window: T.Optional(T.handle),
+        window_slots: T.Optional(T.handle),
     ):
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         n = T.int64()
@@ -439,10 +402,12 @@ def fill_cuda(spec: CacheSpec, config: FillConfig, by_table: bool) -> PrimFunc:
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
         QS = T.match_buffer(q_start_loc, (b + 1,), "int32", align=4)
+        rings = T.meta_var(pages.match_rings(spec, (k_window, v_window, window_slots), b))
         for by in T.thread_binding(config.sides, thread="blockIdx.y"):
             for bx in T.thread_binding(blocks(n), thread="blockIdx.x"):
                 for tx in T.thread_binding(threads, thread="threadIdx.x"):
                     T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
-                    emit(k_rows, v_rows, caches, n, bx, by, tx, table_slots(BT, SL, QS, b))
+                    slots = T.meta_var(table_slots(BT, SL, QS, b, rings))
+                    emit(k_rows, v_rows, caches, n, bx, by, tx, slots, rings)
 
     return by_block_table

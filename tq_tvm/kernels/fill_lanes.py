@@ -14,7 +14,9 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
+from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
+    access,
     f32,
     let,
     local,
@@ -110,9 +112,7 @@ class _Side:
         """Codes of a lane, and by one lane of a row the scales."""
         page, offset, head = where
         spec, codec, given, name = self.spec, self.codec, self._arguments, self.name
-        size = spec.page_size
-        place = offset * spec.num_kv_heads + head if spec.layout == "bshd" else head * size + offset
-        place = let(place)
+        place = let(pages.page_row(spec, offset, head))
         width = codec.packed_bytes(self.row.dim)
         codes = wide_product(page, given.code_stride[name]) + T.cast(place * width, "int64")
         self._write_codes(let(codes), width, part, encoded)
@@ -132,11 +132,7 @@ class _Side:
             step = 4 if lanes == 1 else 2
             for n in range(0, self.row.values // 2, step):
                 at = codes + T.cast((n // 2 * lanes + part) * GROUP, "int64")
-                ptx(
-                    f"st.global.v{step}.u32",
-                    flat.ptr_to([at]),
-                    *[words[n + i] for i in range(step)],
-                )
+                access("st.global", [words[n + i] for i in range(step)], flat.ptr_to([at]))
             return
         first = 0
         for bits, words in zip(self.codec.plane_bits, encoded.planes, strict=True):
@@ -159,9 +155,8 @@ class _Side:
         """Neighbouring words, up to ``most`` at once."""
         for n in range(0, count, most):
             wide = min(most, count - n)
-            kind = "u32" if wide == 1 else f"v{wide}.u32"
             at = flat.ptr_to([codes + T.int64(4 * n)])
-            ptx(f"st.global.{kind}", at, *[words[n + i] for i in range(wide)])
+            access("st.global", [words[n + i] for i in range(wide)], at)
 
 
 def emit_lanes(

@@ -32,13 +32,17 @@ class FillArguments:
     rings: dict[str, Any]
 
 
-def fill_arguments(spec: CacheSpec, k_rows, v_rows, caches, rings) -> FillArguments:
-    """Views of the arguments of one function; ``rings`` is empty without a window."""
+def fill_arguments(
+    spec: CacheSpec, k_rows, v_rows, caches, rings: pages.Rings | None
+) -> FillArguments:
+    """Views of the arguments of one function."""
     k_cache, v_cache, k_meta, v_meta = caches
     codecs = {"k": spec.cache_format.key, "v": spec.cache_format.value}
     given = {"k": k_meta, "v": v_meta}
     metas = {name: given[name] for name, codec in codecs.items() if codec.meta}
     scaled = [name for name, codec in codecs.items() if codec.tensor_scale]
+
+    ringed = {} if rings is None else {"k": rings.k, "v": rings.v}
 
     def stride(argument):
         register = local(1, "int32")
@@ -53,7 +57,7 @@ def fill_arguments(spec: CacheSpec, k_rows, v_rows, caches, rings) -> FillArgume
         code_stride={"k": stride(k_cache), "v": stride(v_cache)},
         meta_stride={name: stride(meta) for name, meta in metas.items()},
         scales={name: let(given[name].buffer[0]) for name in scaled},
-        rings={name: pages.flat_buffer(ring) for name, ring in zip("kv", rings, strict=False)},
+        rings={name: pages.flat_buffer(ring) for name, ring in ringed.items()},
     )
 
 
@@ -81,10 +85,12 @@ class GivenSlots:
 class TableSlots:
     """Slots of tokens in turn: what changes with the sequence or the page is kept until it does.
 
-    ``rings`` has the ring of each sequence, where the spec has a window.
+    ``rings`` are of a spec with a window.
     """
 
-    def __init__(self, spec: CacheSpec, table, lens, starts, batch, rings=None) -> None:
+    def __init__(
+        self, spec: CacheSpec, table, lens, starts, batch, rings: pages.Rings | None
+    ) -> None:
         self._size, self._table, self._lens, self._starts = spec.page_size, table, lens, starts
         self._window, self._rings = spec.window, rings
         self._batch = T.cast(batch, "int32")
@@ -128,4 +134,4 @@ class TableSlots:
     def ring_row(self, token):
         """Row of its ring that it goes to, among those of all rings."""
         inside = T.truncmod(self._shift[0] + token, self._window)
-        return self._rings[self._sequence[0]] * self._window + inside
+        return self._rings.slots[self._sequence[0]] * self._window + inside

@@ -25,6 +25,7 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     f32,
     i32,
     let,
@@ -45,7 +46,7 @@ from tq_tvm.kernels.hadamard_cuda import (
     rotate_rows,
 )
 from tq_tvm.kernels.lane_rows import multiplies
-from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, access, looked_up
+from tq_tvm.kernels.lookup_cuda import CodedRow, LevelTable, unit_levels
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["FlattenConfig", "flatten_cuda"]
@@ -119,7 +120,8 @@ class _Side(CodedRow):
             for i in range(words):
                 store(line, found[i], i)
             for i in range(0, words, 4):
-                access("st.global", line, i, min(4, words - i), out.ptr_to([at + T.int64(2 * i)]))
+                pieces = [line[n] for n in range(i, min(i + 4, words))]
+                access("st.global", pieces, out.ptr_to([at + T.int64(2 * i)]))
 
 
 class _RotatedSide(_Side):
@@ -142,7 +144,7 @@ class _RotatedSide(_Side):
         for n in range(self.bytes // piece):
             at = pointer(T.cast(part * piece + n * 4 * piece, "int64"))
             words = piece // 4
-            access(self.wide, self.codes, n * words, words, at)
+            access(self.wide, [self.codes[n * words + i] for i in range(words)], at)
         if self.planes > 1:
             self._load_third(pointer, part)
 
@@ -152,7 +154,7 @@ class _RotatedSide(_Side):
         lanes = self.plane // 2 // piece
         at = pointer(T.cast(part % lanes * piece + self.plane, "int64"))
         words = min(piece // 4, count)
-        access(self.wide, self.third, 0, words, at)
+        access(self.wide, [self.third[i] for i in range(words)], at)
         for i in range(words, count):
             store(self.third, self.third[i - words], i)
         if lanes < 4:
@@ -164,11 +166,8 @@ class _RotatedSide(_Side):
         """Values of a lane in order of their coordinates, in pairs of the model's dtype."""
         spec, row = self.spec, self._row
         norm, residual = self._scales()
-        values = [f32(c) for c in looked_up(self.codec)]
-        if residual is not None:
-            shift = let(residual * f32(spec.head_dim**0.5))
-            values = [value + shift for value in values]
-        table = LevelTable.rounded("float16", values)
+        levels = unit_levels(self.codec, spec.head_dim, residual)
+        table = LevelTable.rounded("float16", levels)
         words = local(spec.head_dim // 8, "uint32")
         for i in range(self.bytes // 4):
             found = self._find(table, i)
@@ -199,7 +198,7 @@ def _write_rotated(bits: RowBits, pairs, out, row, part) -> None:
     piece = bits.piece
     for n in range(bits.pieces):
         at = out.ptr_to([row + T.cast(part * piece + n * 4 * piece, "int64")])
-        access("st.global", pairs, n * (piece // 2), piece // 2, at)
+        access("st.global", [pairs[n * (piece // 2) + i] for i in range(piece // 2)], at)
 
 
 def _emit(
@@ -221,7 +220,7 @@ def _emit(
         return
     block_table, seq_lens, start_loc = tables
     tokens, batch = sizes
-    fmt, heads, size = spec.cache_format, spec.num_kv_heads, spec.page_size
+    fmt, heads = spec.cache_format, spec.num_kv_heads
     lanes = _lanes(unrotated)
     abreast = 32 // lanes
     codecs = (fmt.key, fmt.value)
@@ -255,17 +254,13 @@ def _emit(
     def read(row, both: list) -> None:
         """Rows past the end repeat the last one."""
         token = let(T.truncdiv(row, heads))
-        following = T.cast(batch, "int32") - 1
-        later = T.if_then_else(low[0] < following, start_loc[low[0] + 1] <= token, T.bool(False))
-        with loop(later):
-            store(low, low[0] + 1)
+        pages.advance_start(low, start_loc, batch, token)
         position = let(token - start_loc[low[0]])
         for side in both:
             side.blank()
         with when(T.And(position >= 0, position < seq_lens[low[0]])):
-            page = let(T.cast(block_table[low[0], T.truncdiv(position, size)], "int64"))
-            offset, head = T.truncmod(position, size), T.truncmod(row, heads)
-            place = let(offset * heads + head if spec.layout == "bshd" else head * size + offset)
+            head = T.truncmod(row, heads)
+            page, place = pages.token_row(spec, block_table, low[0], position, head)
             for side in both:
                 side.load(page, place, part)
 

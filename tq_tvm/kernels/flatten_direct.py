@@ -14,6 +14,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     f32,
     high_half,
     let,
@@ -25,7 +26,7 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.kernels.direct_cuda import AffineCodes, DirectRow, e4m3_halves, nibbles
 from tq_tvm.kernels.hadamard_cuda import RowBits, RowSigns, rotate_rows
-from tq_tvm.kernels.lookup_cuda import GLOBAL, access
+from tq_tvm.kernels.lookup_cuda import GLOBAL
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["DirectSide", "RotatedDirectSide"]
@@ -59,7 +60,7 @@ class DirectSide(DirectRow):
             line = local(len(found), "uint32")
             for i, word in enumerate(found):
                 store(line, word, i)
-            access("st.global", line, 0, len(found), out.ptr_to([at]))
+            access("st.global", [line[i] for i in range(len(found))], out.ptr_to([at]))
 
 
 class RotatedDirectSide(DirectSide):

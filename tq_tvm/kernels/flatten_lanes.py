@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     f32,
     i32,
     let,
@@ -29,8 +30,8 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.lane_rows import GROUP, LaneRow, padded_words
-from tq_tvm.kernels.lookup_cuda import GLOBAL
-from tq_tvm.kernels.word_codes import WordCodes, code_fields, code_words, scale_of, third_bits
+from tq_tvm.kernels.lookup_cuda import GLOBAL, row_scale
+from tq_tvm.kernels.word_codes import WordCodes, code_fields, code_words, third_bits
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["emit_lanes"]
@@ -72,7 +73,7 @@ class _Side:
             for n in range(count // 2):
                 at = codes + T.cast((n * lanes + part) * GROUP, "int64")
                 pair = [self._codes[2 * n + i] for i in range(2)]
-                ptx(f"{GLOBAL}.v2.u32", *pair, cache.codes.ptr_to([at]))
+                access(GLOBAL, pair, cache.codes.ptr_to([at]))
         elif lanes == 1:
             self._read_run(codes, count)
         else:
@@ -121,9 +122,8 @@ class _Side:
             return
         for n in range(0, count, most):
             wide = min(most, count - n)
-            kind = "u32" if wide == 1 else f"v{wide}.u32"
             registers = [words[n + i] for i in range(wide)]
-            ptx(f"{GLOBAL}.{kind}", *registers, flat.ptr_to([codes + T.int64(4 * n)]))
+            access(GLOBAL, registers, flat.ptr_to([codes + T.int64(4 * n)]))
 
     def leave(self, pointer, part) -> None:
         """Leave the row in shared memory; ``pointer`` is of its words."""
@@ -145,7 +145,7 @@ class _Side:
                 third = None if self._third is None else self._third[n]
                 for field, pair in enumerate(words.pairs(self._codes[n], third)):
                     group = (n + field * groups) * row.lanes + part
-                    ptx("st.shared.v2.u32", pointer(2 * group), *pair)
+                    access("st.shared", pair, pointer(2 * group))
             return
         value = local(row.values, "float32")
         for n in range(count):
@@ -155,7 +155,7 @@ class _Side:
                     store(value, one, (n + field * groups) * GROUP + i)
         scale = f32(1)
         if looked:
-            scale = scale_of(dtype, codec, self._meta[0]) * f32(row.dim**-0.5)
+            scale = row_scale(dtype, codec, self._meta[0]) * f32(row.dim**-0.5)
         self._leave_rotated(value, scale, pointer, part)
 
     def _leave_rotated(self, value, scale, pointer, part) -> None:
@@ -177,7 +177,7 @@ def emit_lanes(
     """``32 tiles`` rows of a warp, K and then V; ``back`` says whether to rotate back."""
     block_table, seq_lens, start_loc = tables
     tokens, batch = sizes
-    fmt, heads, size = spec.cache_format, spec.num_kv_heads, spec.page_size
+    fmt, heads = spec.cache_format, spec.num_kv_heads
     warp, lane = let(thread // 32), let(thread % 32)
     total = let(T.cast(tokens, "int32") * heads)
     dims = (spec.head_dim, spec.value_dim)
@@ -190,16 +190,12 @@ def emit_lanes(
 
     def load(side: _Side, row, part) -> None:
         token = let(T.truncdiv(row, heads))
-        following = T.cast(batch, "int32") - 1
-        later = T.if_then_else(low[0] < following, start_loc[low[0] + 1] <= token, T.bool(False))
-        with loop(later):
-            store(low, low[0] + 1)
+        pages.advance_start(low, start_loc, batch, token)
         position = let(token - start_loc[low[0]])
         side.blank()
         with when(T.And(position >= 0, position < seq_lens[low[0]])):
-            page = let(T.cast(block_table[low[0], T.truncdiv(position, size)], "int64"))
-            offset, head = T.truncmod(position, size), T.truncmod(row, heads)
-            place = let(offset * heads + head if spec.layout == "bshd" else head * size + offset)
+            head = T.truncmod(row, heads)
+            page, place = pages.token_row(spec, block_table, low[0], position, head)
             side.load(page, place, part)
 
     def write(side: _Side, out, stride) -> None:
@@ -213,10 +209,10 @@ def emit_lanes(
             with when(row < last):
                 at = let(begin + inside * padded_words(dim) + chunk * 4)
                 registers = [piece[i] for i in range(4)]
-                ptx("ld.shared.v4.u32", *registers, words.ptr_to([at]))
+                access("ld.shared", registers, words.ptr_to([at]))
                 token, head = T.truncdiv(row, heads), T.truncmod(row, heads)
                 to = T.cast(token, "int64") * stride + T.cast(head * dim + chunk * 8, "int64")
-                ptx("st.global.v4.u32", out.ptr_to([to]), *registers)
+                access("st.global", registers, out.ptr_to([to]))
 
     for codec, dim, cache, output in zip((fmt.key, fmt.value), dims, caches, outputs, strict=True):
         side = _Side(spec, codec, dim, cache, back)

@@ -16,6 +16,7 @@ from tvm.script import tirx as T
 from tq_tvm.formats import hadamard_factors, rotation_signs
 from tq_tvm.kernels.blocks import paley_rows
 from tq_tvm.kernels.device import (
+    access,
     f32,
     high_half,
     let,
@@ -86,7 +87,7 @@ class LaneRow:
         for n in range(0, self.values // GROUP, step):
             at = pointer((n * self.lanes + part) * 2)
             registers = [words[2 * n + i] for i in range(2 * step)]
-            ptx(f"ld.shared.v{2 * step}.u32", *registers, at)
+            access("ld.shared", registers, at)
 
     def write(self, words, pointer, part) -> None:
         """Write 16-bit values where `read` reads."""
@@ -94,7 +95,7 @@ class LaneRow:
         for n in range(0, self.values // GROUP, step):
             at = pointer((n * self.lanes + part) * 2)
             registers = [words[2 * n + i] for i in range(2 * step)]
-            ptx(f"st.shared.v{2 * step}.u32", at, *registers)
+            access("st.shared", registers, at)
 
     def widen(self, dtype: str, words, value) -> None:
         """Floats of words of two values."""

@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     byte_perm,
     f32,
     from_half,
@@ -36,12 +37,15 @@ __all__ = [
     "CodedRow",
     "HighTable",
     "LevelTable",
-    "access",
     "alone",
     "find_mirrored",
     "find_pairs",
     "looked_up",
+    "row_residual",
+    "row_scale",
+    "scaled_levels",
     "together",
+    "unit_levels",
 ]
 
 GLOBAL = "ld.global.nc"
@@ -76,6 +80,33 @@ def looked_up(codec: Codec) -> list[float]:
     """Levels that a table has: of 16, the positive ones."""
     levels = list(codec.centroids)
     return levels[len(levels) // 2 :] if len(levels) == 16 else levels
+
+
+def row_scale(dtype: str, codec: Codec, meta):
+    """The scale in a row's word of scales."""
+    return low_half(dtype, meta) if codec.residual_sign else from_half(dtype, meta)
+
+
+def row_residual(dtype: str, codec: Codec, meta):
+    """The length of a row's residual, or None for a codec without its signs."""
+    return let(high_half(dtype, meta)) if codec.residual_sign else None
+
+
+def scaled_levels(codec: Codec, dim: int, scale, residual) -> list:
+    """Values of a table of a row; ``residual`` is added to codes whose top bit is set."""
+    values = [scale * f32(c * dim**-0.5) for c in looked_up(codec)]
+    return values if residual is None else _shifted(values, scale * residual)
+
+
+def unit_levels(codec: Codec, dim: int, residual) -> list:
+    """`scaled_levels` without the scale and 1 / sqrt(D)."""
+    values = [f32(c) for c in looked_up(codec)]
+    return values if residual is None else _shifted(values, residual * f32(dim**0.5))
+
+
+def _shifted(values: list, shift) -> list:
+    shift = let(shift)
+    return [value + shift for value in values]
 
 
 class LevelTable:
@@ -228,7 +259,8 @@ class CodedRow:
             planes.append((self.third, second))
         for words, pointer in planes:
             for n in range(0, self.bytes // 4, 4):
-                access(self.wide, words, n, min(4, self.bytes // 4 - n), pointer(n // 4))
+                four = [words[i] for i in range(n, min(n + 4, self.bytes // 4))]
+                access(self.wide, four, pointer(n // 4))
         if self.planes > 1:
             self._align(range(self.bytes // 4), half)
 
@@ -240,7 +272,7 @@ class CodedRow:
             store(words, T.cast(short[0], "uint32"))
         for first in range(0, count, 4):
             place = pointer(at + T.int64(4 * first) if first else at)
-            access(self.wide, words, first, min(4, count - first), place)
+            access(self.wide, [words[i] for i in range(first, min(first + 4, count))], place)
 
     def _align(self, which, half) -> None:
         """Shift bytes of the second plane to the codes of a half of the first."""
@@ -256,9 +288,8 @@ class CodedRow:
 
     def _scales(self):
         """Scale and, for a codec with signs, residual."""
-        if self.codec.residual_sign:
-            return let(low_half(self.dtype, self.meta[0])), let(high_half(self.dtype, self.meta[0]))
-        return let(from_half(self.dtype, self.meta[0])), None
+        scale = let(row_scale(self.dtype, self.codec, self.meta[0]))
+        return scale, row_residual(self.dtype, self.codec, self.meta[0])
 
     def chunks(self):
         """Four words of values at a time, as soon as they are found: their field and number in it.
@@ -288,17 +319,5 @@ class CodedRow:
     def _table(self) -> LevelTable:
         """Values of the row by code."""
         scale, residual = self._scales()
-        sigma = self.dim**-0.5
-        values = [scale * f32(c * sigma) for c in looked_up(self.codec)]
-        if residual is not None:
-            shift = let(scale * residual)
-            values = [value + shift for value in values]
-        return LevelTable.rounded(self.dtype, values)
-
-
-def access(operation: str, words, first: int, count: int, address) -> None:
-    """Read or write ``count`` neighbouring words at once."""
-    kind = "u32" if count == 1 else f"v{count}.u32"
-    registers = [words[first + i] for i in range(count)]
-    operands = (address, *registers) if operation.startswith("st") else (*registers, address)
-    ptx(f"{operation}.{kind}", *operands)
+        levels = scaled_levels(self.codec, self.dim, scale, residual)
+        return LevelTable.rounded(self.dtype, levels)

@@ -15,7 +15,8 @@ from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.rows_cpu import LOG2_E, CpuRows, Source
+from tq_tvm.kernels.device import LOG2E
+from tq_tvm.kernels.rows_cpu import CpuRows, sources
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["MlaCpuConfig", "mla_cpu"]
@@ -48,7 +49,7 @@ def mla_cpu(spec: CacheSpec, config: MlaCpuConfig) -> PrimFunc:
         """Output and lse of a query row, from its m and l."""
         none = T.EQ(weight, T.float32(0))
         with I.If(LSE.shape[1] > 0), I.Then():
-            lse = (best + T.log2(weight)) * T.float32(1 / LOG2_E)
+            lse = (best + T.log2(weight)) * T.float32(1 / LOG2E)
             lse = T.if_then_else(none, T.float32(-math.inf), lse)
             I.buffer_store(LSE, lse, [sequence, head])
         latents.rotate(merged, scratch, 0, D)
@@ -79,19 +80,13 @@ def mla_cpu(spec: CacheSpec, config: MlaCpuConfig) -> PrimFunc:
         hl = T.int64()
         QL = T.match_buffer(q_latent, (b, HQ, D), dtype, align=16)
         QR = T.match_buffer(q_rope, (b, HQ, R), dtype, align=16)
-        cache_args = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
-        KC = T.meta_var(cache_args[0].buffer)
-        VC = T.meta_var(cache_args[1].buffer)
-        KM = T.meta_var(pages.matched_buffer(cache_args[2]))
-        VM = T.meta_var(pages.matched_buffer(cache_args[3]))
+        caches = T.meta_var(pages.match_caches(spec, (k_cache, v_cache, k_meta, v_meta), p))
         BT = T.match_buffer(block_table, (b, w), "int32", align=4)
         SL = T.match_buffer(seq_lens, (b,), "int32", align=4)
         WS = T.match_buffer(workspace, (ws,), "float32", align=16)
         OUT = T.match_buffer(out, (b, HQ, D), dtype, align=16)
         LSE = T.match_buffer(lse, (b, hl), "float32", align=4)
-        # There is no window to read from.
-        of_latents = T.meta_var(Source(KC, KM, BT, QL, SL))
-        of_ropes = T.meta_var(Source(VC, VM, BT, QL, SL))
+        of_latents, of_ropes = T.meta_var(sources(caches, BT))
         for task in T.parallel(b * BLOCKS * num_splits):
             bz: T.let = T.truncdiv(task, BLOCKS * num_splits)
             first: T.let = T.truncmod(T.truncdiv(task, num_splits), BLOCKS) * HEADS

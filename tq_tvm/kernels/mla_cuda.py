@@ -29,10 +29,11 @@ from tvm.script.ir_builder import tirx as I
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import LOG2E
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.device import (
+    LOG2E,
     PAIR,
+    access,
     arrive_at_cluster,
     f32,
     high_half,
@@ -244,8 +245,7 @@ class _QuerySide:
             for i in range(0, count // 2, 4):
                 own = [self._coming[i + n] for n in range(min(4, count // 2))]
                 at = self._queries.ptr_to([sequence, head, self._lane * count + 2 * i])
-                kind = "u32" if len(own) == 1 else f"v{len(own)}.u32"
-                ptx(f"ld.global.nc.{kind}", *own, at)
+                access("ld.global.nc", own, at)
 
     def take(self) -> None:
         """The row that was asked for is this one."""
@@ -282,8 +282,7 @@ class _QuerySide:
                 own = [pairs[i + n] for n in range(min(4, count // 2))]
                 if len(own) < 4:
                     to = to + T.truncmod(T.truncdiv(column, 2), 4)
-                kind = "u32" if len(own) == 1 else f"v{len(own)}.u32"
-                ptx(f"st.shared.{kind}", pointer(self._words, to), *own)
+                access("st.shared", own, pointer(self._words, to))
 
 
 def _decode(shape, latents, first, last, full, empty, lane) -> None:

@@ -20,7 +20,10 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
     FULL_WARP,
+    LOWEST,
+    MASKED,
     PAIR,
+    access,
     f32,
     let,
     local,
@@ -47,8 +50,6 @@ from tq_tvm.kernels.wgmma import (
 
 __all__ = ["Heads", "warps_of"]
 
-_LOWEST = -1e30
-_MASKED = -3e38
 _SLACK = 6.0
 WARP_ROWS = 16
 """Rows of a warp."""
@@ -109,7 +110,7 @@ class Heads:
         self.bound, self.total = local(2, "float32"), local(2, "float32")
         self.output = [local(_COLUMNS // 2, "float32") for _ in range(HALF // _COLUMNS)]
         for half in range(2):
-            store(self.bound, f32(_LOWEST), half)
+            store(self.bound, f32(LOWEST), half)
             store(self.total, f32(0), half)
         for output in self.output:
             for i in range(_COLUMNS // 2):
@@ -172,7 +173,7 @@ class Heads:
             four = local(4, "float32")
             for i in range(_SCORES // 4):
                 at = pointer(self._words, self._arriving + 4 * WARPGROUP * i)
-                ptx("ld.shared.v4.f32", *[four[e] for e in range(4)], at)
+                access("ld.shared", [four[e] for e in range(4)], at, "f32")
                 for e in range(4):
                     store(scores, scores[4 * i + e] + four[e], 4 * i + e)
             warp_barrier()
@@ -184,7 +185,7 @@ class Heads:
         with when(first + TILE > length):
             for i in range(_SCORES):
                 token = first + (8 * (i // 4) + i % 2) + 2 * self.t
-                store(scores, T.Select(token < length, scores[i], f32(_MASKED)), i)
+                store(scores, T.Select(token < length, scores[i], f32(MASKED)), i)
         top = local(2, "float32")
         above = T.bool(False)
         for half in range(2):
@@ -231,7 +232,7 @@ class Heads:
                     first = 4 * (octet % (_COLUMNS // 8)) + 2 * half
                     pair = [output[first + e] for e in range(2)]
                     at = columns + T.int64(8 * octet) + T.cast(2 * self.t, "int64")
-                    ptx("st.global.v2.f32", workspace.ptr_to([at]), *pair)
+                    access("st.global", pair, workspace.ptr_to([at]), "f32")
                 with when(T.And(stats[1], self.t == 0)):
                     at = let(stats[0] + row * 2)
                     store(workspace, self.bound[half], at)

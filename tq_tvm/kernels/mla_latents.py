@@ -17,6 +17,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
+    access,
     i32,
     let,
     local,
@@ -226,7 +227,7 @@ class Latents:
             store(row.meta, self._meta[turn])
         rope = local(4, "uint32")
         at = place + _GROUP * shape.code_bytes // 4 + self._lane * 4
-        ptx("ld.shared.v4.u32", *[rope[i] for i in range(4)], pointer(words, at))
+        access("ld.shared", [rope[i] for i in range(4)], pointer(words, at))
         return row, rope
 
     def _write(self, turn: int, begin, row, rope) -> None:
@@ -239,10 +240,10 @@ class Latents:
             turned = self._written[number]
             at = start + (T.bitwise_xor(turned, inside * 4) if inside else turned)
             at = at + block * (TILE * BLOCK // 2)
-            ptx("st.shared.v4.u32", pointer(words, at), *line)
+            access("st.shared", line, pointer(words, at))
         # Chunks of a rope part are where they have to be already.
         at = begin + HALF * TILE // 2 + group * (_GROUP * HALF_ROPE // 2) + self._lane * 4
-        ptx("st.shared.v4.u32", pointer(words, at), *[rope[i] for i in range(4)])
+        access("st.shared", [rope[i] for i in range(4)], pointer(words, at))
 
     def _chunks(self, row):
         """Eight values at a time: the first chunk of all lanes' columns, and the lane's n-th."""

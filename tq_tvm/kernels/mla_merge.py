@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.attend_rows import LOWEST, finish_row
+from tq_tvm.kernels.attend_rows import finish_row
 from tq_tvm.kernels.device import (
+    LOWEST,
+    access,
     barrier,
     f32,
     let,
     local,
     loop,
-    ptx,
     reduce_lanes,
     shared,
     store,
@@ -71,7 +72,7 @@ def merge_pieces(
             store(total, total[0] + weight[n] * workspace[stats + index * 2 + 1])
             for i in range(0, count, 4):
                 four = [piece[n, i + e] for e in range(4)]
-                ptx("ld.global.v4.f32", *four, workspace.ptr_to([begin + index * dim + i]))
+                access("ld.global", four, workspace.ptr_to([begin + index * dim + i]), "f32")
         for n in range(_AHEAD):
             for i in range(count):
                 store(x, x[i] + weight[n] * piece[n, i], i)

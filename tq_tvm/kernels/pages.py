@@ -1,29 +1,39 @@
-"""The four cache tensors as kernel arguments, and where a token's rows are in them."""
+"""Cache tensors and a window's rings as kernel arguments, and where a token's rows are in them."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
+from tvm.tirx import PrimFunc
 
-from tq_tvm.kernels.device import local, loop, store
+from tq_tvm.kernels.device import let, local, loop, store
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
     "Caches",
+    "Rings",
     "Strided",
+    "advance_start",
     "find_last_start",
     "flat",
     "flat_buffer",
+    "jit",
     "match_caches",
+    "match_rings",
     "match_rows",
     "matched_buffer",
+    "page_row",
     "page_slot",
     "row_index",
+    "row_strides",
     "slot_row",
     "store_slot",
+    "token_place",
+    "token_row",
     "view_caches",
     "whole",
 ]
@@ -124,6 +134,49 @@ def match_caches(spec: CacheSpec, handles: tuple, pages) -> list[Strided | None]
     return matched
 
 
+@dataclasses.dataclass(frozen=True)
+class Rings:
+    """The matched buffers of ``k_window``, ``v_window`` and ``window_slots``."""
+
+    k: Any
+    v: Any
+    slots: Any
+
+
+def match_rings(spec: CacheSpec, handles: tuple, sequences) -> Rings | None:
+    """Match the handles of a window's rings, or None for a spec without one."""
+    if not spec.window:
+        return None
+    k_window, v_window, window_slots = handles
+    rings = T.int64()
+
+    def match(handle, dim: int):
+        shape = (rings, spec.window, spec.num_kv_heads, dim)
+        return T.match_buffer(handle, shape, spec.dtype, align=16)
+
+    return Rings(
+        match(k_window, spec.head_dim),
+        match(v_window, spec.value_dim),
+        T.match_buffer(window_slots, (sequences,), "int32", align=4),
+    )
+
+
+def jit(spec: CacheSpec, s_tir: bool) -> Callable[[Callable], PrimFunc]:
+    """Parse a function as ``T.prim_func`` does, without optional handles if there is no window.
+
+    ``T.Optional`` marks these. The parser takes it only below a decorator of this name, and reads
+    ``s_tir``, which ``T.jit`` does not accept, out of the source.
+    """
+
+    def parse(function: Callable) -> PrimFunc:
+        kernel = T.jit(function)
+        absent = () if spec.window else kernel.optional_names
+        return kernel.specialize(**dict.fromkeys(absent))
+
+    parse.dispatch_token = T.jit.dispatch_token
+    return parse
+
+
 def matched_buffer(matched: Strided | None):
     """The buffer of one of `match_caches`, or None."""
     return None if matched is None else matched.buffer
@@ -170,6 +223,38 @@ def find_last_start(found, starts, count, token) -> None:
                 store(past, probe[0])
 
 
+def advance_start(found, starts, count, token) -> None:
+    """Go on from a sequence that `find_last_start` found to that of a later ``token``."""
+    last = T.cast(count, "int32") - 1
+    ended = T.if_then_else(found[0] < last, starts[found[0] + 1] <= token, T.bool(False))
+    with loop(ended):
+        store(found, found[0] + 1)
+
+
+def row_strides(spec: CacheSpec) -> tuple[int, int]:
+    """Rows of a page from a token to the next, and from a KV head to the next."""
+    return (spec.num_kv_heads, 1) if spec.layout == "bshd" else (1, spec.page_size)
+
+
+def page_row(spec: CacheSpec, offset, head):
+    """Number of a token's row among those of its page."""
+    if spec.layout == "bshd":
+        return offset * spec.num_kv_heads + head
+    return head * spec.page_size + offset
+
+
+def token_place(spec: CacheSpec, table, sequence, position) -> tuple[Any, Any]:
+    """Page of a position of a sequence, int64, and the offset in it."""
+    page = T.cast(table[sequence, position // spec.page_size], "int64")
+    return page, position % spec.page_size
+
+
+def token_row(spec: CacheSpec, table, sequence, position, head) -> tuple[Any, Any]:
+    """Page of a position that is not negative, int64, and the `page_row` there: two registers."""
+    page = let(T.cast(table[sequence, T.truncdiv(position, spec.page_size)], "int64"))
+    return page, let(page_row(spec, T.truncmod(position, spec.page_size), head))
+
+
 def row_index(spec: CacheSpec, page, offset, head):
     """Indices of coordinate ``j`` of the row at ``offset`` of ``page``, as a function of ``j``."""
     if spec.layout == "bshd":
@@ -184,8 +269,8 @@ def slot_row(spec: CacheSpec, slot, head):
 
 def page_slot(spec: CacheSpec, table, sequence, position):
     """Slot of a position of a sequence, through the block table."""
-    page = T.cast(table[sequence, position // spec.page_size], "int64")
-    return page * spec.page_size + T.cast(position % spec.page_size, "int64")
+    page, offset = token_place(spec, table, sequence, position)
+    return page * spec.page_size + T.cast(offset, "int64")
 
 
 def store_slot(slot, value, reads: list) -> None:

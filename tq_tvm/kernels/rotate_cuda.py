@@ -51,6 +51,7 @@ from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     barrier,
     f32,
     i32,
@@ -196,7 +197,7 @@ class _Thread:
                 starts[later] = let(self._base + T.cast(element, "int64"))
             address = self._x.ptr_to([starts[later] + T.int64(place & tile.dim - 1)])
             piece = [self.words[first // 2 + i] for i in range(4)]
-            ptx("ld.global.L1::no_allocate.v4.u32", *piece, address)
+            access("ld.global.L1::no_allocate", piece, address)
 
     def exchange(self) -> None:
         """Let the bits that are exchanged and those of registers change places; add them."""
@@ -204,13 +205,13 @@ class _Thread:
         at = tile.pointers(self._shared, self._read)
         for first in range(0, tile.values, 4):
             elements = [value[first + i] for i in range(4)]
-            ptx("st.shared.v4.f32", at(tile.read.of_register(first)), *elements)
+            access("st.shared", elements, at(tile.read.of_register(first)), "f32")
         self._meet()
         at = tile.pointers(self._shared, self._written)
         count = 1 << min(2, tile.vector)
         for first in range(0, tile.values, count):
             elements = [value[first + i] for i in range(count)]
-            ptx(f"ld.shared.v{count}.f32", *elements, at(tile.written.of_register(first)))
+            access("ld.shared", elements, at(tile.written.of_register(first)), "f32")
         pair = local(2, "float32")
         for i in range(len(tile.exchanged)):
             bit = 1 << tile.vector + i
@@ -237,7 +238,6 @@ class _Thread:
             ptx(PAIR[tile.dtype], pairs[i], high, low)
         start = let(self._base + T.cast(row * tile.dim + self._written, "int64"))
         count = 1 << tile.vector - 1
-        kind = "u32" if count == 1 else f"v{count}.u32"
         # One condition for all that a lane has of a row.
         rows: dict[int, list[int]] = {}
         for i in range(0, tile.values // 2, count):
@@ -248,7 +248,7 @@ class _Thread:
             with when(there < self._left):
                 for i in mine:
                     address = self._y.ptr_to([start + T.int64(tile.written.of_register(2 * i))])
-                    ptx(f"st.global.{kind}", address, *[pairs[i + j] for j in range(count)])
+                    access("st.global", [pairs[i + j] for j in range(count)], address)
 
 
 def _emit(spec: RotateSpec, config: RotateConfig, x, y, n, block, thread) -> None:

@@ -12,6 +12,7 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     f32,
     let,
     local,
@@ -74,8 +75,8 @@ def emit_lanes(spec: RotateSpec, config: Any, x, y, n, block, thread) -> None:
         for there, element, place in pieces():
             with when(there < last):
                 registers = [four[i] for i in range(4)]
-                ptx("ld.shared.v4.u32", *registers, words.ptr_to([place]))
+                access("ld.shared", registers, words.ptr_to([place]))
                 at = y.ptr_to([there * dim + T.cast(element, "int64")])
-                ptx("st.global.v4.u32", at, *registers)
+                access("st.global", registers, at)
         warp_barrier()
         store(first, first[0] + T.int64(abreast))

@@ -17,7 +17,6 @@ Every method is called while a TVMScript function is being parsed and appends to
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,16 +26,11 @@ from tvm.script.ir_builder import tirx as I
 from tq_tvm.formats import Codec, hadamard_factors
 from tq_tvm.kernels.blocks import paley_rows, rotation_scale, select, sign_of
 from tq_tvm.kernels.codecs import read_row
-from tq_tvm.kernels.device import local
-from tq_tvm.kernels.pages import row_index
+from tq_tvm.kernels.device import LOG2E, LOWEST, local
+from tq_tvm.kernels.pages import Rings, matched_buffer, row_index, token_place
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["LOG2_E", "NEGATIVE", "CpuRows", "Source", "State"]
-
-NEGATIVE = -1e30
-"""Below every logit: of tokens that a query does not see, and m of none."""
-
-LOG2_E = math.log2(math.e)
+__all__ = ["CpuRows", "Source", "State", "sources"]
 
 _LANES = 8
 """Floats of an AVX2 register: the centroids of K."""
@@ -92,16 +86,24 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One side of the cache: codes, their scales, and with a window the rings and whose is which.
-
-    ``ring`` and ``slots`` are not looked at without a window.
-    """
+    """One side of the cache: codes, scales, and with a window its rings and whose is which."""
 
     cache: Any
     meta: Any
     table: Any
-    ring: Any
-    slots: Any
+    ring: Any = None
+    slots: Any = None
+
+
+def sources(caches: list, table, rings: Rings | None = None) -> tuple[Source, Source]:
+    """K and V of what `pages.match_caches` and `pages.match_rings` matched."""
+    k_cache, v_cache, k_meta, v_meta = map(matched_buffer, caches)
+    if rings is None:
+        return Source(k_cache, k_meta, table), Source(v_cache, v_meta, table)
+    return (
+        Source(k_cache, k_meta, table, rings.k, rings.slots),
+        Source(v_cache, v_meta, table, rings.v, rings.slots),
+    )
 
 
 class CpuRows:
@@ -169,14 +171,14 @@ class CpuRows:
             I.buffer_store(state.query, self.signed(T.cast(q(j), "float32"), j, dim), [i, j])
         self.rotate(state.query, state.scratch, i, dim)
         with I.serial(0, dim) as j:
-            scale = sm_scale * T.float32(LOG2_E * self.key_scale)
+            scale = sm_scale * T.float32(LOG2E * self.key_scale)
             I.buffer_store(state.query, state.query[i, j] * scale, [i, j])
             if dim == value_dim:
                 I.buffer_store(state.acc, T.float32(0), [i, j])
         if dim != value_dim:
             with I.serial(0, value_dim) as j:
                 I.buffer_store(state.acc, T.float32(0), [i, j])
-        I.buffer_store(state.top, T.float32(NEGATIVE), [i])
+        I.buffer_store(state.top, T.float32(LOWEST), [i])
         I.buffer_store(state.total, T.float32(0), [i])
 
     def read_key(self, state: State, k: Source, sequence, position, length, head):
@@ -233,7 +235,7 @@ class CpuRows:
     def weigh(self, state: State, i, count, *, masked: bool) -> None:
         """Scores of query row ``i`` for ``count`` tokens become weights; what was is rescaled.
 
-        ``masked``: scores may be `NEGATIVE`, of tokens that the query does not see.
+        ``masked``: scores may be `LOWEST`, of tokens that the query does not see.
         """
         score, top, total, acc = state.score, state.top, state.total, state.acc
         peak = _number(top[i])
@@ -248,7 +250,7 @@ class CpuRows:
         with I.serial(0, count) as r:
             weight = T.exp2(score[i, r] - peak)
             if masked:
-                unseen = T.EQ(score[i, r], T.float32(NEGATIVE))
+                unseen = T.EQ(score[i, r], T.float32(LOWEST))
                 weight = T.if_then_else(unseen, T.float32(0), weight)
             I.buffer_store(score, weight, [i, r])
             I.buffer_store(total, total[i] + score[i, r], [i])
@@ -275,7 +277,7 @@ class CpuRows:
         dim = self.spec.value_dim
         stats = I.bind(pieces * dim)
         merged, scratch = local((1, dim), "float32"), local(dim, "float32")
-        best, weight = _number(T.float32(NEGATIVE)), _number(T.float32(0))
+        best, weight = _number(T.float32(LOWEST)), _number(T.float32(0))
         with I.serial(0, dim) as j:
             I.buffer_store(merged, T.float32(0), [0, j])
         with I.serial(0, splits) as s:
@@ -299,10 +301,8 @@ class CpuRows:
 
     def _find(self, codec: Codec, side: Source, sequence, position, head):
         """Where a token's row is, its first scale or the tensor's, and its second one or None."""
-        page_size = self.spec.page_size
-        page = _number(T.cast(side.table[sequence, position // page_size], "int64"), "int64")
-        offset = I.bind(position % page_size)
-        at = row_index(self.spec, page, offset, head)
+        page, offset = token_place(self.spec, side.table, sequence, position)
+        at = row_index(self.spec, _number(page, "int64"), I.bind(offset), head)
         if codec.meta:
             norm = _number(T.cast(side.meta[tuple(at(0))], "float32"))
         else:

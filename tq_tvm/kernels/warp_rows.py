@@ -17,6 +17,7 @@ from tq_tvm.formats import hadamard_factors, rotation_signs
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.device import (
     PAIR,
+    access,
     as_bits,
     as_float,
     let,
@@ -88,7 +89,7 @@ class WarpRow:
             ptx(PAIR[self.spec.dtype], words[i // 2], x[i + 1], x[i])
         for i in range(0, count // 2, 4):
             four = [words[i + n] for n in range(4)]
-            ptx("st.global.v4.u32", out.ptr_to([token, head, lane * count + 2 * i]), *four)
+            access("st.global", four, out.ptr_to([token, head, lane * count + 2 * i]))
 
     def rotate_back(self, x, lane) -> None:
         """Undo the rotation, unscaled."""

@@ -13,8 +13,6 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
     PAIR,
-    f32,
-    from_half,
     high_half,
     let,
     local,
@@ -24,10 +22,19 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.kernels.direct_cuda import AffineCodes, e4m3_halves, nibbles
 from tq_tvm.kernels.lane_rows import GROUP
-from tq_tvm.kernels.lookup_cuda import LevelTable, alone, find_mirrored, find_pairs, looked_up
+from tq_tvm.kernels.lookup_cuda import (
+    LevelTable,
+    alone,
+    find_mirrored,
+    find_pairs,
+    row_residual,
+    row_scale,
+    scaled_levels,
+    unit_levels,
+)
 from tq_tvm.spec import Codec
 
-__all__ = ["WordCodes", "code_fields", "code_words", "scale_of", "third_bits"]
+__all__ = ["WordCodes", "code_fields", "code_words", "third_bits"]
 
 
 def code_fields(codec: Codec) -> int:
@@ -88,17 +95,11 @@ class WordCodes:
 
     def _levels(self, meta) -> LevelTable:
         codec, dim = self._codec, self._dim
-        residual = let(high_half(self._dtype, meta)) if codec.residual_sign else None
+        residual = row_residual(self._dtype, codec, meta)
         if self._unit:
-            values = [f32(c) for c in looked_up(codec)]
-            shift = None if residual is None else let(residual * f32(dim**0.5))
-        else:
-            scale = let(scale_of(self._dtype, codec, meta))
-            values = [scale * f32(c * dim**-0.5) for c in looked_up(codec)]
-            shift = None if residual is None else let(scale * residual)
-        if shift is not None:
-            values = [value + shift for value in values]
-        return LevelTable.rounded("float16" if self._unit else self._dtype, values)
+            return LevelTable.rounded("float16", unit_levels(codec, dim, residual))
+        scale = let(row_scale(self._dtype, codec, meta))
+        return LevelTable.rounded(self._dtype, scaled_levels(codec, dim, scale, residual))
 
     def pairs(self, word, third=None) -> list[list]:
         """Of each field two words of two values of the model's dtype."""
@@ -134,10 +135,3 @@ class WordCodes:
         else:
             found = alone(find_pairs(self._table, word, third))
         return [[found[field, half] for half in range(2)] for field in range(self._fields)]
-
-
-def scale_of(dtype: str, codec: Codec, meta):
-    """The scale of a row of a Lloyd-Max codec."""
-    if codec.residual_sign:
-        return low_half(dtype, meta)
-    return from_half(dtype, meta)

@@ -204,7 +204,8 @@ def attend(
         if workspace is None:
             scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
         else:
-            scratch = as_scratch(_OP, workspace, floats, q.device)
+            todo = "allocate paged_decode_workspace_size(..., max_tokens=...) bytes"
+            scratch = as_scratch(_OP, workspace, floats, q.device, todo)
         written = (scratch, *written)
 
     def ordered(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

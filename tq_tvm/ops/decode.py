@@ -288,7 +288,8 @@ def _decode(
     if workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
     else:
-        scratch = as_scratch(_OP, workspace, floats, q.device)
+        todo = "allocate paged_decode_workspace_size(...) bytes"
+        scratch = as_scratch(_OP, workspace, floats, q.device, todo)
     call_kernel(
         loaded,
         variant,

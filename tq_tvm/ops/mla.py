@@ -186,7 +186,8 @@ def _mla(
     if workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q_latent.device)
     else:
-        scratch = as_scratch(_OP, workspace, floats, q_latent.device)
+        todo = "allocate as many, or pass workspace=None"
+        scratch = as_scratch(_OP, workspace, floats, q_latent.device, todo, "q_latent")
     wanted = scratch[:0].expand(batch, 0) if lse is None else lse
     call_kernel(
         loaded,

@@ -193,8 +193,13 @@ def _check_launch(loaded: LoadedFunction, variant: LoadedVariant, keys: tuple[st
         )
 
 
-def as_scratch(op: str, workspace: torch.Tensor, floats: int, device: torch.device) -> torch.Tensor:
-    """View the workspace as the kernel's float32 vector, which may be longer than it needs."""
+def as_scratch(
+    op: str, workspace: torch.Tensor, floats: int, device: torch.device, todo: str, query: str = "q"
+) -> torch.Tensor:
+    """View the workspace as the kernel's float32 vector, which may be longer than it needs.
+
+    ``todo`` is the advice where it is too small, ``query`` the argument whose device it shares.
+    """
     size = workspace.numel() * workspace.element_size()
     if (
         workspace.ndim == 1
@@ -205,16 +210,10 @@ def as_scratch(op: str, workspace: torch.Tensor, floats: int, device: torch.devi
     ):
         return workspace if workspace.dtype == torch.float32 else workspace.view(torch.float32)
     if workspace.device != device:
-        _check.fail(op, "workspace", f"on {device} like q", workspace.device, "move it there")
+        _check.fail(op, "workspace", f"on {device} like {query}", workspace.device, "move it there")
     _check.check_strided(op, "workspace", workspace)
     _check.check_compact(op, "workspace", workspace)
     _check.check_alignment(op, "workspace", workspace, 16)
     if size < 4 * floats:
-        _check.fail(
-            op,
-            "workspace",
-            f"at least {4 * floats} bytes",
-            f"{size} bytes",
-            "allocate paged_decode_workspace_size(...) bytes",
-        )
+        _check.fail(op, "workspace", f"at least {4 * floats} bytes", f"{size} bytes", todo)
     return workspace.view(-1).view(torch.uint8)[: 4 * floats].view(torch.float32)
