@@ -129,7 +129,7 @@ def test_parts_and_the_other_order(compiled, case, parts):
 
 @pytest.mark.parametrize("case", ["one_block", "two_blocks"])
 def test_bounds_are_raised(compiled, case):
-    # Logits of a standard deviation of 14: their bounds are left behind again and again.
-    problem = Problem(case, 1, lengths=[0, 400], scale=8.0)
+    # Logits of a standard deviation of 10: their bounds are left behind again and again.
+    problem = Problem(case, 1, lengths=[0, 400], scale=6.0)
     compiled(case)["mla"](*problem.arguments)
-    problem.check(limit=2)
+    problem.check(limit=3)
