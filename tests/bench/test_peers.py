@@ -192,3 +192,46 @@ def test_fast_hadamard_transform(install):
     x = torch.randn(100, 64)
     baseline = peers.rotate_peers(x)["fast_hadamard_transform"]()
     assert baseline.bytes == 2 * 100 * 64 * 4
+
+
+@pytest.fixture
+def latents():
+    torch.manual_seed(0)
+    pages = torch.randn(7, 16, 1, 96, dtype=torch.bfloat16)
+    table = torch.randperm(7)[:6].int().view(2, 3)
+    q = torch.randn(2, 4, 96, dtype=torch.bfloat16)
+    lengths = torch.tensor([40, 40], dtype=torch.int32)
+    return peers.LatentInputs(q, 64, pages, table, lengths, 0.25)
+
+
+def flash_mla(missing=0):
+    """``flash_mla_with_kvcache`` by its documentation."""
+
+    def metadata(lengths, heads, kv_heads):
+        assert (lengths.tolist(), heads, kv_heads) == ([40, 40], 4, 1)
+        return "metadata", "splits"
+
+    def attend(q, pages, table, lengths, dim, *plan, softmax_scale):
+        assert plan == ("metadata", "splits")
+        assert q.shape == (2, 1, 4, 96)
+        out = []
+        for i, length in enumerate(lengths.tolist()):
+            keys = pages[table[i].long()].flatten(0, 2)[: length - missing].float()
+            weights = (q[i, 0].float() @ keys.T * softmax_scale).softmax(-1)
+            out.append((weights @ keys[:, :dim]).to(q.dtype))
+        return torch.stack(out)[:, None], None
+
+    return {"get_mla_metadata": metadata, "flash_mla_with_kvcache": attend}
+
+
+def test_flash_mla_gets_the_same_sequences(latents, install):
+    install("flash_mla", **flash_mla())
+    baseline = peers.mla_peers(latents)["FlashMLA"]()
+    assert baseline.bytes == 2 * (80 * 96 + 2 * 4 * (96 + 64))
+    assert baseline.versions == {"flash_mla": "1.2.3"}
+
+
+def test_flash_mla_that_leaves_tokens_out_is_no_baseline(latents, install):
+    install("flash_mla", **flash_mla(missing=8))
+    with pytest.raises(BenchmarkError, match="relative error must be at most"):
+        peers.mla_peers(latents)["FlashMLA"]()

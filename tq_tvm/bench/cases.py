@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from tq_tvm.bench.baseline import Baseline
-from tq_tvm.bench.peers import DecodeInputs, decode_peers, rotate_peers
+from tq_tvm.bench.peers import DecodeInputs, LatentInputs, decode_peers, mla_peers, rotate_peers
 from tq_tvm.bench.steps import fill_steps, rotate_steps
 from tq_tvm.ops import (
     PagedKVCache,
@@ -181,13 +181,19 @@ def workloads(kind: str) -> list[Workload]:
         Workload("flatten", _SERVED, 64, 8192, rotate_back=True),
         *(Workload("rotate", RotateSpec(dim), _GIB // (2 * dim), 1) for dim in _ROTATED),
         Workload("rotate", RotateSpec(128), 4096, 1, graph=True),
+        Workload("mla", _LATENT, 64, 8192),
+        Workload("mla", dataclasses.replace(_LATENT, num_q_heads=128), 64, 8192),
+        Workload("mla", _LATENT, 8, 2048),
+        Workload("mla", dataclasses.replace(_LATENT, num_q_heads=128), 8, 2048),
+        Workload("mla", _LATENT, 1, 8192),
+        Workload("mla", dataclasses.replace(_LATENT, num_q_heads=128), 1, 8192),
     ]
 
 
 def make_case(
     workload: Workload, device: torch.device, seed: int = 0, *, compare: bool = False
 ) -> Case:
-    """Allocate a workload's tensors on a device; ``compare`` adds the peers of ``decode``."""
+    """Allocate a workload's tensors on a device; ``compare`` adds peers with caches."""
     torch.manual_seed(seed)
     makers = {
         "rotate": _rotate,
@@ -460,25 +466,32 @@ def _mla(workload: Workload, device: torch.device) -> Case:
     dims, heads = (spec.head_dim, spec.value_dim), spec.num_q_heads
     queries = [torch.randn(batch, heads, dim, device=device, dtype=dtype) for dim in dims]
     out = torch.empty_like(queries[0])
-    # A latent is key and value.
-    keys = torch.randn(batch, 1, workload.context, sum(dims), device=device, dtype=dtype)
-    query = torch.cat(queries, dim=-1).view(batch, heads, 1, -1)
+    # A latent is key and value; all heads share it, as query tokens of one head would.
+    rows = torch.randn(batch, 1, workload.context, sum(dims), device=device, dtype=dtype)
+    query = torch.cat(queries, dim=-1)
     scale = 192**-0.5
 
     def dense() -> torch.Tensor:
-        values = keys[..., : spec.head_dim]
-        return F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
+        values = rows[..., : spec.head_dim]
+        return F.scaled_dot_product_attention(query[:, None], rows, values, scale=scale)
 
     inputs: tuple[Any, ...] = (*queries, *cache.tensors(), table, lengths)
     moved = 2 * out.numel() * out.element_size() + queries[1].numel() * out.element_size()
+    # The pages of a peer are those of torch, each sequence's one after another.
+    peers = {}
+    if workload.context % spec.page_size == 0:
+        paged = rows.view(-1, spec.page_size, 1, sum(dims))
+        order = torch.arange(len(paged), device=device, dtype=torch.int32).view(batch, -1)
+        peers = mla_peers(LatentInputs(query, spec.head_dim, paged, order, lengths, scale))
     return Case(
         call=lambda: mla_decode(*inputs, sm_scale=scale, policy=spec.format, out=out),
         bytes=batch * workload.context * spec.bytes_per_token + moved,
         function="mla",
         size=batch * table.shape[1] * spec.page_size * spec.head_dim,
         baselines={
-            "torch sdpa, dense": Baseline(dense, keys.numel() * keys.element_size() + moved)
+            "torch sdpa, dense": Baseline(dense, rows.numel() * rows.element_size() + moved)
         },
+        peers=peers,
     )
 
 

@@ -13,10 +13,19 @@ from collections.abc import Callable
 import torch
 
 from tq_tvm.bench.baseline import Baseline, Peer, checked
-from tq_tvm.bench.peers import fast_hadamard, flashinfer, lmdeploy, vllm
-from tq_tvm.bench.peers.inputs import DecodeInputs
+from tq_tvm.bench.peers import fast_hadamard, flash_mla, flashinfer, lmdeploy, vllm
+from tq_tvm.bench.peers.inputs import DecodeInputs, LatentInputs
 
-__all__ = ["DECODE", "ROTATE", "DecodeInputs", "decode_peers", "rotate_peers"]
+__all__ = [
+    "DECODE",
+    "MLA",
+    "ROTATE",
+    "DecodeInputs",
+    "LatentInputs",
+    "decode_peers",
+    "mla_peers",
+    "rotate_peers",
+]
 
 DECODE: dict[str, Callable[[DecodeInputs], Peer]] = {
     "FlashInfer": flashinfer.model_dtype,
@@ -24,6 +33,7 @@ DECODE: dict[str, Callable[[DecodeInputs], Peer]] = {
     "lmdeploy K4V2": lmdeploy.k4v2,
     "vLLM 4bit_nc": vllm.four_bit,
 }
+MLA: dict[str, Callable[[LatentInputs], Peer]] = {"FlashMLA": flash_mla.dense}
 ROTATE: dict[str, Callable[[torch.Tensor], Peer]] = {
     "fast_hadamard_transform": fast_hadamard.rotate,
 }
@@ -32,6 +42,11 @@ ROTATE: dict[str, Callable[[torch.Tensor], Peer]] = {
 def decode_peers(inputs: DecodeInputs) -> dict[str, Callable[[], Baseline]]:
     """What makes and checks each peer of ``decode``, by its name."""
     return {name: functools.partial(_make, function, inputs) for name, function in DECODE.items()}
+
+
+def mla_peers(inputs: LatentInputs) -> dict[str, Callable[[], Baseline]]:
+    """What makes and checks each peer of ``mla``, by its name."""
+    return {name: functools.partial(_make, function, inputs) for name, function in MLA.items()}
 
 
 def rotate_peers(x: torch.Tensor) -> dict[str, Callable[[], Baseline]]:

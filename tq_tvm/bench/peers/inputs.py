@@ -1,4 +1,4 @@
-"""The sequences of a ``decode`` row, packed and dense, and attention over a few of them."""
+"""The sequences of a row of ``decode`` or ``mla``, dense, and attention over a few of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tq_tvm import reference
 from tq_tvm.ops import PagedKVCache
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["DecodeInputs"]
+__all__ = ["DecodeInputs", "LatentInputs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,3 +94,54 @@ class DecodeInputs:
         """Bytes of a call: every token's K and V, the queries and the results."""
         tokens = sum(self.lengths) * self.spec.num_kv_heads
         return tokens * bytes_per_token_head + 2 * self.q.numel() * self.q.element_size()
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentInputs:
+    """One call of ``mla``, for peers with caches of their own.
+
+    Parameters
+    ----------
+    q
+        ``[B, HQ, DL + DR]``, latents before rope parts, the model's dtype.
+    latent_dim
+        Values of a latent, DL.
+    pages
+        Dense latents and rope parts, ``[P, PS, 1, DL + DR]``.
+    block_table
+        int32 ``[B, W]``.
+    seq_lens
+        int32 ``[B]``, all the same.
+    sm_scale
+        Factor of the logits.
+    """
+
+    q: torch.Tensor
+    latent_dim: int
+    pages: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    sm_scale: float
+
+    @property
+    def sample(self) -> list[int]:
+        """The sequences whose results are checked: first and last."""
+        return sorted({0, len(self.q) - 1})
+
+    def attention(self) -> torch.Tensor:
+        """Float32 attention of the sample, ``[len(sample), HQ, DL]``."""
+        results = []
+        for sequence in self.sample:
+            length = int(self.seq_lens[sequence])
+            used = self.block_table[sequence, : -(-length // self.pages.shape[1])].long()
+            keys = self.pages[used].flatten(0, 2)[:length].float()
+            logits = self.q[sequence].float() @ keys.T * self.sm_scale
+            results.append(logits.softmax(-1) @ keys[:, : self.latent_dim])
+        return torch.stack(results)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes of a call: every token's row once, the queries and the results."""
+        batch, heads, dim = self.q.shape
+        moved = int(self.seq_lens.sum()) * dim + batch * heads * (dim + self.latent_dim)
+        return moved * self.q.element_size()
