@@ -2,11 +2,12 @@
 
 import torch
 
-from tq_tvm import CacheSpec, PagedKVCache, hadamard_rotate
+from tq_tvm import CacheSpec, PagedKVCache, hadamard_rotate, mla_decode
 
 _LENGTHS = (0, 1, 63, 200)
 _FORMATS = ("k4v2", "tq42", "tq33", "int8", "fp8", "none")
 _WINDOWS = {"k4v2": 64, "int8": 40}
+_LATENTS = "mse4-none-signed-matched"
 
 
 def main() -> None:
@@ -17,6 +18,10 @@ def main() -> None:
     # Rows that tensor cores do not rotate.
     _run(CacheSpec(96, num_q_heads=32, num_kv_heads=8))
     _run(CacheSpec(192, num_q_heads=4, num_kv_heads=1, format="tq43", head_dim_v=128))
+    if torch.cuda.get_device_capability() == (9, 0):
+        # One block of query heads, whose warpgroups take turns, and two.
+        for heads in (16, 128):
+            _run_latents(CacheSpec(512, heads, 1, format=_LATENTS, head_dim_v=64))
 
 
 def _run(spec: CacheSpec) -> None:
@@ -53,6 +58,25 @@ def _run(spec: CacheSpec) -> None:
     hadamard_rotate(k)
     torch.cuda.synchronize()
     print(f"{spec.label} finite:", all(bool(out.isfinite().all()) for out in outs))
+
+
+def _run_latents(spec: CacheSpec) -> None:
+    batch, total = len(_LENGTHS), sum(_LENGTHS)
+    width = -(-max(_LENGTHS) // spec.page_size)
+    cache = PagedKVCache(spec, batch * width, "cuda")
+    table = torch.randperm(batch * width, device="cuda").int().view(batch, width)
+    lens = torch.tensor(_LENGTHS, dtype=torch.int32, device="cuda")
+    starts = torch.cat([lens.new_zeros(1), lens.cumsum(0)]).int()
+    dims = (spec.head_dim, spec.value_dim)
+    k, v = (torch.randn(total, 1, dim, device="cuda").bfloat16() for dim in dims)
+    cache.fill(k, v, block_table=table, seq_lens=lens, q_start_loc=starts)
+    cache.flatten(table, lens, out_tokens=total, rotate_back=True)
+    queries = [torch.randn(batch, spec.num_q_heads, dim, device="cuda").bfloat16() for dim in dims]
+    out = mla_decode(
+        *queries, *cache.tensors(), table, lens, sm_scale=192**-0.5, policy=spec.format
+    )
+    torch.cuda.synchronize()
+    print(f"{spec.label} finite:", bool(out.isfinite().all()))
 
 
 if __name__ == "__main__":

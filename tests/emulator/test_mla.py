@@ -22,8 +22,8 @@ from tq_tvm.splits import mla_floats
 
 LENGTHS = [70, 0, 1, 200, 64]
 SCALE = 192**-0.5
-LIMIT = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
-LSE_LIMIT = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+LIMIT = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
+LSE_LIMIT = {torch.float16: 4e-3, torch.bfloat16: 2e-2}
 NONE_AHEAD = {"decoders": 8, "ahead": 0, "tiles": 2}
 AHEAD = {"decoders": 4, "ahead": 1, "tiles": 3}
 CASES = {
@@ -132,4 +132,4 @@ def test_bounds_are_raised(compiled, case):
     # Logits of a standard deviation of 10: their bounds are left behind again and again.
     problem = Problem(case, 1, lengths=[0, 400], scale=6.0)
     compiled(case)["mla"](*problem.arguments)
-    problem.check(limit=3)
+    problem.check(limit=2)

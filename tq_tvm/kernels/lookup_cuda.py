@@ -215,11 +215,20 @@ class CodedRow:
     """A lane's part of a row: codes and scales in registers, and the values that they stand for.
 
     ``lanes`` have a row between them, each ``bytes`` of every field in turn; ``dtype`` is of scales
-    and values, and ``space`` where `read_codes` reads.
+    and, without a ``value_dtype``, of values; ``space`` is where `read_codes` reads.
     """
 
-    def __init__(self, dim: int, dtype: str, codec: Codec, lanes: int, space: str = GLOBAL) -> None:
+    def __init__(
+        self,
+        dim: int,
+        dtype: str,
+        codec: Codec,
+        lanes: int,
+        space: str = GLOBAL,
+        value_dtype: str | None = None,
+    ) -> None:
         self.dim, self.dtype, self.codec, self._space = dim, dtype, codec, space
+        self._value_dtype = dtype if value_dtype is None else value_dtype
         self.field = codec.plane_bits[0]
         self.plane = dim * self.field // 8
         self.bytes = self.plane // lanes
@@ -320,4 +329,4 @@ class CodedRow:
         """Values of the row by code."""
         scale, residual = self._scales()
         levels = scaled_levels(self.codec, self.dim, scale, residual)
-        return LevelTable.rounded(self.dtype, levels)
+        return LevelTable.rounded(self._value_dtype, levels)

@@ -39,9 +39,11 @@ Tail
     Tokens past a sequence's end are not read. An empty sequence gives zeros and lse = -inf.
 
 Numerics
-    float32 on CPUs; m of no token is -1e30. On GPUs rotated queries, latents as ``flatten`` gives
-    them and weights are rounded to dtype, sums are float32, and a row's bound lags behind its
-    largest logit by up to 6 powers of two.
+    float32 on CPUs; m of no token is -1e30. On GPUs rotated queries, latents and weights are
+    rounded to float16 where the codec is a Lloyd-Max one, whatever the dtype: queries times
+    sm_scale and dequantised latents have to be below 65504. With other codecs, and in rope parts,
+    they are rounded to dtype. Sums are float32, and a row's bound lags behind its largest logit by
+    up to 6 powers of two.
 
 Cost of one token (mse4, bf16): 386 bytes read, and 2 (512 + 64) + 2 512 operations a query head.
 

@@ -142,7 +142,7 @@ def _attend(shape, queries, caches, table, seq_lens, workspace, batch, by, bx, t
     taken = Barriers(words, sums.end, MULTIPLIERS)
     first_head = let(pair * (MULTIPLIERS * ROWS))
     with when(thread == 0):
-        full.make(config.decoders)
+        full.make(shape.crew)
         empty.make(shape.readers)
         sums.make(1)
         taken.make(lambda number: T.max(warps_of(_heads(shape, first_head, number)), 1))
@@ -167,7 +167,8 @@ def _attend(shape, queries, caches, table, seq_lens, workspace, batch, by, bx, t
                 latents = Latents(
                     shape, words, caches, table, sequence, length, rank, decoder, thread % 32
                 )
-                _decode(shape, latents, first, last, full, empty, thread % 32)
+                crew = T.truncdiv(decoder, shape.crew)
+                _decode(shape, latents, crew, first, last, full, empty, thread % 32)
         with I.Else():
             ptx("setmaxnreg.inc.sync.aligned.u32", shape.multiplier_registers)
             number = let(shuffle(T.truncdiv(thread, WARPGROUP), 0))
@@ -255,6 +256,7 @@ class _QuerySide:
     def leave(self, row) -> None:
         """Rotate this row, and write the CTA's columns where products read them."""
         shape, query, dtype = self._shape, self._row, self._shape.spec.dtype
+        rounded = dtype if self._number else shape.latent_dtype
         count, dim = query.row_values, query.dim
         x = local(count, "float32")
         for i in range(count // 2):
@@ -265,7 +267,7 @@ class _QuerySide:
             rotate_row(query, x, self._lane)
         pairs = local(count // 2, "uint32")
         for i in range(0, count, 2):
-            ptx(PAIR[dtype], pairs[i // 2], x[i + 1] * self._factor, x[i] * self._factor)
+            ptx(PAIR[rounded], pairs[i // 2], x[i + 1] * self._factor, x[i] * self._factor)
         fields = shape.fields if self._number == 0 else 1
         owner, column = shape.column_of(dim, fields, let(self._lane * count))
         width = BLOCK if self._number == 0 else HALF_ROPE
@@ -285,12 +287,18 @@ class _QuerySide:
                 access("st.shared", own, pointer(self._words, to))
 
 
-def _decode(shape, latents, first, last, full, empty, lane) -> None:
-    """A warp that decodes: its rows of every tile."""
+def _decode(shape, latents, crew, first, last, full, empty, lane) -> None:
+    """A warp that decodes: its rows of its crew's tiles."""
+    crews = shape.config.crews
     place = Turn(shape.config.tiles, 1)
     at = local(1, "int32")
     store(at, first)
-    latents.begin(first)
+    if crews > 1:
+        with when(crew == 1):
+            place.advance()
+            store(at, first + 1)
+    with when(at[0] < last):
+        latents.begin(at[0])
     with loop(at[0] < last):
         begin = let(place.index * (shape.matrix_bytes // 4) + shape.tiles_begin // 4)
         latents.decode(at[0], last, begin, lambda: empty.wait(place.index, place.parity))
@@ -298,8 +306,9 @@ def _decode(shape, latents, first, last, full, empty, lane) -> None:
         warp_barrier()
         with when(lane == 0):
             full.arrive(place.index)
-        place.advance()
-        store(at, at[0] + 1)
+        for _ in range(crews):
+            place.advance()
+        store(at, at[0] + crews)
 
 
 class _Walk:

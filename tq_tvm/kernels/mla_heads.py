@@ -128,7 +128,7 @@ class Heads:
 
     def multiply_scores(self, scores, place) -> None:
         """Begin to multiply queries with the tile of a place, the CTA's half of the columns."""
-        dtype = self._shape.spec.dtype
+        dtypes = self._shape.latent_dtype, self._shape.spec.dtype
         offset = self._offset(place)
         steps = []
         for part, (columns, width) in enumerate(((HALF, BLOCK), (HALF_ROPE, HALF_ROPE))):
@@ -140,7 +140,7 @@ class Heads:
         start_products()
         for number, (part, at) in enumerate(steps):
             query = self._queries[part].at(at)
-            multiply(dtype, scores, query, keys[part].at(at), first=number == 0)
+            multiply(dtypes[part], scores, query, keys[part].at(at), first=number == 0)
         commit()
 
     def multiply_values(self, weights, place) -> None:
@@ -151,7 +151,7 @@ class Heads:
             operand = [weights[4 * step + i] for i in range(4)]
             for part, output in enumerate(self.output):
                 at = part * (2 * _COLUMNS * TILE) + step * _STEP * 2 * BLOCK
-                multiply_registers(self._shape.spec.dtype, output, operand, values.at(at))
+                multiply_registers(self._shape.latent_dtype, output, operand, values.at(at))
         commit()
 
     def send(self, scores) -> None:
@@ -181,7 +181,7 @@ class Heads:
                 arrive_at_peer(self._acknowledged)
 
     def weigh(self, scores, weights, first, length) -> None:
-        """Scores, in units of log2, become weights in the model's dtype, an operand of products."""
+        """Scores, in units of log2, become weights, an operand of products."""
         with when(first + TILE > length):
             for i in range(_SCORES):
                 token = first + (8 * (i // 4) + i % 2) + 2 * self.t
@@ -199,7 +199,7 @@ class Heads:
             store(scores, T.exp2(scores[i] - self.bound[half]), i)
             store(self.total, self.total[half] + scores[i], half)
         for i in range(0, _SCORES, 2):
-            ptx(PAIR[self._shape.spec.dtype], weights[i // 2], scores[i + 1], scores[i])
+            ptx(PAIR[self._shape.latent_dtype], weights[i // 2], scores[i + 1], scores[i])
 
     def _raise(self, top) -> None:
         """Move the bounds up to what was found, and the output with them."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
@@ -64,11 +65,13 @@ class Latents:
             self._tensor_scale = let(metas.buffer[0])
         elif codec.meta:
             self._metas, self._meta_stride = pages.flat(metas), let(metas.buffer.strides[0])
-        self._turns = TILE // _GROUP // shape.config.decoders
+        self._turns = TILE // _GROUP // shape.crew
         # Of each turn: the page of the rows that are asked for next, and their scales.
         self._page = local(self._turns, "int32")
         self._meta = local(self._turns, "uint32")
-        self._groups = [let(turn * shape.config.decoders + warp) for turn in range(self._turns)]
+        own = let(warp % shape.crew)
+        self._groups = [let(turn * shape.crew + own) for turn in range(self._turns)]
+        self._begin = let(T.truncdiv(warp, shape.crew) * shape.staged_bytes + shape.staged_begin)
         self._row, self._part = let(lane % _GROUP), let(lane // _GROUP)
         self._written = [let(self._word_of(n)) for n in range(self._neighbours)]
 
@@ -93,47 +96,42 @@ class Latents:
 
     def begin(self, tile) -> None:
         """Ask for a first tile."""
-        self._find_pages(tile)
-        self._ask(tile)
-
-    def _find_pages(self, tile) -> None:
-        size = self._shape.spec.page_size
         for turn in range(self._turns):
-            token = T.min(self._first(tile, turn), self._length - 1)
-            store(self._page, self._table[self._sequence, T.truncdiv(token, size)], turn)
+            self._find_page(tile, turn)
+            self._ask(tile, turn)
 
-    def _ask(self, tile) -> None:
-        """Begin to copy the warp's rows of a tile, whose pages are known; then find the next's."""
+    def _find_page(self, tile, turn: int) -> None:
+        token = T.min(self._first(tile, turn), self._length - 1)
+        page = self._table[self._sequence, T.truncdiv(token, self._shape.spec.page_size)]
+        store(self._page, page, turn)
+
+    def _ask(self, tile, turn: int) -> None:
+        """Begin to copy the rows of a turn, whose page is known; then find the next tile's."""
         shape, codec = self._shape, self._shape.codec
         codes, size = shape.code_bytes, shape.spec.page_size
-        for turn in range(self._turns):
-            first = let(self._first(tile, turn))
-            page = T.cast(self._page[turn], "int64")
-            inside = T.cast(T.truncmod(first, size), "int64")
-            place = self._place(turn)
-            own = let(self._rank * (shape.code_bytes if not codec.packed else self._half_plane))
-            begin = let(page * self._code_stride + inside * codec.packed_bytes(LATENT_DIMS[0]))
-            for n in range(_GROUP * codes // _CHUNK // 32):
-                chunk = let(n * 32 + self._lane)
-                row, at = (
-                    let(T.truncdiv(chunk, codes // _CHUNK)),
-                    T.truncmod(chunk, codes // _CHUNK),
-                )
-                at = let(at)
-                source = begin + T.cast(self._source(row, at, own), "int64")
-                to = place + row * (codes // 4) + self._exchanged(row, at) * 4
-                self._copy(to, self._codes.ptr_to([source]), first + row)
-            # A row's part of 64 bytes is four chunks, those of eight rows one a lane.
-            row, at = let(T.truncdiv(self._lane, 4)), let(T.truncmod(self._lane, 4))
-            begin = page * self._rope_stride + inside * LATENT_DIMS[1]
-            source = begin + T.cast(row * LATENT_DIMS[1] + self._rank * HALF_ROPE + at * 8, "int64")
-            to = place + _GROUP * codes // 4 + row * (HALF_ROPE // 2)
-            to = to + swizzled(HALF_ROPE, row, at) * 4
-            self._copy(to, self._ropes.ptr_to([source]), first + row)
+        first = let(self._first(tile, turn))
+        page = T.cast(self._page[turn], "int64")
+        inside = T.cast(T.truncmod(first, size), "int64")
+        place = self._place(turn)
+        own = let(self._rank * (self._half_plane if codec.packed else codes))
+        begin = let(page * self._code_stride + inside * codec.packed_bytes(LATENT_DIMS[0]))
+        for n in range(_GROUP * codes // _CHUNK // 32):
+            chunk = let(n * 32 + self._lane)
+            row = let(T.truncdiv(chunk, codes // _CHUNK))
+            at = let(T.truncmod(chunk, codes // _CHUNK))
+            source = begin + T.cast(self._source(row, at, own), "int64")
+            to = place + row * (codes // 4) + self._exchanged(row, at) * 4
+            self._copy(to, self._codes.ptr_to([source]), first + row)
+        # A row's part of 64 bytes is four chunks, those of eight rows one a lane.
+        row, at = let(T.truncdiv(self._lane, 4)), let(T.truncmod(self._lane, 4))
+        begin = page * self._rope_stride + inside * LATENT_DIMS[1]
+        source = begin + T.cast(row * LATENT_DIMS[1] + self._rank * HALF_ROPE + at * 8, "int64")
+        to = place + _GROUP * codes // 4 + row * (HALF_ROPE // 2)
+        to = to + swizzled(HALF_ROPE, row, at) * 4
+        self._copy(to, self._ropes.ptr_to([source]), first + row)
+        self._ask_meta(first, turn)
+        self._find_page(tile + self._shape.config.crews, turn)
         ptx("cp.async.commit_group")
-        for turn in range(self._turns):
-            self._ask_meta(self._first(tile, turn), turn)
-        self._find_pages(tile + 1)
 
     @property
     def _half_plane(self) -> int:
@@ -155,7 +153,7 @@ class Latents:
     def _place(self, turn: int):
         """The word of shared memory where the warp's rows of a turn are."""
         size = _GROUP * (self._shape.code_bytes + 2 * HALF_ROPE)
-        return let((self._shape.staged_begin + self._groups[turn] * size) // 4)
+        return let((self._begin + self._groups[turn] * size) // 4)
 
     def _exchanged(self, row, chunk):
         """Where a chunk of codes is in its row."""
@@ -184,20 +182,25 @@ class Latents:
                 store(self._meta, T.cast(short[0], "uint32"), turn)
 
     def decode(self, tile, last, begin, wait) -> None:
-        """Make operands of a tile from word ``begin`` on, and ask for the next one before ``last``.
+        """Make operands of a tile from word ``begin`` on, and ask for the crew's next.
 
         ``wait`` is called when rows have been read: it waits until the operands may be written.
         """
-        ptx("cp.async.wait_group", 0)
-        warp_barrier()
-        read = [self._read(turn) for turn in range(self._turns)]
-        # Others of the warp copy to where this lane has read.
-        warp_barrier()
-        with when(tile + 1 < last):
-            self._ask(tile + 1)
-        wait()
+        following = let(tile + self._shape.config.crews)
         for turn in range(self._turns):
-            self._write(turn, begin, *read[turn])
+            ptx("cp.async.wait_group", self._turns - 1)
+            warp_barrier()
+            read = self._read(turn)
+            # Others of the warp copy to where this lane has read.
+            warp_barrier()
+            with I.If(following < last):
+                with I.Then():
+                    self._ask(following, turn)
+                with I.Else():
+                    ptx("cp.async.commit_group")
+            if turn == 0:
+                wait()
+            self._write(turn, begin, *read)
 
     def _read(self, turn: int) -> tuple[Any, Any]:
         """The lane's codes and scales in registers, and a chunk of a rope part."""
@@ -211,7 +214,10 @@ class Latents:
         dtype = shape.spec.dtype
         row: Any
         if codec.family == "lloyd_max":
-            row = CodedRow(LATENT_DIMS[0], dtype, codec, RANKS * _PARTS, "ld.shared")
+            lanes = RANKS * _PARTS
+            row = CodedRow(
+                LATENT_DIMS[0], dtype, codec, lanes, "ld.shared", value_dtype=shape.latent_dtype
+            )
             row.read_planes(
                 lambda n: chunk(self._part * (row.bytes // _CHUNK) + n),
                 lambda n: chunk(

@@ -61,6 +61,7 @@ class MlaConfig:
     """The decisions of one kernel; ``schedules/mla.py`` says what each one trades."""
 
     decoders: int
+    crews: int
     ahead: int
     tiles: int
     reach: int
@@ -110,6 +111,11 @@ class MlaShape:
         return 4 if self.shares_tiles else 4 * MULTIPLIERS
 
     @property
+    def crew(self) -> int:
+        """Warps that decode a tile; crews take tiles in turn."""
+        return self.config.decoders // self.config.crews
+
+    @property
     def threads(self) -> int:
         """Of a CTA."""
         return MULTIPLIERS * WARPGROUP + 32 * self.config.decoders
@@ -134,6 +140,11 @@ class MlaShape:
         return ROWS * 2 * (HALF + HALF_ROPE)
 
     @property
+    def latent_dtype(self) -> str:
+        """Of latents that are looked up, their queries and their weights: the one of more bits."""
+        return "float16" if self.codec.family == "lloyd_max" else self.spec.dtype
+
+    @property
     def fields(self) -> int:
         """Fields of the codes of a latent, whose coordinates are neighbours."""
         return 8 // self.codec.plane_bits[0] if self.codec.packed else 1
@@ -148,7 +159,7 @@ class MlaShape:
 
     @property
     def staged_bytes(self) -> int:
-        """Of a tile's rows as they are in the cache, a CTA's part, without scales."""
+        """Of a tile's rows as they are in the cache, a CTA's part, without scales, a crew's."""
         return TILE * (self.code_bytes + 2 * HALF_ROPE)
 
     @property
@@ -174,7 +185,7 @@ class MlaShape:
     @property
     def barriers_begin(self) -> int:
         """Where barriers begin."""
-        return self.staged_begin + self.staged_bytes
+        return self.staged_begin + self.config.crews * self.staged_bytes
 
     @property
     def shared_bytes(self) -> int:

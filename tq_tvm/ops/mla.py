@@ -168,6 +168,7 @@ def _mla(
     key = (spec, q_latent.device)
     found = _loaded.get(key)
     if found is None:
+        _check_capability(q_latent.device)
         found = _loaded[key] = (spec, load("mla", spec, q_latent.device))
     loaded = found[1]
     batch = len(seq_lens)
@@ -245,15 +246,13 @@ def _check_arguments(
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)
         first = torch.zeros_like(lens)
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
-    if q_latent.is_cuda:
-        _check_capability(q_latent.device)
     return spec, (q_latent, q_rope, *_check.kernel_caches(caches, scales), table, lens)
 
 
 def _check_capability(device: torch.device) -> None:
     """Refuse GPUs that the kernel's instructions are not of, before a library is looked for."""
     target = detect(device)
-    if not target.has_wgmma:
+    if target.kind == "cuda" and not target.has_wgmma:
         raise UnsupportedSpecError(
             f"{_OP}: device must be a GPU of compute capability 9.0 (H100, H200) or the CPU, got "
             f"{target.name} ({target.arch}); use another device"
