@@ -14,8 +14,6 @@ heads             query heads of a task: latents decoded less often, against par
 decision (CUDA)   what it trades
 ================  ==================================================================
 decoders          warps that decode: more hide each other's waiting, against registers
-crews             of warps that decode, which take tiles in turn: one works while the other
-                  waits, against shared memory
 ahead             scores of the next tile multiplied before this tile's values: they cross the
                   cluster meanwhile, against a place of the ring
 tiles             places of the ring of decoded tiles: how far decoding may be ahead,
@@ -41,7 +39,6 @@ OPTIONS = {
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "heads": [4, 8, 16, 32]},
     "cuda": {
         "decoders": [4, 8],
-        "crews": [1, 2],
         "ahead": [0, 1],
         "tiles": [2, 3, 4],
         "reach": [1, 2, 4, 8],
@@ -51,7 +48,7 @@ OPTIONS = {
 
 DEFAULTS = {
     "llvm": {"tile": 32, "vector": 16, "heads": 16},
-    "cuda": {"decoders": 4, "crews": 1, "ahead": 1, "tiles": 3, "reach": 4, "overlap": 1},
+    "cuda": {"decoders": 4, "ahead": 1, "tiles": 3, "reach": 4, "overlap": 1},
 }
 
 

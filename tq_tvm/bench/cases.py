@@ -151,6 +151,7 @@ def workloads(kind: str) -> list[Workload]:
     mse4 = dataclasses.replace(_SERVED, format="tq42")
     few_kv_heads = dataclasses.replace(_SERVED, num_kv_heads=4)
     windowed = dataclasses.replace(_SERVED, window=64)
+    latents = [dataclasses.replace(_LATENT, num_q_heads=heads) for heads in (16, 128)]
     return [
         Workload("decode", _SERVED, 64, 8192),
         Workload("decode", _SERVED, 16, 32768),
@@ -181,12 +182,9 @@ def workloads(kind: str) -> list[Workload]:
         Workload("flatten", _SERVED, 64, 8192, rotate_back=True),
         *(Workload("rotate", RotateSpec(dim), _GIB // (2 * dim), 1) for dim in _ROTATED),
         Workload("rotate", RotateSpec(128), 4096, 1, graph=True),
-        Workload("mla", _LATENT, 64, 8192),
-        Workload("mla", dataclasses.replace(_LATENT, num_q_heads=128), 64, 8192),
-        Workload("mla", _LATENT, 8, 2048),
-        Workload("mla", dataclasses.replace(_LATENT, num_q_heads=128), 8, 2048),
-        Workload("mla", _LATENT, 1, 8192),
-        Workload("mla", dataclasses.replace(_LATENT, num_q_heads=128), 1, 8192),
+        *(Workload("mla", spec, 64, 8192) for spec in latents),
+        *(Workload("mla", spec, 8, 2048, graph=True) for spec in latents),
+        *(Workload("mla", spec, 1, 8192, graph=True) for spec in latents),
     ]
 
 

@@ -142,33 +142,33 @@ def _attend(shape, queries, caches, table, seq_lens, workspace, batch, by, bx, t
     taken = Barriers(words, sums.end, MULTIPLIERS)
     first_head = let(pair * (MULTIPLIERS * ROWS))
     with when(thread == 0):
-        full.make(shape.crew)
+        full.make(config.decoders)
         empty.make(shape.readers)
         sums.make(1)
         taken.make(lambda number: T.max(warps_of(_heads(shape, first_head, number)), 1))
         publish_barriers()
     if config.overlap:
         let_next_launch_begin()
-    _load_queries(shape, words, queries, sequence, first_head, rank, warp, thread % 32, sm_scale)
-    fence_writes()
-    # Barriers and queries are there, in both CTAs.
-    arrive_at_cluster(release=True)
-    wait_for_cluster()
     length = let(seq_lens[sequence])
     tiles = let(T.truncdiv(length + (TILE - 1), TILE))
     share = let(T.truncdiv(tiles + parts - 1, parts))
     first = let(part * share)
     last = let(T.min(tiles, first + share))
-    with I.If(warp >= MULTIPLIERS * WARPGROUP // 32):
+    decodes = let(warp >= MULTIPLIERS * WARPGROUP // 32)
+    decoder = let(warp - MULTIPLIERS * WARPGROUP // 32)
+    latents = Latents(shape, words, caches, table, sequence, length, rank, decoder, thread % 32)
+    # The first rows are on their way while queries are rotated.
+    with when(T.And(decodes, first < last)):
+        latents.begin(first)
+    _load_queries(shape, words, queries, sequence, first_head, rank, warp, thread % 32, sm_scale)
+    fence_writes()
+    # Barriers and queries are there, in both CTAs.
+    arrive_at_cluster(release=True)
+    wait_for_cluster()
+    with I.If(decodes):
         with I.Then():
             ptx("setmaxnreg.dec.sync.aligned.u32", shape.decoder_registers)
-            decoder = let(warp - MULTIPLIERS * WARPGROUP // 32)
-            with when(first < last):
-                latents = Latents(
-                    shape, words, caches, table, sequence, length, rank, decoder, thread % 32
-                )
-                crew = T.truncdiv(decoder, shape.crew)
-                _decode(shape, latents, crew, first, last, full, empty, thread % 32)
+            _decode(shape, latents, first, last, full, empty, thread % 32)
         with I.Else():
             ptx("setmaxnreg.inc.sync.aligned.u32", shape.multiplier_registers)
             number = let(shuffle(T.truncdiv(thread, WARPGROUP), 0))
@@ -287,18 +287,11 @@ class _QuerySide:
                 access("st.shared", own, pointer(self._words, to))
 
 
-def _decode(shape, latents, crew, first, last, full, empty, lane) -> None:
-    """A warp that decodes: its rows of its crew's tiles."""
-    crews = shape.config.crews
+def _decode(shape, latents, first, last, full, empty, lane) -> None:
+    """A warp that decodes: its rows of every tile."""
     place = Turn(shape.config.tiles, 1)
     at = local(1, "int32")
     store(at, first)
-    if crews > 1:
-        with when(crew == 1):
-            place.advance()
-            store(at, first + 1)
-    with when(at[0] < last):
-        latents.begin(at[0])
     with loop(at[0] < last):
         begin = let(place.index * (shape.matrix_bytes // 4) + shape.tiles_begin // 4)
         latents.decode(at[0], last, begin, lambda: empty.wait(place.index, place.parity))
@@ -306,9 +299,8 @@ def _decode(shape, latents, crew, first, last, full, empty, lane) -> None:
         warp_barrier()
         with when(lane == 0):
             full.arrive(place.index)
-        for _ in range(crews):
-            place.advance()
-        store(at, at[0] + crews)
+        place.advance()
+        store(at, at[0] + 1)
 
 
 class _Walk:

@@ -65,13 +65,12 @@ class Latents:
             self._tensor_scale = let(metas.buffer[0])
         elif codec.meta:
             self._metas, self._meta_stride = pages.flat(metas), let(metas.buffer.strides[0])
-        self._turns = TILE // _GROUP // shape.crew
+        self._turns = TILE // _GROUP // shape.config.decoders
         # Of each turn: the page of the rows that are asked for next, and their scales.
         self._page = local(self._turns, "int32")
         self._meta = local(self._turns, "uint32")
-        own = let(warp % shape.crew)
-        self._groups = [let(turn * shape.crew + own) for turn in range(self._turns)]
-        self._begin = let(T.truncdiv(warp, shape.crew) * shape.staged_bytes + shape.staged_begin)
+        decoders = shape.config.decoders
+        self._groups = [let(turn * decoders + warp) for turn in range(self._turns)]
         self._row, self._part = let(lane % _GROUP), let(lane // _GROUP)
         self._written = [let(self._word_of(n)) for n in range(self._neighbours)]
 
@@ -130,7 +129,7 @@ class Latents:
         to = to + swizzled(HALF_ROPE, row, at) * 4
         self._copy(to, self._ropes.ptr_to([source]), first + row)
         self._ask_meta(first, turn)
-        self._find_page(tile + self._shape.config.crews, turn)
+        self._find_page(tile + 1, turn)
         ptx("cp.async.commit_group")
 
     @property
@@ -153,7 +152,7 @@ class Latents:
     def _place(self, turn: int):
         """The word of shared memory where the warp's rows of a turn are."""
         size = _GROUP * (self._shape.code_bytes + 2 * HALF_ROPE)
-        return let((self._begin + self._groups[turn] * size) // 4)
+        return let((self._shape.staged_begin + self._groups[turn] * size) // 4)
 
     def _exchanged(self, row, chunk):
         """Where a chunk of codes is in its row."""
@@ -182,11 +181,11 @@ class Latents:
                 store(self._meta, T.cast(short[0], "uint32"), turn)
 
     def decode(self, tile, last, begin, wait) -> None:
-        """Make operands of a tile from word ``begin`` on, and ask for the crew's next.
+        """Make operands of a tile from word ``begin`` on, and ask for the next one.
 
         ``wait`` is called when rows have been read: it waits until the operands may be written.
         """
-        following = let(tile + self._shape.config.crews)
+        following = let(tile + 1)
         for turn in range(self._turns):
             ptx("cp.async.wait_group", self._turns - 1)
             warp_barrier()

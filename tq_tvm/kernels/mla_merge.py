@@ -26,7 +26,7 @@ __all__ = ["MERGE_THREADS", "merge_pieces"]
 
 MERGE_THREADS = 128
 _WARPS = MERGE_THREADS // 32
-_AHEAD = 2
+_AHEAD = 4
 """Pieces that a warp reads at a time, 16 values a lane each."""
 
 

@@ -61,7 +61,6 @@ class MlaConfig:
     """The decisions of one kernel; ``schedules/mla.py`` says what each one trades."""
 
     decoders: int
-    crews: int
     ahead: int
     tiles: int
     reach: int
@@ -111,11 +110,6 @@ class MlaShape:
         return 4 if self.shares_tiles else 4 * MULTIPLIERS
 
     @property
-    def crew(self) -> int:
-        """Warps that decode a tile; crews take tiles in turn."""
-        return self.config.decoders // self.config.crews
-
-    @property
     def threads(self) -> int:
         """Of a CTA."""
         return MULTIPLIERS * WARPGROUP + 32 * self.config.decoders
@@ -159,7 +153,7 @@ class MlaShape:
 
     @property
     def staged_bytes(self) -> int:
-        """Of a tile's rows as they are in the cache, a CTA's part, without scales, a crew's."""
+        """Of a tile's rows as they are in the cache, a CTA's part, without scales."""
         return TILE * (self.code_bytes + 2 * HALF_ROPE)
 
     @property
@@ -185,7 +179,7 @@ class MlaShape:
     @property
     def barriers_begin(self) -> int:
         """Where barriers begin."""
-        return self.staged_begin + self.config.crews * self.staged_bytes
+        return self.staged_begin + self.staged_bytes
 
     @property
     def shared_bytes(self) -> int:
