@@ -147,8 +147,6 @@ def _attend(shape, queries, caches, table, seq_lens, workspace, batch, by, bx, t
         sums.make(1)
         taken.make(lambda number: T.max(warps_of(_heads(shape, first_head, number)), 1))
         publish_barriers()
-    if config.overlap:
-        let_next_launch_begin()
     length = let(seq_lens[sequence])
     tiles = let(T.truncdiv(length + (TILE - 1), TILE))
     share = let(T.truncdiv(tiles + parts - 1, parts))
@@ -188,6 +186,9 @@ def _attend(shape, queries, caches, table, seq_lens, workspace, batch, by, bx, t
 
             rows = T.cast(batch, "int64") * T.cast(pieces * count, "int64")
             stats = let(rows * T.int64(RANKS * HALF)), rank == 0
+            # Not before: the merge's CTAs would all gather on the few processors that are idle.
+            if config.overlap:
+                let_next_launch_begin()
             group.leave(workspace, stats, place_of)
     # The peer stores and arrives here until its last tile.
     arrive_at_cluster(release=False)
