@@ -31,12 +31,15 @@ from tq_tvm.spec import (
 from tq_tvm.splits import (
     WORKSPACE_BYTES,
     launch_keys,
+    mla_floats,
+    mla_parts,
     num_ctas,
     num_groups,
     num_parts,
     num_splits,
     workspace_floats,
 )
+from tq_tvm.targets import get_target
 
 SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 TABLES = [CODECS[name] for name in ("qjl4", "mse2", "mse3", "mse4")]
@@ -330,6 +333,21 @@ def test_latent_caches_have_a_function_of_their_own():
             check_target("op", other, "llvm", "mla")
 
 
+def test_gpus_attend_to_latents_where_warpgroups_multiply():
+    latent = CacheSpec(512, 128, 1, format="mse4-none-signed-matched", head_dim_v=64)
+    check_target("op", latent, "cuda", "mla")
+    for name in ("nvidia_h100", "nvidia_h200"):
+        assert get_target(name).functions(latent) == functions_on(latent, "cuda")
+    others = set(functions_on(latent, "cuda")) - {"mla"}
+    assert {"fill_slots", "fill_table", "flatten"} <= others
+    for name in ("nvidia_a100", "nvidia_b200", "nvidia_l40s"):
+        assert set(get_target(name).functions(latent)) == others
+    assert "mla" in get_target("x86_64_v3").functions(latent)
+    assert functions_on(dataclasses.replace(latent, dtype="float32"), "cuda") == ()
+    with pytest.raises(UnsupportedSpecError, match="a latent cache"):
+        check_target("op", latent, "cuda", "attend")
+
+
 @pytest.mark.parametrize(
     "name", ["tq43", "int8", "int4", "fp8", "none", "tq84", "mse2-fp8-plain-norm"]
 )
@@ -615,3 +633,27 @@ def test_workspace_holds_outputs_maxima_and_sums(spec, batch, parts):
         outputs = pieces * spec.num_q_heads * spec.value_dim
         maxima = sums = pieces * spec.num_q_heads
         assert workspace_floats(spec, batch, parts, launch) == outputs + maxima + sums
+
+
+latent_launches = st.fixed_dictionaries(
+    {
+        "ctas_per_sm": st.just(1),
+        "units": st.sampled_from([2, 4]),
+        "part_tokens": st.sampled_from([64, 256, 512]),
+        "pieces": st.sampled_from([1, 2]),
+    }
+)
+
+
+@untimed
+@given(batches, contexts, latent_launches, processors)
+def test_parts_of_latents_are_resident_at_once(batch, context, launch, count):
+    spec = CacheSpec(512, 16, 1, format="mse4-none-signed-matched", head_dim_v=64)
+    parts = mla_parts(spec, batch, context, launch, count)
+    assert parts >= 1
+    assert parts == 1 or parts * batch * launch["units"] <= count
+    assert parts == 1 or (parts - 1) * launch["part_tokens"] < context
+    more = (parts + 1) * batch * launch["units"] > count
+    assert more or parts * launch["part_tokens"] >= context
+    floats = mla_floats(spec, batch, parts, launch)
+    assert floats == batch * parts * launch["pieces"] * 16 * (512 + 2)

@@ -20,8 +20,21 @@ inline uint32_t map_address(uint32_t address, uint32_t rank) {
   return (address & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
 }
 
+// What cvta gives: in a cluster an address has the rank of its own CTA above, as on hardware, which
+// shows in a matrix descriptor that takes more than the lowest 18 bits.
+inline uint32_t own_address(const void* pointer) {
+  uint32_t address = shared_address(pointer);
+  return images.size() > 1 ? map_address(address, cluster_rank) : address;
+}
+
+inline int32_t distance_of(uint32_t address) {
+  return static_cast<int32_t>(address << (32 - kRankShift)) >> (32 - kRankShift);
+}
+
 inline void* shared_pointer(const char* name, uint64_t address, std::size_t bytes) {
-  char* pointer = dynamic_shared + static_cast<int32_t>(static_cast<uint32_t>(address));
+  uint32_t word = static_cast<uint32_t>(address);
+  bool own = images.size() > 1 && word >> kRankShift == cluster_rank + 1;
+  char* pointer = dynamic_shared + (own ? distance_of(word) : static_cast<int32_t>(word));
   auto holds = [&](const char* data, std::size_t size) {
     return pointer >= data && pointer + bytes <= data + size;
   };
@@ -46,8 +59,8 @@ inline ClusterTarget cluster_target(const char* name, uint64_t address, std::siz
     fail(std::string(name) + ": address must be one of mapa with a rank below " +
          std::to_string(images.size()) + ", got rank " + std::to_string(static_cast<int>(rank)));
   }
-  int32_t distance = static_cast<int32_t>(word << (32 - kRankShift)) >> (32 - kRankShift);
-  return {rank, static_cast<char*>(shared_pointer(name, static_cast<uint32_t>(distance), bytes))};
+  uint32_t distance = static_cast<uint32_t>(distance_of(word));
+  return {rank, static_cast<char*>(shared_pointer(name, distance, bytes))};
 }
 
 // An address from `map_address`, in the shared memory of a CTA of the cluster that has not left.
@@ -218,5 +231,5 @@ inline T atomicAdd(T* pointer, T value) {
   return before;
 }
 inline std::size_t __cvta_generic_to_shared(const void* pointer) {
-  return emulated::shared_address(pointer);
+  return emulated::own_address(pointer);
 }
