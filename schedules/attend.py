@@ -45,6 +45,7 @@ from tq_tvm.kernels.attend_cpu import AttendCpuConfig, block_tokens
 from tq_tvm.kernels.attend_rows import RowShape
 from tq_tvm.kernels.attend_shape import AttendConfig, AttendShape
 from tq_tvm.kernels.attend_tiles import TileShape
+from tq_tvm.kernels.device import SHARED_BYTES
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES
 from tq_tvm.kernels.fragment_shape import FragmentShape
 from tq_tvm.spec import CacheSpec
@@ -62,7 +63,6 @@ __all__ = [
     "unfit",
 ]
 
-_SHARED = 227 * 1024
 _OUTPUT = 2 * 256
 """Row tiles times head_dim: twice that many registers of a lane are its output."""
 
@@ -178,8 +178,8 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
 
 def unfit(tiles: TileShape, shared_bytes: int, rows: RowShape) -> str | None:
     """Why a tensor-core kernel over decoded tiles cannot be, or None."""
-    if shared_bytes > _SHARED:
-        return f"{shared_bytes} bytes of shared memory exceed {_SHARED}"
+    if shared_bytes > SHARED_BYTES:
+        return f"{shared_bytes} bytes of shared memory exceed {SHARED_BYTES}"
     widest = max(tiles.dims)
     if rows.row_tiles * widest >= _OUTPUT:
         return f"{rows.rows} rows of {widest} values exceed a lane's registers"

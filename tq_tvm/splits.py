@@ -206,7 +206,7 @@ def mla_launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
     """
     if "part_tokens" in launch:
         return ("ctas_per_sm", "units", "part_tokens", "pieces")
-    return ("ctas_per_sm", "split_tokens")
+    return launch_keys(launch)
 
 
 def mla_parts(
@@ -224,5 +224,5 @@ def mla_parts(
 
 def mla_floats(spec: CacheSpec, batch: int, parts: int, launch: Mapping[str, int]) -> int:
     """float32 values of workspace of ``mla``: as `workspace_floats`, of latents."""
-    pieces = parts * launch.get("pieces", 1)
-    return batch * pieces * spec.num_q_heads * (spec.head_dim + 2)
+    latents, _ = spec.latent_parts
+    return workspace_floats(latents, batch, parts * launch.get("pieces", 1), launch)

@@ -4,7 +4,7 @@ A row is a query token and a head of the group. A warp has ``16 row_tiles`` of t
 ``mma.m16n8k16``, queries on the M side and K's rows on the N side; softmax in float32; output with
 the weights, as the scores left them, on the M side and V's rows on the N side.
 
-A row's bound moves only where a logit exceeds it by more than `_SLACK` powers of two, so that the
+A row's bound moves only where a logit exceeds it by more than `SLACK` powers of two, so that the
 output is seldom rescaled.
 """
 
@@ -47,6 +47,7 @@ from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
+    "SLACK",
     "Options",
     "QueryOperands",
     "RowBlock",
@@ -55,11 +56,14 @@ __all__ = [
     "arrange_queries",
     "attend_tile",
     "finish_row",
+    "highest",
     "load_queries",
     "soft_capped",
 ]
 
-_SLACK = 6.0
+SLACK = 6.0
+"""Powers of two by which a logit may exceed its row's bound."""
+
 _MINUS_INFINITY = 0xFF800000
 _NO_WINDOW = -(2**31)
 
@@ -213,8 +217,8 @@ class Softmax:
             values = [
                 scores[tile, octet, 2 * half + e] for octet in range(octets) for e in range(2)
             ]
-            store(top, _highest(values), *at)
-            above = T.Or(above, top[at] > bound[at] + f32(_SLACK))
+            store(top, highest(values), *at)
+            above = T.Or(above, top[at] > bound[at] + f32(SLACK))
         with when(T.cuda.any_sync(u32(FULL_WARP), T.cast(above, "int32")) != 0):
             self._raise(top)
         for tile, half in self.places:
@@ -257,11 +261,12 @@ class Softmax:
                     store(self.output, self.output[index] * shrink, *index)
 
 
-def _highest(values):
-    highest = values[0]
+def highest(values: list[Any]):
+    """The largest of some values."""
+    largest = values[0]
     for value in values[1:]:
-        highest = T.max(highest, value)
-    return highest
+        largest = T.max(largest, value)
+    return largest
 
 
 def load_queries(

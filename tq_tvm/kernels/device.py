@@ -16,6 +16,7 @@ __all__ = [
     "LOWEST",
     "MASKED",
     "PAIR",
+    "SHARED_BYTES",
     "access",
     "arrive_at_cluster",
     "as_bits",
@@ -51,6 +52,9 @@ __all__ = [
 ]
 
 FULL_WARP = 0xFFFFFFFF
+
+SHARED_BYTES = 227 * 1024
+"""Most shared memory of a CTA of Hopper or B200."""
 
 LOG2E = math.log2(math.e)
 

@@ -15,10 +15,17 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.device import i32, local, pointer, ptx, remote_address, store, u32
 
-__all__ = ["Barriers", "Turn", "publish_barriers", "store_to_peer"]
+__all__ = [
+    "BARRIER_BYTES",
+    "Barriers",
+    "Turn",
+    "arrive_at_peer",
+    "publish_barriers",
+    "store_to_peer",
+]
 
-WORDS = 2
-"""32-bit words of a barrier."""
+BARRIER_BYTES = 8
+_WORDS = BARRIER_BYTES // 4
 
 
 class Barriers:
@@ -30,10 +37,10 @@ class Barriers:
     @property
     def end(self) -> int:
         """The word behind them."""
-        return self._begin + WORDS * self.count
+        return self._begin + _WORDS * self.count
 
     def _at(self, index):
-        return pointer(self._words, self._begin + WORDS * index)
+        return pointer(self._words, self._begin + _WORDS * index)
 
     def make(self, arrivals: int | Callable[[int], Any]) -> None:
         """One thread makes them, each of so many arrivals."""
@@ -65,7 +72,8 @@ def arrive_at_peer(address) -> None:
     """Arrive at a barrier of another CTA, see `Barriers.remote`, behind the thread's reads.
 
     Not a release to the cluster, for which a thread waits until its writes are seen everywhere:
-    1400 of 7000 cycles a tile of ``mla``, and 2400 more for whoever acquires them, who empties L1.
+    1400 of 7000 cycles a tile of ``mla``'s first form, on an H100, and 2400 more for whoever
+    acquires them, who empties L1.
     """
     ptx("mbarrier.arrive.shared::cluster.b64", address)
 

@@ -35,12 +35,13 @@ instructions           616, 315   of the SASS: a warp that multiplies, and one o
                                   (84 of them ``PRMT``, 10 a word of eight codes, 4 a row)
 =====================  =========  ==============================================================
 
-At 64 x 8192 an H100 takes 4000 cycles a tile, with shared memory busy for 75 % of them: of the
-time of a warpgroup (PC sampling) 25 % is issuing products, 8 % waiting for values, 22 % waiting for
-the peer's halves of scores, 16 % reading them, 19 % weights. 16 heads take 2100 cycles a tile, for
-which warps that decode are waited for. Tried and slower: no scores ahead of values, 375 us of 312;
-arrivals that release to the cluster, 495 of 403; two crews of decoding warps that take tiles in
-turn, 176 of 162 (16 heads).
+At 64 x 8192 an H100 takes 4000 cycles a tile, 2100 with 16 heads (``bench.json``). What follows was
+measured there on forms before this one, before latents went to float16 and the first rows ahead of
+queries: shared memory was busy for 75 % of the time; of that of a warpgroup (PC sampling) 25 % was
+issuing products, 8 % waiting for values, 22 % waiting for the peer's halves of scores, 16 % reading
+them, 19 % weights. With 16 heads warps that decode were waited for. Tried and slower: no scores
+ahead of values, 375 us of 312; arrivals that release to the cluster, 495 of 403; two crews of
+decoding warps that take tiles in turn, 176 of 162 (16 heads).
 """
 
 from __future__ import annotations

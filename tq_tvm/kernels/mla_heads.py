@@ -9,15 +9,14 @@ with their half of the latents. No other state is shared.
 With ``ahead`` the scores of the next tile are multiplied before this tile's outputs, and on their
 way to the peer meanwhile.
 
-A row's bound moves only where a logit exceeds it by more than `_SLACK` powers of two.
+A row's bound moves only where a logit exceeds it by more than `SLACK` powers of two.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from tvm.script import tirx as T
 
+from tq_tvm.kernels.attend_rows import SLACK, highest
 from tq_tvm.kernels.device import (
     FULL_WARP,
     LOWEST,
@@ -39,7 +38,7 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.mbarrier import Barriers, Turn, arrive_at_peer, store_to_peer
-from tq_tvm.kernels.mla_shape import BLOCK, HALF, HALF_ROPE, ROWS, TILE, WARPGROUP, MlaShape
+from tq_tvm.kernels.mla_shape import BLOCK, HALF, HALF_ROPE, ROWS, TILE, WARPGROUP, WARPS, MlaShape
 from tq_tvm.kernels.wgmma import (
     Operand,
     commit,
@@ -50,8 +49,7 @@ from tq_tvm.kernels.wgmma import (
 
 __all__ = ["Heads", "warps_of"]
 
-_SLACK = 6.0
-WARP_ROWS = 16
+_WARP_ROWS = 16
 """Rows of a warp."""
 
 _STEP = 16
@@ -69,7 +67,7 @@ _LATENT_BYTES = 2 * HALF * TILE
 
 def warps_of(heads):
     """Warps of a warpgroup that have any of so many heads."""
-    return T.max(T.min(T.truncdiv(heads + (WARP_ROWS - 1), WARP_ROWS), 4), 0)
+    return T.max(T.min(T.truncdiv(heads + (_WARP_ROWS - 1), _WARP_ROWS), WARPS), 0)
 
 
 class Heads:
@@ -97,8 +95,8 @@ class Heads:
         self._tiles = self._operands(begin)
         self._values = Operand(pointer(words, begin), BLOCK, leading=2 * BLOCK * TILE)
         # Warps of rows without a head only multiply.
-        self._exists = let(self._thread // 32 * WARP_ROWS < heads)
-        self._sum_bytes = let(warps_of(heads) * (shape.sums_bytes // 4))
+        self._exists = let(self._thread // 32 * _WARP_ROWS < heads)
+        self._sum_bytes = let(warps_of(heads) * (shape.sums_bytes // WARPS))
         # Where this thread's scores of the peer arrive here, and its own there.
         own = shape.sums_begin // 4 + number * (shape.sums_bytes // 4) + self._thread * 4
         self._arriving = let(own)
@@ -190,8 +188,8 @@ class Heads:
         above = T.bool(False)
         for half in range(2):
             own = [scores[i] for i in range(_SCORES) if i % 4 // 2 == half]
-            store(top, _highest(own), half)
-            above = T.Or(above, top[half] > self.bound[half] + f32(_SLACK))
+            store(top, highest(own), half)
+            above = T.Or(above, top[half] > self.bound[half] + f32(SLACK))
         with when(T.cuda.any_sync(u32(FULL_WARP), T.cast(above, "int32")) != 0):
             self._raise(top)
         for i in range(_SCORES):
@@ -224,7 +222,7 @@ class Heads:
         for half in range(2):
             reduce_lanes(self.total, half, lambda a, b: a + b, (1, 2))
         for half in range(2):
-            head = let(self._thread // 32 * WARP_ROWS + 8 * half + self.g)
+            head = let(self._thread // 32 * _WARP_ROWS + 8 * half + self.g)
             with when(head < self._heads):
                 row, columns = place_of(head)
                 for octet in range(HALF // 8):
@@ -237,10 +235,3 @@ class Heads:
                     at = let(stats[0] + row * 2)
                     store(workspace, self.bound[half], at)
                     store(workspace, self.total[half], at + 1)
-
-
-def _highest(values: list[Any]):
-    highest = values[0]
-    for value in values[1:]:
-        highest = T.max(highest, value)
-    return highest

@@ -257,6 +257,5 @@ class Latents:
                 for n in range(len(line) // 4):
                     yield column // 8, n, line[4 * n : 4 * n + 4]
             return
-        fields = 8 // row.field
         for field, n, line in row.chunks():
-            yield field * (HALF // fields) // 8, n, line
+            yield field * (HALF // self._shape.fields) // 8, n, line

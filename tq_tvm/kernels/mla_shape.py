@@ -12,6 +12,9 @@ import dataclasses
 
 from tvm.script import tirx as T
 
+from tq_tvm.kernels.device import SHARED_BYTES
+from tq_tvm.kernels.mbarrier import BARRIER_BYTES
+from tq_tvm.kernels.word_codes import code_fields
 from tq_tvm.spec import LATENT_DIMS, CacheSpec, Codec
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "ROWS",
     "TILE",
     "WARPGROUP",
+    "WARPS",
     "MlaConfig",
     "MlaShape",
 ]
@@ -39,6 +43,9 @@ TILE = 64
 WARPGROUP = 128
 """Threads that multiply together."""
 
+WARPS = WARPGROUP // 32
+"""Its warps."""
+
 MULTIPLIERS = 2
 """Warpgroups of a CTA that multiply."""
 
@@ -47,9 +54,6 @@ HALF, HALF_ROPE = (dim // RANKS for dim in LATENT_DIMS)
 
 BLOCK = 64
 """Values of a row of a block of an operand; those of a rope part are `HALF_ROPE`."""
-
-_SHARED = 232448
-"""Bytes of shared memory that a CTA of Hopper may have."""
 
 _REGISTERS = 65536
 _MULTIPLIER_REGISTERS = {0: 200, 1: 216}
@@ -107,7 +111,7 @@ class MlaShape:
     @property
     def readers(self) -> int:
         """Warps that read a tile before it may be written again."""
-        return 4 if self.shares_tiles else 4 * MULTIPLIERS
+        return WARPS if self.shares_tiles else WARPS * MULTIPLIERS
 
     @property
     def threads(self) -> int:
@@ -126,11 +130,9 @@ class MlaShape:
         rest = launched - MULTIPLIERS * WARPGROUP * self.multiplier_registers
         return rest // (32 * self.config.decoders) // 8 * 8
 
-    # A column of rows of a block is `TILE` or `ROWS` rows, which are as many.
-
     @property
     def matrix_bytes(self) -> int:
-        """Of one CTA's half of 64 queries or tokens."""
+        """Of one CTA's half of `ROWS` queries or, which are as many, `TILE` tokens."""
         return ROWS * 2 * (HALF + HALF_ROPE)
 
     @property
@@ -141,7 +143,7 @@ class MlaShape:
     @property
     def fields(self) -> int:
         """Fields of the codes of a latent, whose coordinates are neighbours."""
-        return 8 // self.codec.plane_bits[0] if self.codec.packed else 1
+        return code_fields(self.codec) if self.codec.packed else 1
 
     @property
     def code_bytes(self) -> int:
@@ -184,7 +186,7 @@ class MlaShape:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA."""
-        return self.barriers_begin + 8 * (2 * self.config.tiles + 2 * MULTIPLIERS)
+        return self.barriers_begin + BARRIER_BYTES * 2 * (self.config.tiles + MULTIPLIERS)
 
     def column_of(self, dim: int, fields: int, coordinate):
         """Rank and column of a coordinate of a row of ``dim`` values, in so many fields."""
@@ -196,8 +198,8 @@ class MlaShape:
     @property
     def unfit(self) -> str | None:
         """Why there can be no such kernel, or None."""
-        if self.shared_bytes > _SHARED:
-            return f"{self.shared_bytes} bytes of shared memory exceed {_SHARED}"
+        if self.shared_bytes > SHARED_BYTES:
+            return f"{self.shared_bytes} bytes of shared memory exceed {SHARED_BYTES}"
         if self.config.ahead and self.config.decoders > 4:
             # ptxas has products wait for one another where a launch's threads begin with 128.
             return f"{self.threads} threads have too few registers for products ahead"
