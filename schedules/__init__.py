@@ -29,10 +29,11 @@ from tq_tvm.kernels.decode_featured import decode_featured
 from tq_tvm.kernels.decode_shape import DecodeConfig
 from tq_tvm.kernels.fill import fill_slots, fill_table
 from tq_tvm.kernels.flatten import flatten as flatten_kernel
+from tq_tvm.kernels.lane_rows import MULTIPLIED
 from tq_tvm.kernels.mla import mla as mla_kernel
 from tq_tvm.kernels.prefill import prefill as prefill_kernel
 from tq_tvm.kernels.rotate import rotate as rotate_kernel
-from tq_tvm.spec import GPU_HEAD_DIMS, CacheSpec, Spec, check_target
+from tq_tvm.spec import CacheSpec, Spec, check_target
 
 __all__ = [
     "Instance",
@@ -155,7 +156,7 @@ def space(
 def _has_both(function: str, spec: Spec, kind: str) -> bool:
     """Rows that `tq_tvm.schedules.rows` can give to the lanes of a warp."""
     dim = spec.rotation.dim
-    short = dim <= max(GPU_HEAD_DIMS) and dim & (dim - 1) == 0
+    short = dim in MULTIPLIED
     return kind == "cuda" and function == "rotate" and short
 
 

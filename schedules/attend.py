@@ -16,7 +16,7 @@ lookup            as of ``decode``
 decision (CUDA)   what it trades
 ================  ==================================================================
 warps             tiles of a CTA in parallel, each with shared memory of its own, against
-                  the merge at the end of each piece
+                  the merge at the end of each piece; two, which share one, where V has 512 values
 row_tiles         pairs of a query token and a head, by 16, of a block: tokens decoded less
                   often, against registers, and rows that a call does not have
 tile              tokens a warp decodes and attends to at a time: fewer votes and bounds,
@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 _OUTPUT = 2 * 256
-"""Row tiles times head_dim: twice that many registers of a lane are its output."""
+"""Row tiles times columns: a quarter as many registers of a lane are its output."""
 
 OPTIONS = {
     "cuda": {
@@ -115,6 +115,10 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     elif widest > 128:
         # 32 tokens of 256 values would not fit a lane's registers, nor, in shared memory, two CTAs.
         values.update(tile=16, registers=255)
+    parts = AttendShape.parts_of(spec)
+    if parts > 1:
+        # Its warps make the 16 rows of a tile together.
+        values.update(warps=parts, lanes=4)
     if not _looks_up(spec):
         # Rows that are not packed much take shared memory, which so many warps wait for.
         values.update(tile=16, lanes=DIRECT_LANES)
@@ -136,7 +140,10 @@ def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
     if kind == "cuda":
         if FragmentShape.serves(spec):
             return {**OPTIONS[kind], "lanes": [4]}
-        return {**OPTIONS[kind], "lanes": lane_options(spec, OPTIONS[kind]["lanes"])}
+        lanes = lane_options(spec, OPTIONS[kind]["lanes"])
+        parts = AttendShape.parts_of(spec)
+        warps = OPTIONS[kind]["warps"] if parts == 1 else [parts]
+        return {**OPTIONS[kind], "warps": warps, "lanes": lanes}
     shared = decode.options(spec, kind)
     return {
         name: shared[name] if name == "lookup" else values for name, values in OPTIONS[kind].items()
@@ -180,9 +187,8 @@ def unfit(tiles: TileShape, shared_bytes: int, rows: RowShape) -> str | None:
     """Why a tensor-core kernel over decoded tiles cannot be, or None."""
     if shared_bytes > SHARED_BYTES:
         return f"{shared_bytes} bytes of shared memory exceed {SHARED_BYTES}"
-    widest = max(tiles.dims)
-    if rows.row_tiles * widest >= _OUTPUT:
-        return f"{rows.rows} rows of {widest} values exceed a lane's registers"
+    if rows.row_tiles * rows.columns >= _OUTPUT:
+        return f"{rows.rows} rows of {rows.columns} outputs exceed a lane's registers"
     if tiles.tile * tiles.lanes < tiles.threads:
         return f"{tiles.threads} threads exceed {tiles.lanes} lanes for each of {tiles.tile} rows"
     return None

@@ -302,9 +302,8 @@ def test_what_readers_need_not_know():
 @pytest.mark.parametrize(
     "spec",
     [
-        dataclasses.replace(SPEC, format="int8", head_dim=512),
-        dataclasses.replace(SPEC, head_dim=576),
-        dataclasses.replace(SPEC, head_dim_v=512),
+        dataclasses.replace(SPEC, format="int8", head_dim=576),
+        dataclasses.replace(SPEC, head_dim_v=576),
         dataclasses.replace(SPEC, dtype="float32"),
         dataclasses.replace(SPEC, head_dim=96, window=16),
         dataclasses.replace(SPEC, head_dim_v=64, window=16),
@@ -319,6 +318,14 @@ def test_gpus_refuse_what_they_have_no_kernel_of(spec):
     for served in (SPEC, dataclasses.replace(SPEC, head_dim=256), RotateSpec(4096)):
         check_target("op", served, "cuda")
         assert functions_on(served, "cuda") == served.functions
+
+
+@pytest.mark.parametrize("head_dim", [128, 512])
+def test_values_that_warps_share_are_attended_to_by_one_kernel(head_dim):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim, head_dim_v=512)
+    assert set(functions_on(spec, "cuda")) == set(SPEC.functions) - {
+        "decode", "decode_featured", "prefill"
+    }  # fmt: skip
 
 
 def test_latent_caches_have_a_function_of_their_own():

@@ -18,6 +18,8 @@ def main() -> None:
     # Rows that tensor cores do not rotate.
     _run(CacheSpec(96, num_q_heads=32, num_kv_heads=8))
     _run(CacheSpec(192, num_q_heads=4, num_kv_heads=1, format="tq43", head_dim_v=128))
+    # Two warps share tiles of V.
+    _run(CacheSpec(512, num_q_heads=8, num_kv_heads=2, format="tq42"))
     if torch.cuda.get_device_capability() == (9, 0):
         # One block of query heads, whose warpgroups take turns, and two.
         for heads in (16, 128):

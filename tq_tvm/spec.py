@@ -61,7 +61,7 @@ __all__ = [
 
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576)
 ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
-GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 GPU_DECODE_DIMS = (64, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_WINDOW = 256
@@ -426,8 +426,9 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
         return ()
     if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_DECODE_DIMS):
         return ()
-    # Long chunks over a window are ``attend``'s, too.
-    served = tuple(name for name in spec.functions if name != "prefill" or not spec.window)
+    # Long chunks over a window, or of V that two warps share, are ``attend``'s, too.
+    chunks = not spec.window and spec.value_dim <= 256
+    served = tuple(name for name in spec.functions if name != "prefill" or chunks)
     decodes = gpus_decode(fmt.key, fmt.value, spec.head_dim, spec.value_dim)
     return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
 

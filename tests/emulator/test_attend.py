@@ -19,6 +19,7 @@ from tq_tvm.spec import CacheSpec
 WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, lanes=2, registers=168, reach=1, overlap=0)
 TALL = AttendConfig(warps=2, row_tiles=2, tile=16, lanes=4, registers=255, reach=2, overlap=1)
 FLAT = AttendConfig(warps=2, row_tiles=1, tile=16, lanes=8, registers=255, reach=1, overlap=1)
+PAIR = AttendConfig(warps=2, row_tiles=1, tile=16, lanes=4, registers=255, reach=2, overlap=1)
 MSE3 = "mse3-mse2-signed-norm"
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
@@ -39,6 +40,10 @@ CASES = {
     "d112": (CacheSpec(112, 4, 2, 32, "float16", "bshd", "int4-none"), WIDE),
     "d80v112": (CacheSpec(80, 3, 1, 16, "bfloat16", "bshd", "none-int8-signed", 112), TALL),
     "none_fp8": (CacheSpec(64, 4, 2, 16, "float16", "bhsd", "none-fp8-plain"), TALL),
+    # Two warps have half of the output each, or one has all of it.
+    "d512": (CacheSpec(512, 4, 1, 64, "bfloat16", "bshd", "tq42"), PAIR),
+    "d128v512": (CacheSpec(128, 4, 2, 8, "float16", "bhsd", "int8-mse3-signed-norm", 512), PAIR),
+    "d512v128": (CacheSpec(512, 3, 1, 16, "bfloat16", "bhsd", "none-fp8-plain", 128), FLAT),
     # Windows longer than some sequences, of one token, and of all of most sequences.
     "window": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", window=50), WIDE),
     "window_one": (CacheSpec(64, 6, 1, 8, "float16", "bhsd", MSE3, window=1), TALL),

@@ -149,8 +149,11 @@ def test_each_feature_alone_and_all(served, device, spec):
     served(spec)
     batch = Batch(spec, device, [90, 0, 33, 1, 70], [3, 0, 1, 1, 20], spare=2)
     each = {
-        "sm_scale": 0.2, "window_left": 20, "soft_cap": 3.0, **features_of(spec)
-    }  # fmt: skip
+        "sm_scale": 2 * spec.head_dim**-0.5,
+        "window_left": 20,
+        "soft_cap": 3.0,
+        **features_of(spec),
+    }
     plain, _ = batch.check()
     for name, value in each.items():
         assert not torch.equal(batch.check(**{name: value})[0], plain), name

@@ -167,6 +167,8 @@ def test_wrong_arguments(served, device, name, change, error, message):
     names = ("q_latent", "q_rope", "k_cache", "v_cache", "k_meta", "v_meta")
     given = dict(zip(names, [*queries, *batch.caches], strict=True))
     given |= {"block_table": batch.block_table, "seq_lens": batch.seq_lens}
+    if device.type == "cuda" and name in ("seq_lens", "block_table"):
+        pytest.skip("what is in a GPU's tensors is not checked")
     given[name] = change(given[name])
     with pytest.raises(error, match=message):
         mla_decode(**given, sm_scale=SCALE, policy=spec.format)

@@ -8,7 +8,7 @@ from rows import rows
 from specs import CPU_SPECS
 
 from tq_tvm import hadamard_rotate, reference
-from tq_tvm.spec import GPU_HEAD_DIMS, ROTATE_DIMS, RotateSpec, functions_on
+from tq_tvm.spec import ROTATE_DIMS, RotateSpec, functions_on
 
 # Rounding the output once, and float32 sums over log2(D) steps.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 LONG = [
     RotateSpec(dim, dtype)
     for dim in ROTATE_DIMS
-    if dim > max(GPU_HEAD_DIMS) or dim & (dim - 1)
+    if dim not in {spec.head_dim for spec in CPU_SPECS}
     for dtype in (("float16", "bfloat16") if dim == 4096 else ("bfloat16",))
 ]
 FLOATS = RotateSpec(2048, "float32")

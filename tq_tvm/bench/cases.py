@@ -144,6 +144,7 @@ def workloads(kind: str) -> list[Workload]:
         dataclasses.replace(_SERVED, head_dim=64),
         dataclasses.replace(_SERVED, head_dim=96),
         dataclasses.replace(_SERVED, head_dim=256),
+        dataclasses.replace(_SERVED, head_dim=512),
         *(dataclasses.replace(_SERVED, format=name) for name in _FORMATS),
     ]
     formats = [spec for spec in shapes if spec.format != _SERVED.format]

@@ -9,11 +9,12 @@ takes its piece of one block after the other:
 2. lets every warp walk its own tiles: scores, softmax and output by tensor cores, whose operands
    are codes that were looked up in registers (`attend_fragments`) or, where a codec is not looked
    up or K and V have not one head_dim of 64, 128 or 256, rows of the model's dtype in shared memory
-   (`attend_tiles`). Nothing in that loop
-   synchronises warps;
+   (`attend_tiles`). Nothing in that loop synchronises warps, unless V has more values than a warp
+   has registers for outputs: then a CTA is a team of two, which make the rows of a tile together,
+   and each has half of the columns, with scores of its own;
 3. lets them attend to the newest tokens, of a spec with a window, as they are (`attend_window`):
    to a sequence's tiles of packed rows are added those of its window;
-4. merges the warps. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
+4. merges the teams. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
    sum of w) goes to the workspace.
 
 The second launch, a CTA a query row, merges pieces (`attend_merge`). With ``overlap`` it begins
@@ -140,15 +141,23 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
 
 
 class _SharedWalk:
-    """A warp's walk through tiles of which rows are made in shared memory."""
+    """A warp's walk through tiles of which rows are made in shared memory, with its team."""
 
     def __init__(self, shape: AttendShape, words, caches, head, warp, lane, options) -> None:
         self._shape, self._words, self._lane, self._options = shape, words, lane, options
-        tiles, warps = shape.tiles, shape.config.warps
-        dense = shape.queries + warp * tiles.dense_words
-        packed = shape.queries + warps * tiles.dense_words + warp * (2 * tiles.packed_words)
+        tiles, teams, team = shape.tiles, shape.teams, shape.team_of(warp)
+        dense = shape.queries + team * tiles.dense_words
+        packed = shape.queries + teams * tiles.dense_words + team * (2 * tiles.packed_words)
         memory = TileMemory(tiles, words, dense, packed)
-        self._tiles = Tiles(tiles, memory, caches, head, lane, lane)
+        thread = lane if shape.parts == 1 else let(warp * 32 + lane)
+        column = shape.first_column(warp)
+        self._tiles = Tiles(tiles, memory, caches, head, thread, lane, column)
+
+    def _barrier(self) -> None:
+        if self._shape.parts == 1:
+            warp_barrier()
+        else:
+            barrier()
 
     def load_queries(self, query, q, rows, first, count) -> None:
         scale = self._options.sm_scale
@@ -169,15 +178,15 @@ class _SharedWalk:
 
     def attend(self, softmax, first, masked, ask_next) -> None:
         self._tiles.arrive()
-        warp_barrier()
+        self._barrier()
         ask_next()
         self._tiles.decode()
-        warp_barrier()
+        self._barrier()
         attend_tile(
             self._shape.rows, self._words, 0, self._tiles, softmax, i32(0), self._lane, first,
             masked,
         )  # fmt: skip
-        warp_barrier()
+        self._barrier()
 
 
 class _RegisterWalk:
@@ -201,7 +210,7 @@ class _RegisterWalk:
 
     def ask(self, table, sequence, span, index, seen) -> None:
         self._tiles.ask(span.first_token(index), seen)
-        after = let(span.first_token(index + self._shape.config.warps))
+        after = let(span.first_token(index + self._shape.teams))
         self._tiles.find_pages(table, sequence, after, seen)
 
     def start(self) -> None:
@@ -257,7 +266,7 @@ def _attend(
             rows = extent.rows(sequence, block, kv_head)
             seen = packed = rows.seen(options)
             earliest = rows.first_position
-            store(now, inside + warp)
+            store(now, inside + shape.team_of(warp))
             store(last, inside + count[0])
             if window is not None:
                 # Tokens of the window are in pages, too, but attended to as they are.
@@ -276,7 +285,7 @@ def _attend(
             walk.start()
             barrier()
             with loop(now[0] < until[0]):
-                store(ahead, now[0] + config.warps)
+                store(ahead, now[0] + shape.teams)
                 first = let(span.first_token(now[0]))
                 late = first + (config.tile - 1) > earliest
                 far = first < rows.last_position - options.window_left
@@ -294,7 +303,7 @@ def _attend(
                 with loop(now[0] < last[0]):
                     first = let(end + (now[0] - span.packed) * WINDOW_TILE)
                     window.attend(softmax, sequence, first, seen)
-                    store(now, now[0] + config.warps)
+                    store(now, now[0] + shape.teams)
             leave_warp(shape, memory, softmax, warp, g, t)
             barrier()
             with I.If(count[0] == span.width):

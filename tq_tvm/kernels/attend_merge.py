@@ -1,4 +1,4 @@
-"""Merging in ``attend`` on GPUs: the warps of a CTA, then the pieces of a block of rows."""
+"""Merging in ``attend`` on GPUs: teams of warps of a CTA, then the pieces of a block of rows."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _AHEAD = 4
 
 @dataclasses.dataclass(frozen=True)
 class WarpMemory:
-    """Where each warp leaves its output, in the place of its tiles, and bounds and totals."""
+    """Where each team leaves its output, in the place of its tiles, and bounds and totals."""
 
     words: Any
     begin: int
@@ -52,15 +52,15 @@ class WarpMemory:
 
     @classmethod
     def allocate(cls, shape: AttendShape, words) -> WarpMemory:
-        """Shared memory for every warp."""
-        size = (shape.config.warps, shape.rows.rows)
+        """Shared memory for every team."""
+        size = (shape.teams, shape.rows.rows)
         apart = shape.rows.rows * shape.spec.value_dim
         return cls(words, shape.queries, apart, shared(size, "float32"), shared(size, "float32"))
 
 
 def leave_warp(shape: AttendShape, memory: WarpMemory, softmax: Softmax, warp, g, t) -> None:
     """Leave a warp's output; tiles of others may be in the way, so a barrier comes first."""
-    dim = shape.spec.value_dim
+    dim, team, own = shape.spec.value_dim, shape.team_of(warp), shape.first_column(warp)
     barrier()
     for at in softmax.places:
         tile, half = at
@@ -68,22 +68,23 @@ def leave_warp(shape: AttendShape, memory: WarpMemory, softmax: Softmax, warp, g
             other = shuffle_xor(softmax.total[at], mask)
             store(softmax.total, softmax.total[at] + other, *at)
         row = let((16 * tile + 8 * half) + g)
-        for octet in range(dim // 8):
+        for octet in range(shape.rows.columns // 8):
             for e in range(2):
-                coordinate = shape.output_coordinate(octet, 2 * t + e)
-                place = memory.begin + warp * memory.apart + row * dim + coordinate
+                coordinate = own + shape.output_coordinate(octet, 2 * t + e)
+                place = memory.begin + team * memory.apart + row * dim + coordinate
                 value = softmax.output[tile, octet, 2 * half + e]
                 ptx("st.shared.f32", pointer(memory.words, place), value)
-        with when(t == 0):
-            store(memory.bound, softmax.bound[at], warp, row)
-            store(memory.total, softmax.total[at], warp, row)
+        # All warps of a team have the same ones.
+        with when(t == 0 if shape.parts == 1 else T.And(t == 0, warp == 0)):
+            store(memory.bound, softmax.bound[at], team, row)
+            store(memory.total, softmax.total[at], team, row)
 
 
 def finish_block(
     shape: AttendShape, output: WarpRow, memory: WarpMemory, rows: RowBlock, options: Options, out,
     lse, piece, warp, lane,
 ) -> None:  # fmt: skip
-    """Merge the warps, a warp a row, and write rows or, to ``piece`` of the workspace, a piece."""
+    """Merge the teams, a warp a row, and write rows or, to ``piece`` of the workspace, a piece."""
     warps, dim, count = shape.config.warps, output.dim, output.row_values
     x, part = local(count, "float32"), local(1, "float32")
     top, total = local(1, "float32"), local(1, "float32")
@@ -91,16 +92,16 @@ def finish_block(
         row = let(turn * warps + warp)
         with when(rows.exists(row)):
             store(top, f32(LOWEST))
-            for w in range(warps):
-                store(top, T.max(top[0], memory.bound[w, row]))
+            for team in range(shape.teams):
+                store(top, T.max(top[0], memory.bound[team, row]))
             store(total, f32(0))
             for i in range(count):
                 store(x, f32(0), i)
-            for w in range(warps):
-                raised = let(T.exp2(memory.bound[w, row] - top[0]))
-                store(total, total[0] + memory.total[w, row] * raised)
+            for team in range(shape.teams):
+                raised = let(T.exp2(memory.bound[team, row] - top[0]))
+                store(total, total[0] + memory.total[team, row] * raised)
                 for i, base, extra in output.places(lane):
-                    place = memory.begin + w * memory.apart + row * dim + base + extra
+                    place = memory.begin + team * memory.apart + row * dim + base + extra
                     ptx("ld.shared.f32", part[0], pointer(memory.words, place))
                     store(x, x[i] + part[0] * raised, i)
             if piece is None:

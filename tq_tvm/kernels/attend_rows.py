@@ -82,11 +82,15 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """Static sizes of a warp's rows and of the tile that they attend to."""
+    """Static sizes of a warp's rows and of the tile that they attend to.
+
+    Of ``parts`` of the output's columns a warp has one.
+    """
 
     spec: CacheSpec
     row_tiles: int
     tile: int
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -97,6 +101,11 @@ class RowShape:
     def row_words(self) -> int:
         """Words of a query of the model's dtype."""
         return dense_row_words(self.spec.head_dim)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a warp's output."""
+        return self.spec.value_dim // self.parts
 
 
 class RowBlock:
@@ -159,7 +168,7 @@ class Softmax:
         self._first: Any = None
         # Where the tokens end that are attended to, if rows see more than those.
         self.end: Any = None
-        self.output = local((tiles, shape.spec.value_dim // 8, 4), "float32")
+        self.output = local((tiles, shape.columns // 8, 4), "float32")
         self._sloped = let(T.cast(options.alibi_slopes.shape[0], "int32") > 0)
         self._featured = let(T.Or(self._sloped, options.soft_cap > f32(0)))
 
@@ -175,7 +184,7 @@ class Softmax:
                 slope = self._options.alibi_slopes[rows.head(row)]
                 store(self._slope, slope * f32(LOG2E), *at)
         for tile in range(self._shape.row_tiles):
-            for octet in range(self._shape.spec.value_dim // 8):
+            for octet in range(self._shape.columns // 8):
                 for e in range(4):
                     store(self.output, f32(0), tile, octet, e)
 
@@ -255,7 +264,7 @@ class Softmax:
             shrink = let(T.exp2(self.bound[at] - top[at]))
             store(self.bound, top[at], *at)
             store(self.total, self.total[at] * shrink, *at)
-            for octet in range(self._shape.spec.value_dim // 8):
+            for octet in range(self._shape.columns // 8):
                 for e in range(2):
                     index = (tile, octet, 2 * half + e)
                     store(self.output, self.output[index] * shrink, *index)
@@ -393,7 +402,7 @@ def attend_tile(
             for i in range(4):
                 pair = [scores[m, 2 * block + i // 2, 2 * (i % 2) + e] for e in (1, 0)]
                 ptx(PAIR[shape.spec.dtype], weights[m, i], *pair)
-        for k in range(shape.spec.value_dim // 16):
+        for k in range(shape.columns // 16):
             for octet, b in enumerate(tiles.values(block, k)):
                 for m in range(shape.row_tiles):
                     result = [softmax.output[m, 2 * k + octet, e] for e in range(4)]

@@ -20,6 +20,9 @@ __all__ = ["WINDOW_TILE", "AttendConfig", "AttendShape", "Extent", "Span"]
 WINDOW_TILE = 16
 """Tokens of a tile of a spec's window."""
 
+_COLUMNS = 256
+"""Most columns of an output of 16 rows: half of a lane's registers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class AttendConfig:
@@ -52,9 +55,28 @@ class AttendShape:
         return max(1, REGISTERS // (self.threads * self.config.registers))
 
     @property
+    def parts(self) -> int:
+        """Warps of a team: they share tiles, and have a part of the output's columns each."""
+        return self.parts_of(self.spec)
+
+    @staticmethod
+    def parts_of(spec: CacheSpec) -> int:
+        """Parts of a spec; where there are several, a CTA has as many warps."""
+        return -(-spec.value_dim // _COLUMNS)
+
+    @property
+    def teams(self) -> int:
+        """Teams of a CTA."""
+        return self.config.warps // self.parts
+
+    def team_of(self, warp):
+        """The team of a warp."""
+        return warp if self.parts == 1 else 0
+
+    @property
     def rows(self) -> RowShape:
-        """Rows of a block, which are every warp's."""
-        return RowShape(self.spec, self.config.row_tiles, self.config.tile)
+        """Rows of a block, which are every team's."""
+        return RowShape(self.spec, self.config.row_tiles, self.config.tile, self.parts)
 
     @property
     def in_registers(self) -> bool:
@@ -68,11 +90,15 @@ class AttendShape:
 
     @property
     def tiles(self) -> TileShape:
-        """Tiles that are made in shared memory, a warp's."""
-        return TileShape(self.spec, self.config.tile, 32, self.config.lanes)
+        """Tiles that are made in shared memory, a team's."""
+        return TileShape(self.spec, self.config.tile, 32 * self.parts, self.config.lanes)
+
+    def first_column(self, warp):
+        """Where a warp's part of the output begins."""
+        return 0 if self.parts == 1 else let(warp * self.rows.columns)
 
     def output_coordinate(self, octet: int, column):
-        """Coordinate of a column of an octet of a warp's output."""
+        """Coordinate of a column of an octet of a warp's output, from its `first_column` on."""
         if self.in_registers:
             return self.fragments.output_coordinate(octet, column)
         return 8 * octet + column
@@ -80,7 +106,7 @@ class AttendShape:
     @property
     def least_tiles(self) -> int:
         """Tiles of a group, at least."""
-        return self.config.warps * self.config.reach
+        return self.teams * self.config.reach
 
     @property
     def queries(self) -> int:
@@ -99,11 +125,11 @@ class AttendShape:
         At the end of a piece tiles make room for the output.
         """
         if self.in_registers:
-            warp = self.fragments.words
+            team = self.fragments.words
         else:
-            warp = self.tiles.dense_words + 2 * self.tiles.packed_words
+            team = self.tiles.dense_words + 2 * self.tiles.packed_words
         output = self.rows.rows * (self.spec.value_dim + 2)
-        return self.queries + self.config.warps * max(warp, output)
+        return self.queries + self.teams * max(team, output)
 
 
 @dataclasses.dataclass(frozen=True)

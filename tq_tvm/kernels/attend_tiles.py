@@ -34,9 +34,12 @@ class Tiles:
     """K and V of one sequence and KV head, ``tile`` tokens at a time.
 
     Of each tile in turn: `arrive`, a barrier, `ask` for the next, `decode`, a barrier, and reads.
+    A warp reads values from ``first_column`` of V's rows on, a multiple of 64.
     """
 
-    def __init__(self, shape: TileShape, memory: TileMemory, caches, head, thread, lane) -> None:
+    def __init__(
+        self, shape: TileShape, memory: TileMemory, caches, head, thread, lane, first_column=0
+    ) -> None:
         self._shape, self._memory = shape, memory
         self._sides = [
             _class_of(shape, number)(
@@ -52,6 +55,8 @@ class Tiles:
             row = lane % 8 + 8 * octet
             moved = turned(shape.dims[side], lane % 8, other)
             begin = memory.dense[side] if shape.sides[side].packed else 0
+            if side == 1:
+                begin = begin + first_column // 2
             self._from.append(as_register(begin + row * shape.row_words(side) + moved))
         # Of two places for codes and scales: the one asked for last, and the one that is decoded.
         self._asked, self._arrived = local(1, "int32"), local(1, "int32")

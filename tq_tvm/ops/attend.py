@@ -179,7 +179,7 @@ def attend(
     numbers: tuple[float | int, ...] = (sm_scale, soft_cap, window_left, kept_tokens)
     kind = "cuda" if q.is_cuda else "llvm"
     chunk, floats = None, 0
-    if q.is_cuda and cu_seqlens_q is not None and not window:
+    if cu_seqlens_q is not None and "prefill" in functions_on(spec, kind):
         # Without a bound, chunks are taken to be alike.
         most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)

@@ -51,7 +51,7 @@ def hadamard_rotate(x: Any, *, out: Any = None) -> Any:
     One launch on torch's current stream. It can be captured in a CUDA graph after one call outside
     of it; with ``out`` nothing is allocated. There is no gradient.
 
-    Any library of D and the dtype serves: of caches, which have D up to 256, or of the rotation
+    Any library of D and the dtype serves: of caches, which have D up to 512, or of the rotation
     alone, as ``tq-tvm build --spec rotate_d1024_bf16`` builds it.
 
     Examples
