@@ -35,13 +35,19 @@ instructions           616, 315   of the SASS: a warp that multiplies, and one o
                                   (84 of them ``PRMT``, 10 a word of eight codes, 4 a row)
 =====================  =========  ==============================================================
 
-At 64 x 8192 an H100 takes 4000 cycles a tile, 2100 with 16 heads (``bench.json``). What follows was
-measured there on forms before this one, before latents went to float16 and the first rows ahead of
-queries: shared memory was busy for 75 % of the time; of that of a warpgroup (PC sampling) 25 % was
-issuing products, 8 % waiting for values, 22 % waiting for the peer's halves of scores, 16 % reading
-them, 19 % weights. With 16 heads warps that decode were waited for. Tried and slower: no scores
-ahead of values, 375 us of 312; arrivals that release to the cluster, 495 of 403; two crews of
-decoding warps that take tiles in turn, 176 of 162 (16 heads).
+What bounds 128 heads is not the tensor cores alone. 64 x 8192 on an H100 takes 317 us. Parts left
+out: no exchange 253, no products of queries 262, no decoding 303, no softmax 314, a quarter of the
+products of values 316; neither exchange nor decoding 200, which is what the products take (148 at
+the card's peak: queries and keys come from shared memory at all that it gives). So the chain from a
+tile's scores through the cluster to the next tile's is what is waited for, beside warps that
+decode. The network between two SMs takes a thousand cycles for the first bytes and 18 bytes a
+cycle, by stores, ``st.async`` or bulk copies: 900 cycles for a warpgroup's halves. With 16 heads,
+161 us, warps that decode are waited for.
+
+Tried: halves of scores as 16 bits and a scale a row, 307 us of 317, but with 16 heads 174 of 161;
+the next tile's scores multiplied before this tile's weights, 374 of 308; no scores ahead of values,
+375 of 312; warpgroups that take turns at the tensor cores, 309 of 307; arrivals that release to the
+cluster, 495 of 403; two crews of decoding warps that take tiles in turn, 176 of 162 (16 heads).
 """
 
 from __future__ import annotations
