@@ -39,6 +39,10 @@ BOTH = {
     "warps": 2, "abreast": 4, "tile": 32, "registers": 128, "query_in_shared": 0,
     "headroom": 1, "reach": 1, "overlap": 0, "promoted": 128,
 }  # fmt: skip
+WIDE_VALUES = {
+    "warps": 4, "abreast": 2, "tile": 32, "registers": 256, "query_in_shared": 1,
+    "headroom": 1, "reach": 2, "overlap": 1, "promoted": 256,
+}  # fmt: skip
 CLUSTER = {
     "warps": 4, "abreast": 1, "tile": 32, "registers": 128, "query_in_shared": 1,
     "headroom": 1, "reach": 1, "overlap": 0, "promoted": 128, "cluster": 16,
@@ -67,6 +71,7 @@ CASES = {
     "values3": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq43"), STREAMS),
     "values3_group6": (CacheSpec(256, 6, 1, 8, "float16", "bhsd", "tq33"), SMALL),
     "values4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq44"), STREAMS),
+    "values4_pairs": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq44"), WIDE_VALUES),
     "values4_group6": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "mse3-mse4-plain-norm"), SMALL),
     "cluster": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), CLUSTER),
     "cluster_group6": (CacheSpec(128, 12, 2, 8, "float16", "bhsd"), PORTABLE),
