@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tq_tvm.ops import _check
+from tq_tvm.ops import _check, _check_caches
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["NAMES", "check_attention"]
@@ -51,11 +51,11 @@ def check_attention(
         _check.check_shape(op, "q", q, f"[{first}, HQ, D]", (None,) * 3)
     queries, num_q_heads, head_dim = q.shape
     dims = (head_dim, out.shape[-1] if out.ndim else head_dim)
-    spec = _check.cache_spec(
+    spec = _check_caches.cache_spec(
         op, function, k_cache, dims, num_q_heads, q.dtype, layout, policy, window.get("k_window")
     )
-    _check.check_scales(op, scaled)
-    caches = _check.check_caches(op, spec, (k_cache, v_cache, k_meta, v_meta))
+    _check_caches.check_scales(op, scaled)
+    caches = _check_caches.check_caches(op, spec, (k_cache, v_cache, k_meta, v_meta))
     _check.check_dtype(op, "out", out, q.dtype)
     value_symbol = "D" if spec.head_dim_v is None else "DV"
     for name, tensor, symbol, dim in (
@@ -68,5 +68,5 @@ def check_attention(
         _check.check_alignment(op, name, tensor, 16)
     _check.check_apart(op, {"q": q, "out": out})
     _check.check_table_arguments(op, table, lens, None if ragged else queries)
-    rings = _check.check_window(op, spec, window, table.shape[0])
-    return spec, (q, *_check.kernel_caches(caches, scales), table, lens, *rings)
+    rings = _check_caches.check_window(op, spec, window, table.shape[0])
+    return spec, (q, *_check_caches.kernel_caches(caches, scales), table, lens, *rings)

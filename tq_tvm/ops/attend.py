@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
-from tq_tvm.ops import _check, _values
+from tq_tvm.ops import _check, _check_caches, _values
 from tq_tvm.ops._attention import check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.workspace import (
@@ -151,14 +151,14 @@ def attend(
         or block_table.ndim != 2
         or (cu_seqlens_q is None and q.shape[:1] != seq_lens.shape)
         or _check.suspect_rows(q, out, compact=True, apart=True)
-        or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
-        or _check.suspect_window(window)
+        or _check_caches.suspect_caches(k_cache, v_cache, k_meta, v_meta)
+        or _check_caches.suspect_window(window)
     ):
         spec, inputs = check()
         if found is None:
             found = _loaded[key] = (spec, load("attend", spec, q.device))
     else:
-        caches = _check.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
+        caches = _check_caches.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
         inputs = (q, *caches, block_table, seq_lens, *window.values())
     spec, loaded = found
     tokens, batch = q.shape[0], seq_lens.shape[0]

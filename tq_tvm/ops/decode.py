@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
-from tq_tvm.ops import _check, _values
+from tq_tvm.ops import _check, _check_caches, _values
 from tq_tvm.ops._attention import NAMES, check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.attend import Features, attend
@@ -257,7 +257,7 @@ def _decode(
     arguments = (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, out)
     scales = _check.tensor_scales(_OP, policy, (k_scale, v_scale), q.device)
     window = _check.given(_check.WINDOW_NAMES, (k_window, v_window, window_slots))
-    caches = _check.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
+    caches = _check_caches.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
     inputs: tuple[torch.Tensor, ...] = (q, *caches, block_table, seq_lens, *window.values())
     shape, pages = q.shape, k_cache.shape
     size_of_window = k_window.shape[1:2] if k_window is not None else ()
@@ -268,8 +268,8 @@ def _decode(
         or not q.is_cuda
         or block_table.ndim != 2
         or _check.suspect_rows(q, out, compact=True, apart=True)
-        or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
-        or _check.suspect_window(window)
+        or _check_caches.suspect_caches(k_cache, v_cache, k_meta, v_meta)
+        or _check_caches.suspect_window(window)
     ):
         spec, inputs = _check_arguments(arguments, layout, policy, scales, window)
         if found is None:

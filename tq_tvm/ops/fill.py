@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
-from tq_tvm.ops import _check, _values
+from tq_tvm.ops import _check, _check_caches, _values
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
@@ -193,13 +193,18 @@ def _fill(
     shapes = (k.shape[1:], v.shape[2:], caches[0].shape, size_of_window)
     key = (function, shapes, k.dtype, k.device, layout, policy)
     loaded = _loaded.get(key)
-    tensors = (*rows, *_check.kernel_caches(caches, scales), *index.values(), *window.values())
+    tensors = (
+        *rows,
+        *_check_caches.kernel_caches(caches, scales),
+        *index.values(),
+        *window.values(),
+    )
     if (
         loaded is None
         or not k.is_cuda
         or _check.suspect_rows(k, v)
-        or _check.suspect_caches(*caches)
-        or _check.suspect_window(window)
+        or _check_caches.suspect_caches(*caches)
+        or _check_caches.suspect_window(window)
     ):
         spec, tensors = _check_arguments(rows, caches, index, layout, policy, scales, window)
         if loaded is None:
@@ -235,7 +240,7 @@ def _check_arguments(
         _check.check_shape(_OP, "k", k, "[T, HK, D]", (None,) * 3)
     tokens, _, head_dim = k.shape
     dims = (head_dim, v.shape[-1] if v.ndim else head_dim)
-    spec = _check.cache_spec(
+    spec = _check_caches.cache_spec(
         _OP, "fill_table", k_cache, dims, None, k.dtype, layout, policy, window.get("k_window")
     )
     value_symbol = "D" if spec.head_dim_v is None else "DV"
@@ -248,9 +253,9 @@ def _check_arguments(
         _check.check_shape(_OP, name, tensor, f"[T, HK, {symbol}]", shape)
         _check.check_compact(_OP, name, tensor, first=1)
         _check.check_alignment(_OP, name, tensor, 16, free_axes=1)
-    caches = _check.check_caches(_OP, spec, caches)
+    caches = _check_caches.check_caches(_OP, spec, caches)
     _check.check_apart(_OP, dict(zip(_check.CACHE_NAMES, caches, strict=True)))
-    _check.check_scales(_OP, scaled)
+    _check_caches.check_scales(_OP, scaled)
     if "slot_mapping" in index:
         _check.check_index(
             _OP, "slot_mapping", index["slot_mapping"], "[T]", (tokens,), torch.int64
@@ -261,12 +266,12 @@ def _check_arguments(
         starts = index["q_start_loc"]
         _check.check_index(_OP, "q_start_loc", starts, "[B + 1]", (batch + 1,), torch.int32)
     batch = index["seq_lens"].shape[0] if "seq_lens" in index else 0
-    rings = _check.check_window(_OP, spec, window, batch)
+    rings = _check_caches.check_window(_OP, spec, window, batch)
     if device.type == "cpu":
         _check_values(spec, index, tokens, k_cache.shape[0])
         _values.check_rings(_OP, rings)
     rows = tuple(_check.canonical(tensor, first=1) for tensor in rows)
-    return spec, (*rows, *_check.kernel_caches(caches, scales), *index.values(), *rings)
+    return spec, (*rows, *_check_caches.kernel_caches(caches, scales), *index.values(), *rings)
 
 
 def _check_values(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
-from tq_tvm.ops import _check, _values
+from tq_tvm.ops import _check, _check_caches, _values
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
@@ -160,7 +160,7 @@ def _flatten(
     scales = _check.tensor_scales(_OP, policy, (k_scale, v_scale), k_cache.device)
     others = (block_table, seq_lens, start_loc, k_out, v_out)
     arguments = (*caches, *others)
-    tensors: tuple[torch.Tensor, ...] = (*_check.kernel_caches(caches, scales), *others)
+    tensors: tuple[torch.Tensor, ...] = (*_check_caches.kernel_caches(caches, scales), *others)
     shapes = (k_cache.shape, v_out.shape[2:])
     key = (rotate_back, shapes, k_meta.dtype, k_meta.device, layout, policy)
     loaded = _loaded.get(key)
@@ -168,7 +168,7 @@ def _flatten(
         loaded is None
         or not k_cache.is_cuda
         or _check.suspect_rows(k_out, v_out, apart=True)
-        or _check.suspect_caches(k_cache, v_cache, k_meta, v_meta)
+        or _check_caches.suspect_caches(k_cache, v_cache, k_meta, v_meta)
     ):
         spec, tensors = _check_arguments(arguments, layout, policy, scales)
         if loaded is None:
@@ -206,9 +206,11 @@ def _check_arguments(
     fmt = _check.format_of(_OP, policy)
     head_dim = fmt.key.head_dim_of(k_cache.shape[-1]) if k_cache.ndim else 0
     dims = (head_dim, v_out.shape[-1] if v_out.ndim else head_dim)
-    spec = _check.cache_spec(_OP, "flatten", k_cache, dims, None, k_meta.dtype, layout, policy)
-    _check.check_scales(_OP, scaled)
-    caches = _check.check_caches(_OP, spec, (k_cache, v_cache, k_meta, v_meta))
+    spec = _check_caches.cache_spec(
+        _OP, "flatten", k_cache, dims, None, k_meta.dtype, layout, policy
+    )
+    _check_caches.check_scales(_OP, scaled)
+    caches = _check_caches.check_caches(_OP, spec, (k_cache, v_cache, k_meta, v_meta))
     _check.check_table_arguments(_OP, table, lens)
     _check.check_index(_OP, "start_loc", starts, "[B]", (table.shape[0],), torch.int32)
     rows = k_out.shape[0] if k_out.ndim else 0
@@ -226,4 +228,4 @@ def _check_arguments(
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
         _values.check_starts(_OP, starts, lens, rows)
     rows_out = (_check.canonical(tensor, first=1) for tensor in (k_out, v_out))
-    return spec, (*_check.kernel_caches(caches, scales), table, lens, starts, *rows_out)
+    return spec, (*_check_caches.kernel_caches(caches, scales), table, lens, starts, *rows_out)

@@ -8,7 +8,7 @@ import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.errors import UnsupportedSpecError
-from tq_tvm.ops import _check, _values
+from tq_tvm.ops import _check, _check_caches, _values
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.workspace import as_scratch, choose_mla_launch
 from tq_tvm.spec import LATENT_DIMS, CacheFormat, CacheSpec
@@ -220,7 +220,7 @@ def _check_arguments(
         _check.check_shape(_OP, "q_latent", q_latent, "[B, HQ, 512]", (None,) * 3)
     batch, heads = q_latent.shape[:2]
     latent_dim, rope_dim = LATENT_DIMS
-    spec = _check.cache_spec(
+    spec = _check_caches.cache_spec(
         _OP, "mla", k_cache, LATENT_DIMS, heads, q_latent.dtype, layout, policy
     )
     if not spec.is_latent:
@@ -229,8 +229,8 @@ def _check_arguments(
             "of one KV head, with the codec none for V and any without residual signs for K",
             f"{spec.format} of {spec.num_kv_heads} KV heads", "fill a latent cache",
         )  # fmt: skip
-    _check.check_scales(_OP, given)
-    caches = _check.check_caches(_OP, spec, tensors[2:6])
+    _check_caches.check_scales(_OP, given)
+    caches = _check_caches.check_caches(_OP, spec, tensors[2:6])
     for name, tensor, dim in (
         ("q_latent", q_latent, latent_dim), ("q_rope", q_rope, rope_dim), ("out", out, latent_dim)
     ):  # fmt: skip
@@ -246,7 +246,7 @@ def _check_arguments(
         _values.check_lengths(_OP, lens, table.shape[1] * spec.page_size)
         first = torch.zeros_like(lens)
         _values.check_table(_OP, table, first, lens, spec.page_size, k_cache.shape[0])
-    return spec, (q_latent, q_rope, *_check.kernel_caches(caches, scales), table, lens)
+    return spec, (q_latent, q_rope, *_check_caches.kernel_caches(caches, scales), table, lens)
 
 
 def _check_capability(device: torch.device) -> None:
