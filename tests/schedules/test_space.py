@@ -473,6 +473,42 @@ def test_infeasible_decisions(spec, decisions, reason):
     assert str(config) in str(error.value)
 
 
+@pytest.mark.parametrize("dims", [(512, None), (128, 512), (512, 128)])
+@pytest.mark.parametrize("name", ["k4v2", "tq44", "int8", "fp8", "none", "mse3-int4-plain-norm"])
+def test_warps_that_share_tiles_are_a_cta(name, dims):
+    """Two have 512 outputs between them; with fewer each has all."""
+    spec = CacheSpec(dims[0], 4, 2, format=name, head_dim_v=dims[1])
+    config = attend.defaults(spec, "cuda")
+    assert attend.rejected(spec, "cuda", config) is None
+    offered = attend.options(spec, "cuda")
+    assert set(config) == set(offered)
+    shared = spec.value_dim == 512
+    assert offered["warps"] == ([2] if shared else attend.OPTIONS["cuda"]["warps"])
+    assert "lanes" not in config or config["lanes"] in offered["lanes"]
+    if shared:
+        assert config["warps"] == 2
+        # 16 rows of 32 x 8 outputs are half of a lane's registers.
+        reason = attend.rejected(spec, "cuda", config | {"row_tiles": 2})
+        assert "outputs exceed a lane's registers" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "abreast", "tile"),
+    [
+        ("tq44", 128, 2, 32),
+        ("mse2-mse4-signed-matched", 128, 2, 32),
+        ("tq43", 128, 1, 64),
+        ("tq22", 128, 2, 64),
+        ("k4v2", 128, 1, 64),
+        # Two heads of 256 values exceed shared memory.
+        ("tq44", 256, 1, 64),
+    ],
+)
+def test_defaults_by_codec(name, head_dim, abreast, tile):
+    config = decode.defaults(CacheSpec(head_dim, 32, 8, format=name), "cuda")
+    assert (config["abreast"], config["tile"]) == (abreast, tile)
+
+
 def test_a_cpu_rejects_nothing():
     points = itertools.product(*decode.OPTIONS["llvm"].values())
     configs = [dict(zip(decode.OPTIONS["llvm"], point, strict=True)) for point in points]
