@@ -214,6 +214,32 @@ def test_what_ctrl_c_kept_is_shown(monkeypatch, tmp_path, as_json):
         assert "12.5" in result.stdout and "tile=32" in result.stdout
 
 
+def test_bench_times_some_rows_and_keeps_the_others(built, monkeypatch, tmp_path):
+    root, _ = built
+    monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(root))
+    path = tmp_path / "bench.json"
+    bench = ["bench", "--device", "cpu", "--kernel", "rotate", "--launches", "3"]
+    assert invoke(*bench, "--json", str(path)).exit_code == 0
+    (row,) = rows = json.loads(path.read_text())
+    rows.insert(0, row | {"kernel": "fill", "us": 1.0})
+    rows.append(row | {"us": 2.0, "workload": row["workload"] | {"graph": True}})
+    rows[1] = row | {"us": -1.0}
+    path.write_text(json.dumps(rows))
+    assert (
+        invoke(*bench, "--only", "nothing", "--only", "x 128", "--json", str(path)).exit_code == 0
+    )
+    after = json.loads(path.read_text())
+    assert [after[0], after[2]] == [rows[0], rows[2]]
+    assert after[1]["us"] > 0
+    path.write_text(json.dumps([row | {"conditions": row["conditions"] | {"device": "other"}}]))
+    result = invoke(*bench, "--only", "x 128", "--json", str(path))
+    assert result.exit_code == 1
+    assert "rows must be of other like the others of the file" in result.stderr
+    result = invoke(*bench, "--only", "x 64")
+    assert result.exit_code == 1
+    assert "only must be in one of 65536 x 128, got x 64" in result.stderr
+
+
 def test_bench_times_every_row_of_a_kernel(built, monkeypatch, tmp_path):
     root, _ = built
     monkeypatch.setenv("TQ_TVM_ARTIFACT_DIR", str(root))

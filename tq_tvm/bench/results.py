@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Row", "read_rows", "write_rows"]
+from tq_tvm.errors import ArgumentValueError
+
+__all__ = ["Row", "read_rows", "replaced", "write_rows"]
 
 
 class Row(msgspec.Struct):
@@ -67,3 +69,26 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def read_rows(path: Path) -> list[Row]:
     """Read what `write_rows` wrote."""
     return msgspec.json.decode(path.read_bytes(), type=list[Row])
+
+
+def replaced(older: list[Row], rows: list[Row]) -> list[Row]:
+    """``older`` with ``rows`` in place of those of the same workloads; new ones come last.
+
+    Raises
+    ------
+    ArgumentValueError
+        They are of different devices.
+    """
+
+    def key(row: Row) -> bytes:
+        return msgspec.json.encode((row.kernel, row.workload))
+
+    one, other = ({row.conditions["device"] for row in some} for some in (older, rows))
+    if one and other and one != other:
+        raise ArgumentValueError(
+            f"bench: rows must be of {', '.join(sorted(one))} like the others of the file, "
+            f"got {', '.join(sorted(other))}; write them to another file"
+        )
+    fresh = {key(row): row for row in rows}
+    kept = [fresh.pop(key(row), row) for row in older]
+    return [*kept, *fresh.values()]

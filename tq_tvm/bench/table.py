@@ -15,16 +15,15 @@ from tq_tvm.errors import ArgumentValueError
 __all__ = ["compare_tables", "describe", "replace_between", "replace_table", "table"]
 
 
-def describe(row: Row) -> str:
-    """Sizes of a row in a few words."""
-    size = row.workload
-    if row.kernel == "rotate":
+def describe(kernel: str, size: dict[str, Any]) -> str:
+    """Sizes of a kernel's row, as ``bench.json`` has them, in a few words."""
+    if kernel == "rotate":
         text = f"{size['rows']} x {size['n']}"
     else:
         text = f"{size['batch']} x {size['context']}"
         if "shortest" in size:
             text = f"{size['batch']} x {size['shortest']}..{size['context']}"
-        if row.kernel in ("decode", "mla"):
+        if kernel in ("decode", "mla"):
             text += f", {size['q_heads']}/{size['kv_heads']}"
         if "new_tokens" in size:
             text = f"{size['batch']} x {size['new_tokens']} over {size['context']}"
@@ -59,7 +58,7 @@ def table(rows: list[Row], style: str = "simple") -> str:
         cells.append(
             [
                 row.kernel,
-                describe(row),
+                describe(row.kernel, row.workload),
                 f"{row.us:.1f}",
                 f"{row.fraction_of_copy:.0%}",
                 "-" if row.default_us is None else f"{row.default_us:.1f}",
@@ -93,7 +92,12 @@ def compare_tables(rows: list[Row], style: str = "simple") -> dict[str, str]:
         if all(map(_is_torch, names)):
             continue
         cells = [
-            [describe(row), f"{row.us:.1f}", *(_ratio(row, name) for name in names)] for row in own
+            [
+                describe(kernel, row.workload),
+                f"{row.us:.1f}",
+                *(_ratio(row, name) for name in names),
+            ]
+            for row in own
         ]
         tables[kernel] = tabulate(
             cells, headers=[kernel, "us", *names], tablefmt=style, disable_numparse=True

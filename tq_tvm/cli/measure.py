@@ -39,10 +39,15 @@ __all__ = ["bench", "quality"]
 )
 @click.option("--launches", type=click.IntRange(3), default=50, show_default=True)
 @click.option(
+    "--only",
+    multiple=True,
+    help="Time rows whose workload, as the table has it, has this in it; may be repeated.",
+)
+@click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the rows there.",
+    help="Write the rows there; of a file that exists, --only leaves the others as they are.",
 )
 @reported
 def bench(
@@ -51,6 +56,7 @@ def bench(
     defaults: Path | None,
     compare: bool,
     launches: int,
+    only: tuple[str, ...],
     json_path: Path | None,
 ) -> None:
     """Time the calls beside torch on dense data; missing libraries are built where TVM is."""
@@ -61,6 +67,15 @@ def bench(
     where = as_device("bench", device)
     target = detect(where)
     rows = [w for w in cases.workloads(target.kind) if w.kernel in (kernels or KERNELS)]
+    if only:
+        labels = {w: table.describe(w.kernel, w.describe()) for w in rows}
+        rows = [w for w in rows if any(text in labels[w] for text in only)]
+        if not rows:
+            raise ArgumentValueError(
+                f"bench: only must be in one of {'; '.join(labels.values())}, "
+                f"got {', '.join(only)}; name another part"
+            )
+    older = results.read_rows(json_path) if only and json_path and json_path.exists() else []
     for spec in cases.specs(rows):
         _ensure_library(spec, target, {row.kernel for row in rows if row.spec == spec})
     bar = tqdm(total=len(rows), unit="row", disable=None)
@@ -71,7 +86,7 @@ def bench(
         bar.update()
         # What stops a later row leaves the file with the rows before it.
         if json_path:
-            results.write_rows(json_path, done)
+            results.write_rows(json_path, results.replaced(older, done))
 
     run.run_rows(rows, where, defaults=defaults, compare=compare, launches=launches, report=keep)
     bar.close()
