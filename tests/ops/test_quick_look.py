@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tq_tvm import CacheSpec, PagedKVCache
-from tq_tvm.ops._check import suspect_caches, suspect_rows
+from tq_tvm.ops._check import suspect_rows
+from tq_tvm.ops._check_caches import suspect_caches
 
 CACHES = ("k_cache", "v_cache", "k_meta", "v_meta")
 
