@@ -64,7 +64,7 @@ __all__ = [
 ]
 
 _OUTPUT = 2 * 256
-"""Row tiles times columns: a quarter as many registers of a lane are its output."""
+"""Row tiles times columns: half as many registers of a lane are its output."""
 
 OPTIONS = {
     "cuda": {

@@ -115,7 +115,11 @@ def _note(rows: list[Row]) -> str:
     # Rows differ in the programs that they name alone.
     conditions = {k: v for row in rows for k, v in row.conditions.items()}
     facts = ", ".join(f"{k} {v}" for k, v in conditions.items())
-    return f"Copy bandwidth in that run: {rows[0].copy_tb_per_s:.3f} TB/s. Conditions: {facts}."
+    # So do those of several runs.
+    reached = sorted({f"{row.copy_tb_per_s:.3f}" for row in rows})
+    runs = "that run" if len(reached) == 1 else "these runs"
+    bandwidth = " to ".join(dict.fromkeys((reached[0], reached[-1])))
+    return f"Copy bandwidth in {runs}: {bandwidth} TB/s. Conditions: {facts}."
 
 
 def replace_table(

@@ -45,9 +45,10 @@ cycle, by stores, ``st.async`` or bulk copies: 900 cycles for a warpgroup's halv
 161 us, warps that decode are waited for.
 
 Tried: halves of scores as 16 bits and a scale a row, 307 us of 317, but with 16 heads 174 of 161;
-the next tile's scores multiplied before this tile's weights, 374 of 308; no scores ahead of values,
-375 of 312; warpgroups that take turns at the tensor cores, 309 of 307; arrivals that release to the
-cluster, 495 of 403; two crews of decoding warps that take tiles in turn, 176 of 162 (16 heads).
+on that form the next tile's scores multiplied before this tile's weights, 374 of 308, and
+warpgroups that take turns at the tensor cores, 309 of 307. On forms before this one: no scores
+ahead of values, 375 of 312; arrivals that release to the cluster, 495 of 403; two crews of decoding
+warps that take tiles in turn, 176 of 162 (16 heads).
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ __all__ = ["Features", "attend"]
 
 _OP = "paged_decode"
 _MOST_TOKENS = 2**31 - 1
-_loaded: dict[tuple, tuple[CacheSpec, LoadedFunction]] = {}
+_loaded: dict[tuple, tuple[CacheSpec, LoadedFunction, tuple[str, ...]]] = {}
+"""The spec of a call's arguments, its kernel, and the functions of its library."""
 _starts: dict[torch.device, list[torch.Tensor]] = {}
 
 
@@ -156,11 +157,12 @@ def attend(
     ):
         spec, inputs = check()
         if found is None:
-            found = _loaded[key] = (spec, load("attend", spec, q.device))
+            served = functions_on(spec, "cuda" if q.is_cuda else "llvm")
+            found = _loaded[key] = (spec, load("attend", spec, q.device), served)
     else:
         caches = _check_caches.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
         inputs = (q, *caches, block_table, seq_lens, *window.values())
-    spec, loaded = found
+    spec, loaded, served = found
     tokens, batch = q.shape[0], seq_lens.shape[0]
     if tokens == 0 or batch == 0:
         return
@@ -177,14 +179,13 @@ def attend(
     )
     written: tuple[torch.Tensor, ...] = (out, none.expand(tokens, 0) if lse is None else lse)
     numbers: tuple[float | int, ...] = (sm_scale, soft_cap, window_left, kept_tokens)
-    kind = "cuda" if q.is_cuda else "llvm"
     chunk, floats = None, 0
-    if cu_seqlens_q is not None and "prefill" in functions_on(spec, kind):
+    if cu_seqlens_q is not None and "prefill" in served:
         # Without a bound, chunks are taken to be alike.
         most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)
         chunk = choose_prefill(prefill, spec, tokens, batch, context, most)
-    if cu_seqlens_q is None and window_left < 0 and "decode_featured" in functions_on(spec, kind):
+    if cu_seqlens_q is None and window_left < 0 and "decode_featured" in served:
         loaded = load("decode_featured", spec, q.device)
         variant, parts = choose_launch(loaded, spec, batch, context)
         floats = workspace_floats(spec, batch, parts, variant.launch)
