@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
@@ -112,6 +113,24 @@ def test_a_report_has_tables_and_a_picture(measured, tmp_path):
         assert label in picture
     draw(measured, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == picture
+
+
+def test_a_report_of_several_runs_names_the_copies_of_all(measured, tmp_path):
+    bench, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    for reached, said in (
+        ((2.5, 2.5), "that run: 2.500"),
+        ((3, 2.5), "these runs: 2.500 to 3.000"),
+    ):
+        rows = [
+            msgspec.structs.replace(row, copy_tb_per_s=value)
+            for row, value in zip(measured[:2], reached, strict=True)
+        ]
+        write_rows(bench, rows)
+        readme.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
+        main = runpy.run_path(str(REPORT))["main"]
+        options = ["--readme", str(readme), "--no-picture"]
+        assert CliRunner().invoke(main, [str(bench), *options]).exit_code == 0
+        assert f"Copy bandwidth in {said} TB/s." in readme.read_text()
 
 
 def test_a_report_of_another_machine_has_marks_of_its_own(measured, tmp_path):
