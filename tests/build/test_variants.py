@@ -34,9 +34,13 @@ def test_sizes_that_were_not_searched_get_the_default():
     functions = {}
     variants = _variants("decode", SPEC, TARGET, records, functions)
     sizes = {w.size for w in workloads(SPEC, TARGET) if w.function == "decode"}
-    assert [v.size for v in variants] == sorted(sizes)
+    assert {v.size for v in variants} == sizes
+    assert [v.size for v in variants] == sorted(v.size for v in variants)
+    batches = {(w.size, w.batch) for w in workloads(SPEC, TARGET) if w.function == "decode"}
+    assert {(v.size, v.batch) for v in variants} == batches
     for variant in variants:
-        assert (variant.workload == searched.label) == (variant.size == searched.size)
+        is_searched = (variant.size, variant.batch) == (searched.size, searched.batch)
+        assert (variant.workload == searched.label) == is_searched
         assert variant.tuned == (variant.workload is not None)
     assert set(functions) == {v.symbol for v in variants}
     assert len(functions) == len({tuple(v.config.items()) for v in variants})
@@ -53,11 +57,11 @@ def test_short_contexts_take_clusters_where_there_are_any():
     """One kernel for all sizes that the defaults treat alike."""
     functions = {}
     variants = _variants("decode", SPEC, TARGET, [], functions)
-    found = {v.size: v for v in variants}
-    sizes = {w.size: w for w in workloads(SPEC, TARGET) if w.function == "decode"}
-    assert list(found) == sorted(sizes)
-    for size, variant in found.items():
-        short = is_short(SPEC, sizes[size].shape)
+    found = {(v.size, v.batch): v for v in variants}
+    sizes = {(w.size, w.batch): w for w in workloads(SPEC, TARGET) if w.function == "decode"}
+    assert set(found) == set(sizes)
+    for place, variant in found.items():
+        short = is_short(SPEC, sizes[place].shape)
         assert (variant.config["cluster"] > 0) == short == ("cluster" in variant.launch)
         assert not variant.tuned
     assert {True, False} == {"cluster" in v.launch for v in variants}

@@ -161,9 +161,12 @@ def test_large_logits(compiled, case):
 
 
 @pytest.mark.parametrize("parts", [2, 7, 60])
-def test_shares_cross_sequences(compiled, parts):
-    """Many sequences, most of them empty: shares begin and end anywhere."""
-    case = "head64"
+@pytest.mark.parametrize("case", ["head64", "group4_half", "mse3_group6", "values4_pairs"])
+def test_shares_cross_sequences(compiled, case, parts):
+    """Many sequences, most of them empty: shares begin and end anywhere.
+
+    A piece is asked for before the one in front of it is merged.
+    """
     spec, _ = CASES[case]
     lengths = [900, 1, 0, 0, 0, 300] + [0] * 40 + [5, 0, 64, 129]
     q, batch, want = problem(spec, lengths)

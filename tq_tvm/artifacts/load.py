@@ -32,6 +32,13 @@ __all__ = ["LoadedFunction", "LoadedVariant", "clear_cache", "load"]
 
 _log = logging.getLogger("tq_tvm")
 
+_BATCH_WEIGHT = 0.25
+"""Of log(batch) beside log(size).
+
+Many short sequences want fewer warps a CTA than one long sequence of as many tokens; but all short
+problems want clusters, whatever their batch.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedVariant:
@@ -45,6 +52,7 @@ class LoadedVariant:
     us: float | None
     config: Mapping[str, int]
     launch: Mapping[str, int]
+    batch: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,9 +81,20 @@ class LoadedFunction:
         sizes = [variant.size for variant in self.variants]
         return [math.sqrt(a * b) for a, b in itertools.pairwise(sizes)]
 
-    def nearest(self, size: int) -> LoadedVariant:
-        """Return the variant tuned nearest to ``size``, in log(size)."""
-        return self.variants[bisect.bisect_left(self._middles, size)]
+    def nearest(self, size: int, batch: int | None = None) -> LoadedVariant:
+        """Return the variant tuned nearest to ``size``, in log(size).
+
+        And to ``batch``, if it is given and variants have one: that counts a quarter as much.
+        """
+        if batch is None or any(variant.batch is None for variant in self.variants):
+            return self.variants[bisect.bisect_left(self._middles, size)]
+
+        def distance(variant: LoadedVariant) -> float:
+            assert variant.batch is not None
+            sequences = _BATCH_WEIGHT * math.log(batch / variant.batch)
+            return math.hypot(math.log(size / variant.size), sequences)
+
+        return min(self.variants, key=distance)
 
     def of_rows(self, rows: int) -> LoadedFunction:
         """Those of the fewest rows a block that ``rows`` fit in, else of the most."""
@@ -157,6 +176,7 @@ def _load(function: str, spec: Spec, device: torch.device) -> LoadedFunction:
                 us=variant.us,
                 config=variant.config,
                 launch=variant.launch,
+                batch=variant.batch,
             )
         )
     _log.info("%s of %s on %s: %s", function, spec.label, device, directory)

@@ -74,7 +74,7 @@ class Variant(msgspec.Struct, frozen=True):
     symbol
         Name in the library.
     size
-        Problem size that it was tuned at; a call takes the variant nearest in log(size).
+        Problem size that it was tuned at; a call takes the nearest variant.
     tuned
         Whether a tuning record chose other decisions than the default schedule's.
     workload
@@ -85,6 +85,8 @@ class Variant(msgspec.Struct, frozen=True):
         Decisions, by name.
     launch
         Numbers that the caller needs to choose scalar arguments.
+    batch
+        Sequences of that problem, where they say more than the size: of ``decode``.
     """
 
     symbol: str
@@ -94,6 +96,7 @@ class Variant(msgspec.Struct, frozen=True):
     us: float | None = None
     config: dict[str, int] = {}
     launch: dict[str, int] = {}
+    batch: int | None = None
 
 
 class _Header(msgspec.Struct, frozen=True):

@@ -63,7 +63,7 @@ def _why_absent(name: str, error: Exception) -> str:
 
 def conditions(device: torch.device) -> dict[str, str]:
     """Say what a time was measured on."""
-    facts = {"tq_tvm": __version__, "torch": str(torch.__version__), "cache": "L2 cold"}
+    facts = {"tq_tvm": __version__, "torch": str(torch.__version__), "cache": "L2 cold and clean"}
     if device.type == "cpu":
         return {"device": platform.processor() or platform.machine(), **facts} | {
             "threads": str(cpu_threads())

@@ -21,7 +21,7 @@ from tq_tvm.schedules import Instance, featured, instantiate
 from tq_tvm.spec import FUNCTIONS, CacheSpec, Spec, check_target
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
-from tq_tvm.tuning.workloads import decision_sizes, workloads
+from tq_tvm.tuning.workloads import chosen_by_batch, decision_sizes, workloads
 
 __all__ = ["build_library"]
 
@@ -137,11 +137,12 @@ def _variants(
                 us=record.us,
                 config=instance.config,
                 launch=instance.launch,
+                batch=chosen_by_batch(function, record.shape),
             )
         )
-    searched = {variant.size for variant in variants}
+    searched = {(variant.size, variant.batch) for variant in variants}
     others = [w for w in workloads(spec, target) if w.function == function]
-    others = [w for w in others if w.size not in searched]
+    others = [w for w in others if (w.size, w.batch) not in searched]
     if variants and not others:
         return variants
     # A record says nothing of sizes that were not searched.
@@ -162,11 +163,12 @@ def _variants(
                 tuned=False,
                 config=instance.config,
                 launch=instance.launch,
+                batch=workload.batch,
             )
         )
     if not variants and len({v.symbol for v in defaults}) == 1:
         # One kernel for all sizes.
-        defaults = [msgspec.structs.replace(defaults[0], size=1)]
+        defaults = [msgspec.structs.replace(defaults[0], size=1, batch=None)]
     return sorted([*variants, *defaults], key=lambda variant: variant.size)
 
 

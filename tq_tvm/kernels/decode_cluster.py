@@ -122,7 +122,7 @@ def _attend(
     query = Query(shape, query_memory, column, warp, lane, g, t)
     # None of these waits for another.
     ptx("ld.global.nc.s32", seq_len[0], seq_lens.ptr_to([sequence]))
-    reader.find_first_pages(sequence, now[0], T.cast(table_width, "int32"))
+    reader.find_first_pages(sequence, now[0], T.cast(table_width, "int32"), reader.page)
     query.load(q, sequence, first_head, heads)
     zero = let(T.cast(shuffle_xor(T.shift_right(ctas, 31), 1), "uint32"))
     table = key_table(shape, zero)

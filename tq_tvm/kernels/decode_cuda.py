@@ -11,7 +11,9 @@ after the other:
    (`decode_score`), then softmax and integer sums of V (`decode_values`); between the two, when K's
    registers are used up, the next tile is asked for (`decode_pages`). Nothing in that loop
    synchronises warps;
-3. merges the warps of a column (`decode_merge`). A sequence that the CTA has to itself is rotated
+3. asks for the first tile and the queries of its next piece, which are on their way while this one
+   is finished;
+4. merges the warps of a column (`decode_merge`). A sequence that the CTA has to itself is rotated
    back and done; of a piece, (sum of w v, bound, sum of w) goes to the workspace.
 
 The second launch, a CTA a query head and sequence, merges pieces and rotates back. With
@@ -24,8 +26,8 @@ The workspace is ``2 groups HQ (D + 2)`` floats: only the first and the last pie
 parts of a sequence.
 
 A token and KV head (k4v2, D = 128) takes 102 bytes. Main loop of 64 tokens and 4 query heads,
-D = 128, bfloat16, as compiled for sm_90a with 197 registers: 1020 instructions, 182 of which run
-only where a bound moves. Of the other 838, 485 are on the integer pipe (0.030 a value): masks 256,
+D = 128, bfloat16, as compiled for sm_90a with 200 registers: 1018 instructions, 182 of which run
+only where a bound moves. Of the other 836, 485 are on the integer pipe (0.030 a value): masks 256,
 look-ups and byte moves 100, selections 44, shifts 39; tensor core 64.
 
 On an H200, 64 x 8192 of 32/8 heads, bshd: 144 us, 147 by default (``bench.json``). It is arithmetic
@@ -33,16 +35,29 @@ that bounds it: with all tables naming the same 64 pages, which L2 keeps, the de
 of 148. ncu of the first launch then: 236 thousand cycles at 1.76 GHz, 110 thousand instructions a
 scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a scheduler wait 3.9
 cycles an instruction: 0.8 for results of fixed latency, 0.4 for shared memory and shuffles, 0.4 for
-a pipe, 0.4 for one another, 0.2 for K (0.5 from memory). Three warps (tiles of 32, 168 registers)
-raise this to 57 % and 63 %, but take 129 thousand instructions, and 135 us as well.
+a pipe, 0.4 for one another, 0.2 for K (0.5 from memory).
 
-Tried, and no faster: K and V in registers (162 to 172 us: V's loads are on the scoreboard that K
-waits for), both in shared memory by each warp (171 to 178), both by all warps of a CTA in whole
-lines (163 to 208: they copy and compute in step), whole pages by a warp of its own through a ring
-with mbarriers (reading alone 112; 159 to 166 with 8 warps that attend, 151 with 12), pieces merged
-by the CTA that has the last one in place of a second launch (a fence and an atomic take 2250
-cycles). A third of the time of short rows is before the first score: share 800 cycles, place 750,
-query 400, pages 300, asking for K 700 and for V 900 (1 x 8192).
+On an H100 memory counts as much: 173 us of the call, 135 from L2, and torch's maximum of as many
+bytes 149. Of the first launch, 167 us, ncu says 432 MB of DRAM (78 % of its peak; L2 77 % of its
+own), and 1.9 cycles an instruction for K.
+
+Tried on an H200, and no faster: K and V in registers (162 to 172 us: V's loads are on the
+scoreboard that K waits for), both in shared memory by each warp (171 to 178), both by all warps of
+a CTA in whole lines (163 to 208: they copy and compute in step), whole pages by a warp of its own
+through a ring with mbarriers (reading alone 112; 159 to 166 with 8 warps that attend, 151 with 12),
+pieces merged by the CTA that has the last one in place of a second launch (a fence and an atomic
+take 2250 cycles). On an H100, where the default takes 173 us, 135 from L2: scores of the next tile
+between the instructions of this one's sums (174 and 133); K's next tile into L2 ahead of its loads,
+its lines shared among the CTAs of a group (194 and 142: 496 MB of DRAM, since lines are dropped
+before they are used) or each CTA's own (178 and 139; bhsd 168 of 171); three warps a scheduler
+(168 registers, bshd 212 and 135: CTAs of a group drift apart, and what they share is fetched again,
+483 MB; bhsd 172 and 124 of 171 and 128); CTAs of four heads whose warps wait for one another before
+each tile (173 to 185, and 157).
+
+A third of the time of short rows is before the first score: share 800 cycles, place 750, query 400,
+pages 300, asking for K 700 and for V 900 (1 x 8192). Of many short sequences a CTA has one piece
+after another: 256 x 512 took 84 us when a piece was asked for after the one before was merged, and
+takes 75 (H100; 64 with two warps a CTA, of which more are resident).
 """
 
 from __future__ import annotations
@@ -87,6 +102,7 @@ from tq_tvm.kernels.device import (
     loop,
     ptx,
     store,
+    warp_barrier,
     when,
 )
 from tq_tvm.spec import CacheSpec
@@ -206,23 +222,42 @@ def attend_share(
     if features is not None:
         features.prepare(first_head, heads, t)
     tile = KeyTile.allocate(shape)
-    seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
-    with loop(place.tile[0] < place.end[0]):
+    seq_len, next_len, count = (local(1, "int32") for _ in range(3))
+    now, ahead, last = (local(1, "int32") for _ in range(3))
+    next_pages = local(shape.pages, "int32")
+
+    def begin_piece(length, pages_found: bool) -> None:
+        """Ask for the queries and the first tile of the piece at ``place``."""
         sequence = place.sequence[0]
-        store(seq_len, seq_lens[sequence])
+        store(seq_len, length)
         left = tiles_of(shape, seq_len[0]) - place.offset[0]
-        count = let(T.min(left, place.end[0] - place.tile[0]))
-        with when(count > 0):
-            store(now, place.offset[0] + warp)
-            store(last, place.offset[0] + count)
-            # The first tile is on its way while the queries are prepared, and the window.
+        store(count, T.max(T.min(left, place.end[0] - place.tile[0]), 0))
+        store(now, place.offset[0] + warp)
+        store(last, place.offset[0] + count[0])
+        with when(count[0] > 0):
             query.load(q, sequence, first_head, heads)
-            with when(now[0] < last[0]):
+        with when(now[0] < last[0]):
+            if pages_found:
+                for i in range(shape.pages):
+                    store(reader.page, next_pages[i], i)
+            else:
                 reader.find_pages(sequence, now[0], seq_len[0])
-                reader.load_k(tile, now[0])
-                reader.copy_v(now[0])
-                reader.find_pages(sequence, now[0] + warps, seq_len[0])
-            ring.turn()
+            reader.load_k(tile, now[0])
+            reader.copy_v(now[0])
+            reader.find_pages(sequence, now[0] + warps, seq_len[0])
+        ring.turn()
+
+    with when(place.tile[0] < place.end[0]):
+        begin_piece(seq_lens[place.sequence[0]], pages_found=False)
+    with loop(place.tile[0] < place.end[0]):
+        sequence, length = let(place.sequence[0]), let(seq_len[0])
+        begin, taken = let(place.tile[0]), let(count[0])
+        # Long before they are needed; a piece behind another one begins with a sequence.
+        following = let(T.min(sequence + 1, T.cast(batch, "int32") - 1))
+        store(next_len, seq_lens[following])
+        width = T.cast(block_table.shape[1], "int32")
+        reader.find_first_pages(following, warp, width, next_pages)
+        with when(taken > 0):
             if spec.window:
                 assert features is not None
                 features.prefetch(sequence, kv_head, inside, 32 * warps)
@@ -246,23 +281,28 @@ def attend_share(
                 ring.wait()
                 values.add(ring, now[0] * shape.config.tile, seq_len[0])
                 store(now, ahead[0])
+        store(place.tile, begin + taken)
+        store(place.sequence, sequence + 1)
+        store(place.offset, i32(0))
+        # The next piece is on its way while this one is merged.
+        warp_barrier()
+        with when(place.tile[0] < place.end[0]):
+            begin_piece(next_len[0], pages_found=True)
+        with when(taken > 0):
             values.finish()
             barrier()
             merge_warps(shape, sum_memory, merged, column, inside)
             barrier()
-            with I.If(count == tiles_of(shape, seq_len[0])):
+            with I.If(taken == tiles_of(shape, length)):
                 with I.Then():
                     write_output(
                         shape, merged, column, out, sequence, first_head, heads, warp, lane,
                         features,
                     )  # fmt: skip
                 with I.Else():
-                    later = place.tile[0] > group * shares.size[0]
+                    later = begin > group * shares.size[0]
                     slot = let(piece_slot(group, later))
                     write_piece(
                         shape, merged, column, workspace, groups, slot, first_head, heads, inside
                     )
             barrier()
-        store(place.tile, place.tile[0] + count)
-        store(place.sequence, sequence + 1)
-        store(place.offset, i32(0))

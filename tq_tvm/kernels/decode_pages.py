@@ -179,7 +179,7 @@ class PageReader:
             # Pages past the end read the last one; the mask drops them.
             store(self.page, self._table[sequence, T.min(first + i, last)], i)
 
-    def find_first_pages(self, sequence, tile, width) -> None:
+    def find_first_pages(self, sequence, tile, width, into) -> None:
         """Look up the pages of a tile that may not be there, before its sequence's length is known.
 
         Entries of the table past the end may be anything: who goes on asks for the length first.
@@ -188,7 +188,7 @@ class PageReader:
         first = T.truncdiv(tile * self._shape.config.tile, size)
         for i in range(self._shape.pages):
             at = self._table.ptr_to([sequence, T.min(first + i, width - 1)])
-            ptx("ld.global.nc.s32", self.page[i], at)
+            ptx("ld.global.nc.s32", into[i], at)
 
     def _bases(self, name: str, tile):
         size, tokens = self._shape.spec.page_size, self._shape.config.tile

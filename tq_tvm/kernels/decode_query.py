@@ -24,7 +24,6 @@ from tq_tvm.kernels.device import (
     local,
     low_half,
     ptx,
-    reduce_lanes,
     shared,
     shuffle_xor,
     store,
@@ -140,22 +139,10 @@ class Query:
         )
 
     def load(self, q, sequence, first_head, heads) -> None:
-        """Read the queries, a warp a head, which `quantise` waits for."""
-        shape, count = self._shape, self._shape.row_values
-        if shape.config.cluster:
-            self._load_at_once(q, sequence, first_head, heads)
-            return
-        for turn in range(self._turns):
-            head = let(turn * shape.config.warps + self._warp)
-            for i in range(count):
-                store(self._rows, f32(0), turn, i)
-            with when(head < heads):
-                for i in range(count):
-                    value = q[sequence, first_head + head, self._lane * count + i]
-                    store(self._rows, T.cast(value, "float32"), turn, i)
+        """Read the queries, a warp a head, which `quantise` waits for.
 
-    def _load_at_once(self, q, sequence, first_head, heads) -> None:
-        """Without branches, so that other loads can be on their way; the last head is repeated."""
+        Without branches, so that other loads can be on their way; the last head is repeated.
+        """
         shape, count = self._shape, self._shape.row_values
         words = count // 2
         read = local((self._turns, words), "uint32")
@@ -176,8 +163,7 @@ class Query:
         x, top = local(count, "float32"), local(1, "float32")
         code, sums = local(count, "int32"), local(2, "int32")
         word = local((2, words), "uint32")
-        if shape.config.cluster:
-            bits = local(1, "uint32")
+        bits = local(1, "uint32")
         for turn in range(self._turns):
             head = let(turn * shape.config.warps + self._warp)
             with when(head < shape.heads):
@@ -189,12 +175,9 @@ class Query:
                 for i in range(count):
                     store(x, x[i] * f32(shape.spec.head_dim**-0.5), i)
                     store(top, T.max(top[0], T.fabs(x[i])))
-                if shape.config.cluster:
-                    # Of floats that are not negative, bits have their order.
-                    ptx("redux_sync.max.u32", bits[0], as_bits(top[0]), u32(FULL_WARP))
-                    store(top, as_float(bits[0]))
-                else:
-                    reduce_lanes(top, 0, T.max)
+                # Of floats that are not negative, bits have their order.
+                ptx("redux_sync.max.u32", bits[0], as_bits(top[0]), u32(FULL_WARP))
+                store(top, as_float(bits[0]))
                 inverse = let(T.Select(top[0] > f32(0), f32(FULL_SCALE) / top[0], f32(0)))
                 for part in range(2):
                     store(sums, i32(0), part)
@@ -210,10 +193,7 @@ class Query:
                         placed = T.shift_left(placed, u32(i % 4 * 8))
                         store(word, T.bitwise_or(word[part, i // 4], placed), part, i // 4)
                 for part in range(2):
-                    if shape.config.cluster:
-                        ptx("redux_sync.add.s32", sums[part], sums[part], u32(FULL_WARP))
-                    else:
-                        reduce_lanes(sums, part, lambda a, b: a + b)
+                    ptx("redux_sync.add.s32", sums[part], sums[part], u32(FULL_WARP))
                     self._store_codes(part, head, word)
                 with when(lane == 0):
                     store(memory.unit, top[0] * f32(1.0 / FULL_SCALE), self._column, head)

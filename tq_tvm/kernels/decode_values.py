@@ -41,7 +41,6 @@ from tq_tvm.kernels.device import (
     local,
     mma,
     ptx,
-    reduce_lanes,
     reduce_together,
     shared,
     shuffle_xor,
@@ -148,7 +147,7 @@ class Values:
             store(self._weights, f32(0), j)
         store(self._norm, f32(1e-30))
         store(self._unit, f32(0))
-        store(self._tiles, i32(-1 if self._shape.config.cluster else 0))
+        store(self._tiles, i32(-1))
         self._clear()
         for quad in range(self._shape.quads):
             access("st.shared", [f32(0)] * 4, self._address(quad), "f32")
@@ -212,11 +211,7 @@ class Values:
         move = T.cast(T.Or(higher, T.Or(peak[2] > norm[0], full)), "int32")
         with when(T.cuda.any_sync(u32(FULL_WARP), move) != 0):
             lanes = (2, 4, 8, 16) if shape.packed else (4, 8, 16)
-            if shape.config.cluster:
-                reduce_together([(peak, j) for j in range(3)], T.max, lanes)
-            else:
-                for j in range(3):
-                    reduce_lanes(peak, j, T.max, lanes)
+            reduce_together([(peak, j) for j in range(3)], T.max, lanes)
             factor = local(2, "float32")
             widest = let(T.Select(peak[2] > norm[0], peak[2] * f32(NORM_MARGIN), norm[0]))
             for j in range(2):
@@ -230,14 +225,10 @@ class Values:
                 store(reach, highest / scale[j], j)
             store(norm, widest)
             store(self._unit, f32(WEIGHT_TOP) / widest)
-            if shape.config.cluster:
-                # Short contexts have few tiles: the first one finds no sums.
-                with when(self._tiles[0] > 0):
-                    self._flush(factor)
-                store(self._tiles, i32(0))
-            else:
-                store(self._tiles, i32(0))
+            # The first tile finds no sums.
+            with when(self._tiles[0] > 0):
                 self._flush(factor)
+            store(self._tiles, i32(0))
 
     def _flush(self, factor=None) -> None:
         """Add the sums to shared memory, scale what is there, and start anew."""
@@ -389,12 +380,8 @@ class Values:
         self._flush()
         lanes = (2, 4, 8, 16) if shape.packed else (4, 8, 16)
         every = [(sums, j) for j in range(2) for sums in (self._total, self._weights)]
-        if shape.config.cluster:
-            reduce_together(every, lambda a, b: a + b, lanes)
+        reduce_together(every, lambda a, b: a + b, lanes)
         for j in range(2):
-            if not shape.config.cluster:
-                for sums in (self._total, self._weights):
-                    reduce_lanes(sums, j, lambda a, b: a + b, lanes)
             head = let(2 * self._t + j)
             with when(T.And(self._g == 0, head < shape.heads)):
                 store(memory.bound, self._bound[j], self._warp, head)

@@ -128,7 +128,8 @@ def choose_launch(
     loaded: LoadedFunction, spec: CacheSpec, batch: int, context: int
 ) -> tuple[LoadedVariant, int]:
     """Choose the variant for a problem, and the number of parts."""
-    variant = loaded.nearest(max(batch * spec.num_kv_heads * context * spec.head_dim, 1))
+    size = max(batch * spec.num_kv_heads * context * spec.head_dim, 1)
+    variant = loaded.nearest(size, batch)
     return variant, count_parts(loaded, variant, spec, batch, context)
 
 

@@ -1,6 +1,6 @@
 """The workloads that are searched, and why each one.
 
-A record is found at one size and serves the sizes nearest to it (in log size).
+A record is found at one size and serves the sizes nearest to it (`LoadedFunction.nearest`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, check_target
 from tq_tvm.targets import TargetInfo
 
-__all__ = ["Workload", "decision_sizes", "workloads"]
+__all__ = ["Workload", "chosen_by_batch", "decision_sizes", "workloads"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,16 @@ class Workload:
             return queries * heads * context * dim
         return self.shape["tokens"] * heads * dim
 
+    @property
+    def batch(self) -> int | None:
+        """`chosen_by_batch` of it."""
+        return chosen_by_batch(self.function, self.shape)
+
+
+def chosen_by_batch(function: str, shape: dict[str, int]) -> int | None:
+    """Sequences of a workload of ``decode``, which say more of a batch than its size; else None."""
+    return shape["batch"] if function == "decode" else None
+
 
 def _batch(spec: CacheSpec, batch: int, context: int) -> dict[str, int]:
     width = -(-context // spec.page_size)
@@ -91,6 +101,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             (64, 8192, "every SM busy: bandwidth and instructions"),
             (1, 131072, "one long sequence: every SM busy with few heads"),
             (64, 1024, "every SM busy for a short while: prologue and tail"),
+            (256, 512, "many short sequences: what comes between two of them"),
             (1, 8192, "one sequence: splits, latency and the merge"),
             (1, 1024, "one short sequence: launches"),
         ]
