@@ -111,7 +111,7 @@ def run_rows(
         loaded = load(case.function, workload.spec, device)
         if case.rows is not None and device.type == "cuda":
             loaded = loaded.of_rows(case.rows)
-        variant = loaded.nearest(case.size)
+        variant = loaded.nearest(case.size, workload.batch)
         us = _time(case.call, device, workload.graph, launches)
         default_us = None
         if defaults is not None:
