@@ -105,6 +105,7 @@ SHORT = (
 
 _NARROW_KEYS = {"abreast": 2}
 _WIDE_VALUES = {"abreast": 2, "tile": 32, "reach": 2, "promoted": 256}
+_SMALL_CTAS = _WIDE_VALUES | {"warps": 2, "query_in_shared": 0, "headroom": 2}
 
 _YOUNGER = {"cluster": 0}
 """Decisions that older records lack, and what these had."""
@@ -130,6 +131,12 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     pairs. But with values of 4 bits, of which a token takes most, pairs and short tiles take less:
     262 of 283 with keys of 4 bits, 234 of 239 with those of 3, 224 of 247 with those of 2.
 
+    CTAs of two warps, which the search found for k4v2 at 256 x 512, are faster where arithmetic
+    bounds most: head_dim 64 at every size (110 us of 140 at 64 x 8192, 24 of 26 at 64 x 1024, 46 of
+    53 at 256 x 512), values of 3 bits in large batches (195 of 209 with keys of mse3, 215 of 231
+    with those of mse4, 213 of 238 with qjl4's; but 48 of 42 at 64 x 1024), those of 4 bits in all
+    others (43 of 52 and 99 of 111; 255 of 252 at 64 x 8192).
+
     With ``sizes``, which stand for a GPU that has clusters, those of `SHORT` where they are short.
     """
     values = dict(DEFAULTS[kind])
@@ -142,7 +149,19 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
             values["warps"] //= 2
         return values
     fmt = spec.cache_format
-    for wanted, others in ((fmt.key.bits == 2, _NARROW_KEYS), (fmt.value.bits == 4, _WIDE_VALUES)):
+    bits, dim = fmt.value.bits, spec.head_dim
+    # A batch of no known size is a large one.
+    tokens = 1 << 30 if sizes is None else _tokens(spec, sizes)
+    small = (
+        (bits == 2 and dim == 64)
+        or (bits == 3 and dim == 128 and fmt.key.bits > 2 and tokens > 1 << 16)
+        or (bits == 4 and dim == 128 and tokens <= 1 << 17)
+    )
+    for wanted, others in (
+        (fmt.key.bits == 2, _NARROW_KEYS),
+        (bits == 4, _WIDE_VALUES),
+        (small and spec.group_size <= 4, _SMALL_CTAS),
+    ):
         # Two heads of more than 4 queries, or of 256 values, exceed shared memory.
         if wanted and rejected(spec, kind, values | others) is None:
             values |= others

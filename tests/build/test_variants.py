@@ -6,11 +6,11 @@ import pytest
 
 pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
 
-from tq_tvm.schedules.decode import is_short
+from tq_tvm.schedules.decode import defaults, is_short
 from tvm.s_tir import Schedule
 
 from tq_tvm import schedules
-from tq_tvm.build.library import _variants
+from tq_tvm.build.library import _featured_variants, _variants
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import TunedRecord, search_workload
@@ -67,6 +67,19 @@ def test_short_contexts_take_clusters_where_there_are_any():
     assert {True, False} == {"cluster" in v.launch for v in variants}
     assert set(functions) == {v.symbol for v in variants}
     assert len(functions) == len({tuple(v.config.items()) for v in variants})
+
+
+def test_features_take_the_defaults():
+    """Whatever was found for calls without them."""
+    functions = {}
+    variants = _featured_variants(SPEC, TARGET, functions)
+    assert {v.symbol for v in variants} == set(functions)
+    plain = {(v.size, v.batch): v for v in _variants("decode", SPEC, TARGET, [], {})}
+    for variant in variants:
+        config = plain[variant.size, variant.batch].config
+        assert variant.config == config | {"cluster": 0}
+    assert defaults(SPEC, "cuda") in [v.config for v in variants]
+    assert not any(v.tuned for v in variants)
 
 
 def test_a_record_of_a_size_is_compared_with_its_own_default():

@@ -43,6 +43,10 @@ WIDE_VALUES = {
     "warps": 4, "abreast": 2, "tile": 32, "registers": 256, "query_in_shared": 1,
     "headroom": 1, "reach": 2, "overlap": 1, "promoted": 256,
 }  # fmt: skip
+SMALL_CTAS = {
+    "warps": 2, "abreast": 2, "tile": 32, "registers": 256, "query_in_shared": 0,
+    "headroom": 2, "reach": 2, "overlap": 1, "promoted": 256,
+}  # fmt: skip
 CLUSTER = {
     "warps": 4, "abreast": 1, "tile": 32, "registers": 128, "query_in_shared": 1,
     "headroom": 1, "reach": 1, "overlap": 0, "promoted": 128, "cluster": 16,
@@ -73,6 +77,9 @@ CASES = {
     "values4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq44"), STREAMS),
     "values4_pairs": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq44"), WIDE_VALUES),
     "values4_group6": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "mse3-mse4-plain-norm"), SMALL),
+    "head64_small": (CacheSpec(64, 8, 4, 64, "bfloat16", "bshd"), SMALL_CTAS),
+    "values3_small": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq33"), SMALL_CTAS),
+    "values4_small": (CacheSpec(128, 4, 2, 16, "float16", "bhsd", "tq44"), SMALL_CTAS),
     "cluster": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), CLUSTER),
     "cluster_group6": (CacheSpec(128, 12, 2, 8, "float16", "bhsd"), PORTABLE),
     "cluster_group16": (CacheSpec(64, 16, 1, 32, "bfloat16", "bshd"), PORTABLE),

@@ -493,20 +493,38 @@ def test_warps_that_share_tiles_are_a_cta(name, dims):
 
 
 @pytest.mark.parametrize(
-    ("name", "head_dim", "abreast", "tile"),
+    ("name", "head_dim", "heads", "warps", "abreast", "tile"),
     [
-        ("tq44", 128, 2, 32),
-        ("mse2-mse4-signed-matched", 128, 2, 32),
-        ("tq43", 128, 1, 64),
-        ("tq22", 128, 2, 64),
-        ("k4v2", 128, 1, 64),
+        ("tq44", 128, 32, 4, 2, 32),
+        ("mse2-mse4-signed-matched", 128, 32, 4, 2, 32),
+        ("tq43", 128, 32, 2, 2, 32),
+        ("tq43", 128, 64, 4, 1, 64),
+        ("mse2-mse3-signed-matched", 128, 32, 4, 2, 64),
+        ("tq22", 128, 32, 4, 2, 64),
+        ("k4v2", 128, 32, 4, 1, 64),
+        ("k4v2", 64, 32, 2, 2, 32),
         # Two heads of 256 values exceed shared memory.
-        ("tq44", 256, 1, 64),
+        ("tq44", 256, 32, 4, 1, 64),
     ],
 )
-def test_defaults_by_codec(name, head_dim, abreast, tile):
-    config = decode.defaults(CacheSpec(head_dim, 32, 8, format=name), "cuda")
-    assert (config["abreast"], config["tile"]) == (abreast, tile)
+def test_defaults_by_codec(name, head_dim, heads, warps, abreast, tile):
+    config = decode.defaults(CacheSpec(head_dim, heads, 8, format=name), "cuda")
+    assert (config["warps"], config["abreast"], config["tile"]) == (warps, abreast, tile)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "context", "warps"),
+    [
+        ("tq43", 64, 1024, 4),
+        ("tq43", 256, 512, 2),
+        ("tq44", 256, 512, 2),
+        ("tq44", 64, 8192, 4),
+        ("k4v2", 256, 512, 4),
+    ],
+)
+def test_defaults_by_size(name, batch, context, warps):
+    sizes = {"batch": batch, "pages": batch * context // 64, "table_width": context // 64}
+    assert decode.defaults(CacheSpec(128, 32, 8, format=name), "cuda", sizes)["warps"] == warps
 
 
 def test_a_cpu_rejects_nothing():

@@ -141,10 +141,7 @@ def workloads(kind: str) -> list[Workload]:
         *(dataclasses.replace(_SERVED, num_q_heads=8 * group) for group in _GROUPS),
         dataclasses.replace(_SERVED, layout="bhsd"),
         dataclasses.replace(_SERVED, dtype="float16"),
-        dataclasses.replace(_SERVED, head_dim=64),
-        dataclasses.replace(_SERVED, head_dim=96),
-        dataclasses.replace(_SERVED, head_dim=256),
-        dataclasses.replace(_SERVED, head_dim=512),
+        *(dataclasses.replace(_SERVED, head_dim=dim) for dim in (64, 96, 256, 512)),
         *(dataclasses.replace(_SERVED, format=name) for name in _FORMATS),
     ]
     formats = [spec for spec in shapes if spec.format != _SERVED.format]
@@ -160,6 +157,7 @@ def workloads(kind: str) -> list[Workload]:
         Workload("decode", few_kv_heads, 64, 8192),
         Workload("decode", _SERVED, 1, 131072),
         Workload("decode", _SERVED, 64, 1024),
+        Workload("decode", _SERVED, 256, 512),
         Workload("decode", _SERVED, 8, 2048, graph=True),
         Workload("decode", _SERVED, 1, 8192, graph=True),
         Workload("decode", _SERVED, 1, 1024, graph=True),

@@ -123,13 +123,18 @@ def run_rows(
                     del plain
                 except ArtifactNotFoundError as error:
                     _log.warning("no default library: %s", str(error).splitlines()[0])
-        times = {
-            name: _time(baseline.call, device, workload.graph, launches)
-            for name, baseline in case.baselines.items()
-        }
-        moved = {name: baseline.bytes for name, baseline in case.baselines.items()}
+        times: dict[str, float] = {}
+        moved: dict[str, int] = {}
         absent: dict[str, str] = {}
         versions: dict[str, str] = {}
+        for name, baseline in case.baselines.items():
+            try:
+                times[name] = _time(baseline.call, device, workload.graph, launches)
+            # torch makes all scores of rows of 512 values.
+            except torch.OutOfMemoryError as error:
+                absent[name] = _why_absent(name, error)
+            else:
+                moved[name] = baseline.bytes
         for name, make in case.peers.items():
             try:
                 timed = _time_peer(make, device, workload.graph, launches)
