@@ -2,7 +2,8 @@ r"""``decode_featured`` on NVIDIA GPUs: ``decode`` with what ``attend`` adds to 
 
 Equation
     As ``kernels.attend``, for one query token a sequence and no ``window_left``: soft cap, ALiBi,
-    sinks, and the log-sum-exp. The kernel is ``decode_cuda``'s, at the default decisions of ``decode``.
+    sinks, and the log-sum-exp. The kernel is ``decode_cuda``'s, at the default decisions of
+    ``decode``.
 
 Buffers
     Those of ``kernels.decode``, and before those of a window sinks ``[HQ]`` or ``[0]`` and
