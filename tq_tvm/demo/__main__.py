@@ -211,7 +211,7 @@ def _print_variants(served: list[Call]) -> None:
         us = f"{variant.us:.1f}" if variant.us is not None else ""
         rows.append([call.name, label, us, decisions])
     _print_table(
-        "Variant of the kernel that served each call: the tuned workload nearest in size",
+        "Variant of the kernel that served each call: the nearest tuned workload",
         ["kernel", "record", "us there", "decisions"],
         rows,
     )

@@ -101,8 +101,8 @@ def calls(batch: Batch) -> list[Call]:
     spec, cache, device = batch.spec, batch.cache, batch.cache.device
     row = spec.num_kv_heads * spec.head_dim
 
-    def variant(function: str, size: int) -> LoadedVariant:
-        return load(function, spec.relevant_to(function), device).nearest(size)
+    def variant(function: str, size: int, sequences: int | None = None) -> LoadedVariant:
+        return load(function, spec.relevant_to(function), device).nearest(size, sequences)
 
     rotated = torch.empty_like(batch.k)
     matrix = reference.hadamard_matrix(spec.head_dim, device).to(batch.k.dtype)
@@ -163,7 +163,7 @@ def calls(batch: Batch) -> list[Call]:
         ),
         Call(
             "decode",
-            variant("decode", len(batch.q) * capacity * row),
+            variant("decode", len(batch.q) * capacity * row, len(batch.q)),
             lambda: cache.decode(
                 batch.q, batch.block_table, batch.seq_lens, out=out, workspace=workspace
             ),

@@ -37,22 +37,23 @@ scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a 
 cycles an instruction: 0.8 for results of fixed latency, 0.4 for shared memory and shuffles, 0.4 for
 a pipe, 0.4 for one another, 0.2 for K (0.5 from memory).
 
-On an H100 memory counts as much: 173 us of the call, 135 from L2, and torch's maximum of as many
+On an H100 memory counts as much: 173 us of the call, 134 from L2, and torch's maximum of as many
 bytes 149. Of the first launch, 167 us, ncu says 432 MB of DRAM (78 % of its peak; L2 77 % of its
-own), and 1.9 cycles an instruction for K.
+own), and 1.9 cycles an instruction for K. These, and what was tried there, are of the form that did
+not yet ask for the next piece ahead, which takes as long at this size.
 
 Tried on an H200, and no faster: K and V in registers (162 to 172 us: V's loads are on the
 scoreboard that K waits for), both in shared memory by each warp (171 to 178), both by all warps of
 a CTA in whole lines (163 to 208: they copy and compute in step), whole pages by a warp of its own
 through a ring with mbarriers (reading alone 112; 159 to 166 with 8 warps that attend, 151 with 12),
 pieces merged by the CTA that has the last one in place of a second launch (a fence and an atomic
-take 2250 cycles). On an H100, where the default takes 173 us, 135 from L2: scores of the next tile
-between the instructions of this one's sums (174 and 133); K's next tile into L2 ahead of its loads,
-its lines shared among the CTAs of a group (194 and 142: 496 MB of DRAM, since lines are dropped
-before they are used) or each CTA's own (178 and 139; bhsd 168 of 171); three warps a scheduler
-(168 registers, bshd 212 and 135: CTAs of a group drift apart, and what they share is fetched again,
-483 MB; bhsd 172 and 124 of 171 and 128); CTAs of four heads whose warps wait for one another before
-each tile (173 to 185, and 157).
+take 2250 cycles). On an H100, from memory and from L2: scores of the next tile between the
+instructions of this one's sums (184 and 135 us of 183 and 137, L2 full of written lines); K's next
+tile into L2 ahead of its loads, its lines shared among the CTAs of a group (204 and 142, 496
+MB of DRAM) or each CTA's own (178 and 139 of 172 and 134, L2 clean as in the rest; bhsd 168 and
+134 of 171 and 128); three warps a scheduler (168 registers, bshd 212 and 135; with four heads a CTA
+198 and 139, and 483 MB: CTAs of a group drift apart, and fetch again what they share; bhsd 172 and
+124); CTAs of four heads whose warps wait for one another before each tile (173 to 185, and 157).
 
 A third of the time of short rows is before the first score: share 800 cycles, place 750, query 400,
 pages 300, asking for K 700 and for V 900 (1 x 8192). Of many short sequences a CTA has one piece
