@@ -107,8 +107,20 @@ _NARROW_KEYS = {"abreast": 2}
 _WIDE_VALUES = {"abreast": 2, "tile": 32, "reach": 2, "promoted": 256}
 _SMALL_CTAS = _WIDE_VALUES | {"warps": 2, "query_in_shared": 0, "headroom": 2}
 
+_LONG_ROWS = {
+    "tile": 32,
+    "registers": 256,
+    "query_in_shared": 0,
+    "headroom": 2,
+    "reach": 4,
+    "promoted": 256,
+}
+
 _YOUNGER = {"cluster": 0}
 """Decisions that older records lack, and what these had."""
+
+_KEY_REGISTERS = 64
+"""Most that K of a tile may take of a lane's: half of what sums and the rest leave."""
 
 _STATIC_SHARED = 48 * 1024
 _THREADS = 512
@@ -138,15 +150,21 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     others (43 of 52 and 99 of 111; 255 of 252 at 64 x 8192).
 
     With ``sizes``, which stand for a GPU that has clusters, those of `SHORT` where they are short.
+    Rows of 512 values leave room for short tiles and few warps' sums (`kernels.decode_slices`);
+    what they have beside that took 711 us of 848 in a search (64 x 8192, 32/8 heads, H100).
     """
     values = dict(DEFAULTS[kind])
     if kind != "cuda":
         return values
-    if sizes is not None and is_short(spec, sizes):
+    short = sizes is not None and is_short(spec, sizes)
+    if sizes is not None and short:
         tokens = _tokens(spec, sizes)
         values |= next(other for most, other in SHORT if tokens <= most)
-        while values["warps"] > 1 and rejected(spec, kind, values) is not None:
-            values["warps"] //= 2
+    if _key_registers(spec, values) > _KEY_REGISTERS:
+        values |= _LONG_ROWS
+    while values["warps"] > 1 and rejected(spec, kind, values) is not None:
+        values["warps"] //= 2
+    if short:
         return values
     fmt = spec.cache_format
     bits, dim = fmt.value.bits, spec.head_dim
@@ -178,7 +196,13 @@ def options(spec: CacheSpec, kind: str, *, short: bool = False) -> dict[str, lis
         left_out.add("lookup")
     if not short:
         left_out.add("cluster")
-    return {name: [0] if name in left_out else values for name, values in OPTIONS[kind].items()}
+    offered = {name: [0] if name in left_out else values for name, values in OPTIONS[kind].items()}
+    # What does not fit, whatever the rest is, would waste trials: most of them with rows of 512.
+    least = {name: values[0] for name, values in offered.items()}
+    return {
+        name: [value for value in values if rejected(spec, kind, least | {name: value}) is None]
+        for name, values in offered.items()
+    }
 
 
 def digest(spec: CacheSpec, kind: str, *, short: bool = False) -> str:
@@ -219,10 +243,19 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     threads = Shape(spec, DecodeConfig(**config)).threads
     if threads > _THREADS:
         return f"{threads} threads of a CTA exceed {_THREADS}"
+    key_registers = _key_registers(spec, config)
+    if key_registers > _KEY_REGISTERS:
+        return f"{key_registers} registers of K of a tile exceed {_KEY_REGISTERS}"
     static, _ = decode_shared_bytes(spec, DecodeConfig(**config))
     if static > _STATIC_SHARED:
         return f"{static} bytes of static shared memory exceed {_STATIC_SHARED}"
     return None
+
+
+def _key_registers(spec: CacheSpec, config: Mapping[str, int]) -> int:
+    """Registers of a lane that codes of K of a tile take, as words of eight nibbles."""
+    shape = Shape(spec, DecodeConfig(**config))
+    return shape.octets * shape.key_words
 
 
 def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:

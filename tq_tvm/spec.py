@@ -62,7 +62,8 @@ __all__ = [
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576)
 ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
 GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
-GPU_DECODE_DIMS = (64, 128, 256)
+GPU_DECODE_DIMS = (64, 128, 256, 512)
+GPU_WINDOW_DIMS = (64, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_WINDOW = 256
 LATENT_DIMS = (512, 64)
@@ -424,7 +425,7 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
         return LATENT_FUNCTIONS
     if not {spec.head_dim, spec.value_dim} <= set(GPU_HEAD_DIMS):
         return ()
-    if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_DECODE_DIMS):
+    if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_WINDOW_DIMS):
         return ()
     # Long chunks over a window, or of V that two warps share, are ``attend``'s, too.
     chunks = not spec.window and spec.value_dim <= 256
@@ -464,12 +465,14 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
             f"residual signs, head_dim_v 64 in the codec none, no window), got {spec.label}; "
             "use another call"
         )
-    dims, decoded = (", ".join(map(str, some)) for some in (GPU_HEAD_DIMS, GPU_DECODE_DIMS))
+    dims, decoded, windowed = (
+        ", ".join(map(str, some)) for some in (GPU_HEAD_DIMS, GPU_DECODE_DIMS, GPU_WINDOW_DIMS)
+    )
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
         f"V, for decode of Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V "
-        f"at head_dim 64, with a window of one head_dim of {decoded}; a latent cache; or a "
+        f"at head_dim 64, with a window of one head_dim of {windowed}; a latent cache; or a "
         f"rotation of {dims} or a power of two; float16 or bfloat16), "
         f"got {wanted}; use the CPU or another spec"
     )

@@ -55,6 +55,12 @@ PORTABLE = {
     "warps": 2, "abreast": 2, "tile": 64, "registers": 256, "query_in_shared": 0,
     "headroom": 2, "reach": 1, "overlap": 0, "promoted": 0, "cluster": 8,
 }  # fmt: skip
+SLICES = {
+    "warps": 1, "abreast": 1, "tile": 64, "registers": 256, "query_in_shared": 0,
+    "headroom": 1, "reach": 1, "overlap": 1, "promoted": 128,
+}  # fmt: skip
+SLICES_SHORT = {**SLICES, "tile": 32, "reach": 2, "overlap": 0}
+SLICES_CLUSTER = {**SLICES, "overlap": 0, "cluster": 8}
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), STREAMS),
     "group4_half": (CacheSpec(128, 4, 1, 16, "float16", "bhsd"), SMALL),
@@ -67,6 +73,9 @@ CASES = {
     "abreast3": (CacheSpec(64, 18, 3, 16, "float16", "bhsd"), WIDE),
     "head64": (CacheSpec(64, 4, 2, 256, "bfloat16", "bshd"), STREAMS),
     "head256": (CacheSpec(256, 8, 1, 64, "float16", "bhsd"), SMALL),
+    "head512": (CacheSpec(512, 8, 2, 64, "bfloat16", "bshd"), SLICES),
+    "head512_group6": (CacheSpec(512, 6, 1, 16, "float16", "bhsd", "tq43"), SLICES_SHORT),
+    "head512_values4": (CacheSpec(512, 4, 2, 8, "bfloat16", "bshd", "tq44"), SLICES),
     "mse4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42"), STREAMS),
     "mse4_group6": (CacheSpec(64, 6, 1, 16, "float16", "bhsd", "tq42"), SMALL),
     "mse3": (CacheSpec(128, 4, 1, 32, "float16", "bshd", "mse3-mse2-plain-norm"), SMALL),
@@ -83,6 +92,7 @@ CASES = {
     "cluster_group6": (CacheSpec(128, 12, 2, 8, "float16", "bhsd"), PORTABLE),
     "cluster_group16": (CacheSpec(64, 16, 1, 32, "bfloat16", "bshd"), PORTABLE),
     "cluster_head256": (CacheSpec(256, 3, 3, 64, "float16", "bshd"), CLUSTER),
+    "cluster_head512": (CacheSpec(512, 2, 1, 64, "bfloat16", "bshd", "tq33"), SLICES_CLUSTER),
     "cluster_signed": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq43"), PORTABLE),
     "qjl4_signed": (CacheSpec(128, 8, 2, 64, "bfloat16", "bhsd", "qjl4-mse2-signed-matched"), WIDE),
 }

@@ -23,6 +23,7 @@ CASES = {
     "group4": CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"),
     "group6_half": CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"),
     "window": CacheSpec(64, 6, 2, 16, "bfloat16", "bshd", "tq42", window=50),
+    "head512": CacheSpec(512, 4, 2, 64, "bfloat16", "bshd", "tq42"),
 }
 LENGTHS = [300, 3, 200, 0, 65, 40, 1]
 

@@ -28,6 +28,8 @@ from tq_tvm.kernels.decode_pages import KeyTile, PageReader, ValueRing
 from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
+from tq_tvm.kernels.decode_slices import ScoreExchange
+from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.decode_values import SumMemory, Values
 from tq_tvm.kernels.decode_window import Window, find_window
 from tq_tvm.kernels.decode_work import tiles_of
@@ -105,32 +107,27 @@ def _attend(
 ) -> None:  # fmt: skip
     """One CTA: number ``rank`` of ``ctas`` in its cluster."""
     spec, warps = shape.spec, shape.config.warps
-    column, inside = let(thread // (32 * warps)), let(thread % (32 * warps))
-    warp, lane = let(inside // 32), let(inside % 32)
-    g, t = let(lane // 4), let(lane % 4)
-    part = let(unit * shape.abreast + column)
-    kv_head, head_tile = let(part // shape.head_tiles), let(part % shape.head_tiles)
-    first_head = let(kv_head * spec.group_size + head_tile * shape.heads)
-    heads = let(T.min(i32(shape.heads), i32(spec.group_size) - head_tile * shape.heads))
+    own = Standing.of(shape, unit, thread)
+    lane = own.lane
     query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
     merged = MergedMemory.allocate(shape)
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
     step = let(ctas * warps)
-    store(now, rank * warps + warp)
+    store(now, rank * warps + own.warp)
     ring = ValueRing(shape, let(thread // 32), lane)
-    reader = PageReader(shape, caches, block_table, kv_head, lane, ring)
-    query = Query(shape, query_memory, column, warp, lane, g, t)
+    reader = PageReader(shape, caches, block_table, own, ring)
+    query = Query(shape, query_memory, own)
     # None of these waits for another.
     ptx("ld.global.nc.s32", seq_len[0], seq_lens.ptr_to([sequence]))
     reader.find_first_pages(sequence, now[0], T.cast(table_width, "int32"), reader.page)
-    query.load(q, sequence, first_head, heads)
+    query.load(q, sequence)
     zero = let(T.cast(shuffle_xor(T.shift_right(ctas, 31), 1), "uint32"))
     table = key_table(shape, zero)
-    values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
-    values.find_metas(reader, kv_head)
+    values = Values(shape, query, sum_memory, own, let(thread // 32))
+    values.find_metas(reader, own.kv_head)
     values.hold_table(zero)
     values.start()
-    tile = KeyTile.allocate(shape)
+    tile, exchange = KeyTile.allocate(shape), ScoreExchange(shape, own)
     if window is not None:
         store(seq_len, T.max(seq_len[0] - spec.window, i32(0)))
     store(last, tiles_of(shape, seq_len[0]))
@@ -140,15 +137,17 @@ def _attend(
         reader.find_pages(sequence, now[0] + step, seq_len[0])
     ring.turn()
     if window is not None:
-        window.prefetch(sequence, kv_head, inside, 32 * warps)
+        window.prefetch(sequence, own.kv_head, own.inside, 32 * shape.part_warps)
     query.quantise()
     barrier()
     query.prepare(sm_scale, zero)
-    if shape.config.query_in_shared:
+    # Scores that are exchanged may lie where the codes of queries were.
+    if shape.config.query_in_shared or shape.slices > 1:
         barrier()
     with loop(now[0] < last[0]):
         store(ahead, now[0] + step)
         score(shape, query, table, tile, values.scores)
+        exchange.add(values.scores)
         with when(ahead[0] < last[0]):
             reader.load_k(tile, ahead[0])
             reader.copy_v(ahead[0])
@@ -159,7 +158,7 @@ def _attend(
         store(now, ahead[0])
     values.finish()
     barrier()
-    merge_warps(shape, sum_memory, merged, column, inside)
+    merge_warps(shape, sum_memory, merged, own)
     arrive_at_cluster(release=True)
     wait_for_cluster()
     merge_cluster(shape, merged, out, sequence, unit, rank, ctas, let(thread // 32), lane, window)

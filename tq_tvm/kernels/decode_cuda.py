@@ -10,7 +10,7 @@ after the other:
 2. lets every warp walk its own tiles of ``tile`` tokens: scores from integer products of codes
    (`decode_score`), then softmax and integer sums of V (`decode_values`); between the two, when K's
    registers are used up, the next tile is asked for (`decode_pages`). Nothing in that loop
-   synchronises warps;
+   synchronises warps that have rows to themselves;
 3. asks for the first tile and the queries of its next piece, which are on their way while this one
    is finished;
 4. merges the warps of a column (`decode_merge`). A sequence that the CTA has to itself is rotated
@@ -18,6 +18,9 @@ after the other:
 
 The second launch, a CTA a query head and sequence, merges pieces and rotates back. With
 ``overlap`` it begins before the first is done, and waits for it where it needs its results.
+
+Rows of 512 values are two warps', which exchange their halves of a tile's scores (`decode_slices`);
+up to 256 they are one's.
 
 With a window of the spec both launches are over the tokens before it, and it is added to a row that
 is finished (`decode_window`).
@@ -85,6 +88,8 @@ from tq_tvm.kernels.decode_pages import KeyTile, PageReader, ValueRing
 from tq_tvm.kernels.decode_query import Query, QueryMemory
 from tq_tvm.kernels.decode_score import key_table, score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
+from tq_tvm.kernels.decode_slices import ScoreExchange, exchange_bytes
+from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.decode_values import SumMemory, Values
 from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
 from tq_tvm.kernels.decode_work import (
@@ -118,11 +123,12 @@ def decode_shared_bytes(spec: CacheSpec, config: DecodeConfig) -> tuple[int, int
     """Static and dynamic shared memory of the first launch."""
     shape = Shape(spec, config)
     queries = shape.heads * (2 * spec.head_dim + 4 + 8)
-    fragments = 512 * shape.key_words * shape.parts * config.query_in_shared
-    sums = config.warps * (512 * shape.quads + 12 * shape.heads + 4)
+    fragments = 512 * shape.key_words * shape.parts * shape.slices * config.query_in_shared
+    sums = shape.part_warps * (512 * shape.quads + 12 * shape.heads + 4)
     merged = 4 * shape.heads * (spec.head_dim + 2)
-    ring = config.warps * 8 * shape.value_words
-    return shape.abreast * (queries + fragments + sums + merged), shape.abreast * ring
+    ring = shape.part_warps * 8 * shape.value_words
+    static = shape.abreast * (queries + fragments + sums + merged) + exchange_bytes(shape)
+    return static, shape.abreast * ring
 
 
 def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
@@ -193,14 +199,8 @@ def attend_share(
 ) -> None:  # fmt: skip
     """One CTA of the first launch; ``features`` are `decode_featured`'s, or a spec's window."""
     spec, warps = shape.spec, shape.config.warps
-    # Columns of warps have heads of their own, and go through the same tokens.
-    column, inside = let(thread // (32 * warps)), let(thread % (32 * warps))
-    warp, lane = let(inside // 32), let(inside % 32)
-    g, t = let(lane // 4), let(lane % 4)
-    part = let(unit * shape.abreast + column)
-    kv_head, head_tile = let(part // shape.head_tiles), let(part % shape.head_tiles)
-    first_head = let(kv_head * spec.group_size + head_tile * shape.heads)
-    heads = let(T.min(i32(shape.heads), i32(spec.group_size) - head_tile * shape.heads))
+    own = Standing.of(shape, unit, thread)
+    lane = own.lane
     # These are needed one after another, and may all have to come from memory.
     at = let((group * shape.units + unit) * shape.threads + thread)
     for argument in (block_table, q):
@@ -215,14 +215,14 @@ def attend_share(
     if shape.config.overlap:
         let_next_launch_begin()
     ring = ValueRing(shape, let(thread // 32), lane)
-    reader = PageReader(shape, caches, block_table, kv_head, lane, ring)
-    query = Query(shape, query_memory, column, warp, lane, g, t)
-    values = Values(shape, query, sum_memory, let(thread // 32), lane, g, t)
-    values.find_metas(reader, kv_head)
+    reader = PageReader(shape, caches, block_table, own, ring)
+    query = Query(shape, query_memory, own)
+    values = Values(shape, query, sum_memory, own, let(thread // 32))
+    values.find_metas(reader, own.kv_head)
     values.hold_table(zero)
     if features is not None:
-        features.prepare(first_head, heads, t)
-    tile = KeyTile.allocate(shape)
+        features.prepare(own.first_head, own.heads, own.t)
+    tile, exchange = KeyTile.allocate(shape), ScoreExchange(shape, own)
     seq_len, next_len, count = (local(1, "int32") for _ in range(3))
     now, ahead, last = (local(1, "int32") for _ in range(3))
     next_pages = local(shape.pages, "int32")
@@ -233,10 +233,10 @@ def attend_share(
         store(seq_len, length)
         left = tiles_of(shape, seq_len[0]) - place.offset[0]
         store(count, T.max(T.min(left, place.end[0] - place.tile[0]), 0))
-        store(now, place.offset[0] + warp)
+        store(now, place.offset[0] + own.warp)
         store(last, place.offset[0] + count[0])
         with when(count[0] > 0):
-            query.load(q, sequence, first_head, heads)
+            query.load(q, sequence)
         with when(now[0] < last[0]):
             if pages_found:
                 for i in range(shape.pages):
@@ -257,11 +257,11 @@ def attend_share(
         following = let(T.min(sequence + 1, T.cast(batch, "int32") - 1))
         store(next_len, seq_lens[following])
         width = T.cast(block_table.shape[1], "int32")
-        reader.find_first_pages(following, warp, width, next_pages)
+        reader.find_first_pages(following, own.warp, width, next_pages)
         with when(taken > 0):
             if spec.window:
                 assert features is not None
-                features.prefetch(sequence, kv_head, inside, 32 * warps)
+                features.prefetch(sequence, own.kv_head, own.inside, 32 * shape.part_warps)
             query.quantise()
             barrier()
             query.prepare(sm_scale, zero)
@@ -271,6 +271,7 @@ def attend_share(
             with loop(now[0] < last[0]):
                 store(ahead, now[0] + warps)
                 score(shape, query, table, tile, values.scores)
+                exchange.add(values.scores)
                 if features is not None:
                     first = now[0] * shape.config.tile
                     features.bend(query, values.scores, values.own, first, seq_len[0])
@@ -292,18 +293,13 @@ def attend_share(
         with when(taken > 0):
             values.finish()
             barrier()
-            merge_warps(shape, sum_memory, merged, column, inside)
+            merge_warps(shape, sum_memory, merged, own)
             barrier()
             with I.If(taken == tiles_of(shape, length)):
                 with I.Then():
-                    write_output(
-                        shape, merged, column, out, sequence, first_head, heads, warp, lane,
-                        features,
-                    )  # fmt: skip
+                    write_output(shape, merged, own, out, sequence, features)
                 with I.Else():
                     later = begin > group * shares.size[0]
                     slot = let(piece_slot(group, later))
-                    write_piece(
-                        shape, merged, column, workspace, groups, slot, first_head, heads, inside
-                    )
+                    write_piece(shape, merged, own, workspace, groups, slot)
             barrier()

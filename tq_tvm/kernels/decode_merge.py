@@ -13,6 +13,7 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
+from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.decode_values import WEIGHT_TOP, SumMemory
 from tq_tvm.kernels.decode_work import share_out, tiles_by_length, tiles_of
 from tq_tvm.kernels.device import (
@@ -63,7 +64,7 @@ _AT_ONCE = 8
 
 @dataclasses.dataclass(frozen=True)
 class MergedMemory:
-    """Shared memory of each column: outputs of its heads, their bounds and totals."""
+    """Shared memory of each part of a CTA: outputs of its heads, their bounds and totals."""
 
     output: Any
     bound: Any
@@ -71,7 +72,7 @@ class MergedMemory:
 
     @classmethod
     def allocate(cls, shape: Shape) -> MergedMemory:
-        """Shared memory for all columns."""
+        """Shared memory for all parts."""
         heads = (shape.abreast, shape.heads)
         return cls(
             output=shared((*heads, shape.spec.head_dim), "float32"),
@@ -80,11 +81,11 @@ class MergedMemory:
         )
 
 
-def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thread) -> None:
-    """Merge the warps of a column, ``thread`` counting theirs; barriers go around this."""
+def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, at: Standing) -> None:
+    """Merge the warps of every column; barriers go around this."""
     warps, dim = shape.config.warps, shape.spec.head_dim
-    threads = 32 * warps
-    first = let(column * warps)
+    threads, thread = 32 * warps, at.column_thread
+    first = let(at.column * warps)
     unit = dim**-0.5 / WEIGHT_TOP
     lanes = 2 if shape.packed else 4
     pieces = shape.quads * 8 * lanes
@@ -119,39 +120,42 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, column, thr
                 field = 2 * (quad % of_byte) + e // 2
                 coordinate = 16 * (quad // (2 * of_byte)) + 2 * g + quad // of_byte % 2
                 coordinate = coordinate + dim // shape.value.fields * field
+                if shape.slices > 1:
+                    coordinate = coordinate + at.slice * (8 * shape.value_bytes)
                 level = output[e] * f32(shape.value.unit * unit)
                 level = level - weights[e % 2] * f32(shape.value.offset * unit)
-                store(merged.output, level, column, 2 * t + e % 2, coordinate)
-    with when(thread < shape.heads):
+                store(merged.output, level, at.part, 2 * t + e % 2, coordinate)
+    # Bounds and totals of all slices are the same.
+    with when(at.inside < shape.heads):
         store(top, f32(LOWEST), 0)
         store(weights, f32(0), 0)
         for w in range(warps):
-            store(top, T.max(top[0], sums.bound[first + w, thread]), 0)
+            store(top, T.max(top[0], sums.bound[first + w, at.inside]), 0)
         for w in range(warps):
-            raised = T.exp2(sums.bound[first + w, thread] - top[0])
-            store(weights, weights[0] + sums.total[first + w, thread] * raised, 0)
-        store(merged.bound, top[0], column, thread)
-        store(merged.total, weights[0], column, thread)
+            raised = T.exp2(sums.bound[first + w, at.inside] - top[0])
+            store(weights, weights[0] + sums.total[first + w, at.inside] * raised, 0)
+        store(merged.bound, top[0], at.part, at.inside)
+        store(merged.total, weights[0], at.part, at.inside)
 
 
 def write_output(
-    shape: Shape, merged: MergedMemory, column, out, sequence, first_head, heads, warp, lane,
+    shape: Shape, merged: MergedMemory, at: Standing, out, sequence,
     features: Featured | Window | None = None,
 ) -> None:  # fmt: skip
     """Finish a sequence that no other CTA has a piece of: a warp a head rotates back."""
-    count = shape.row_values
+    count, lane = shape.row_values, at.lane
     x = local(count, "float32")
-    with I.serial(0, -(-shape.heads // shape.config.warps)) as turn:
-        head = let(turn * shape.config.warps + warp)
-        with when(head < heads):
+    with I.serial(0, -(-shape.heads // shape.part_warps)) as turn:
+        head = let(turn * shape.part_warps + at.part_warp)
+        with when(head < at.heads):
             for i in range(count):
-                store(x, merged.output[column, head, lane * count + i], i)
-            place = (sequence, first_head + head)
-            total = merged.total[column, head]
+                store(x, merged.output[at.part, head, lane * count + i], i)
+            place = (sequence, at.first_head + head)
+            total = merged.total[at.part, head]
             if features is None:
                 finish_row(shape, x, total, out, place, lane)
             else:
-                features.finish(x, merged.bound[column, head], total, out, place, lane)
+                features.finish(x, merged.bound[at.part, head], total, out, place, lane)
 
 
 def finish_row(shape: Shape, x, total, out, where, lane) -> None:
@@ -178,22 +182,20 @@ def stats_start(shape: Shape, groups):
     return T.cast(groups, "int64") * (2 * shape.spec.num_q_heads * shape.spec.head_dim)
 
 
-def write_piece(
-    shape: Shape, merged: MergedMemory, column, workspace, groups, slot, first_head, heads, thread
-) -> None:
+def write_piece(shape: Shape, merged: MergedMemory, at: Standing, workspace, groups, slot) -> None:
     """Leave a piece of a sequence to the second launch."""
-    dim, threads = shape.spec.head_dim, 32 * shape.config.warps
+    dim, threads, thread = shape.spec.head_dim, 32 * shape.part_warps, at.inside
     stats = let(stats_start(shape, groups))
-    row = let(T.cast(slot * shape.spec.num_q_heads + first_head, "int64"))
+    row = let(T.cast(slot * shape.spec.num_q_heads + at.first_head, "int64"))
     for turn in range(-(-shape.heads * dim // threads)):
         element = let(thread + turn * threads)
-        with when(element < heads * dim):
-            value = merged.output[column, element // dim, element % dim]
+        with when(element < at.heads * dim):
+            value = merged.output[at.part, element // dim, element % dim]
             store(workspace, value, row * dim + T.cast(element, "int64"))
-    with when(thread < heads):
-        at = let(stats + (row + T.cast(thread, "int64")) * 2)
-        store(workspace, merged.bound[column, thread], at)
-        store(workspace, merged.total[column, thread], at + 1)
+    with when(thread < at.heads):
+        to = let(stats + (row + T.cast(thread, "int64")) * 2)
+        store(workspace, merged.bound[at.part, thread], to)
+        store(workspace, merged.total[at.part, thread], to + 1)
 
 
 def merge_pieces(
@@ -281,9 +283,9 @@ def merge_cluster(
     top = local(1, "float32")
     width = min(count, 4)
 
-    def read(column, head) -> None:
+    def read(own_part, head) -> None:
         """Pieces from ``at`` on; those past the last one have a weight of zero."""
-        own = merged.output.ptr_to([column, head, lane * count])
+        own = merged.output.ptr_to([own_part, head, lane * count])
         for n in range(_AT_ONCE):
             remote = remote_address(own, T.min(at[0] + n, ctas - 1))
             for i in range(0, count, width):
@@ -299,13 +301,13 @@ def merge_cluster(
 
     store(job, rank + ctas * warp)
     with loop(job[0] < shape.abreast * shape.heads):
-        column, head = let(job[0] // shape.heads), let(job[0] % shape.heads)
+        own_part, head = let(job[0] // shape.heads), let(job[0] % shape.heads)
         # A lane has the bound and the total of a CTA; of 32 lanes the upper half repeats the last.
         for own, value in ((merged.bound, bound), (merged.total, total)):
-            remote = remote_address(own.ptr_to([column, head]), T.min(lane, ctas - 1))
+            remote = remote_address(own.ptr_to([own_part, head]), T.min(lane, ctas - 1))
             ptx("ld.shared::cluster.f32", value[0], remote)
         store(at, i32(0))
-        read(column, head)
+        read(own_part, head)
         store(top, bound[0])
         reduce_together([(top, 0)], T.max, (1, 2, 4, 8))
         store(weight, T.Select(lane < ctas, T.exp2(bound[0] - top[0]), f32(0)))
@@ -315,9 +317,9 @@ def merge_cluster(
             store(x, f32(0), i)
         add()
         with loop(at[0] < ctas):
-            read(column, head)
+            read(own_part, head)
             add()
-        part = let(unit * shape.abreast + column)
+        part = let(unit * shape.abreast + own_part)
         tile = let(part % shape.head_tiles)
         first = let(part // shape.head_tiles * spec.group_size + tile * shape.heads)
         with when(tile * shape.heads + head < spec.group_size):
@@ -328,4 +330,4 @@ def merge_cluster(
                 finish_row(shape, x, total[0], out, place, lane)
             else:
                 window.finish(x, shuffle(top[0], 0), total[0], out, place, lane)
-        store(job, job[0] + ctas * shape.config.warps * shape.abreast)
+        store(job, job[0] + ctas * shape.config.warps * shape.columns)

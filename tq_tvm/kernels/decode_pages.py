@@ -24,9 +24,11 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_shape import Shape
+from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.device import (
     access,
     byte_perm,
+    i32,
     let,
     local,
     ptx,
@@ -60,7 +62,7 @@ class ValueRing:
 
     def __init__(self, shape: Shape, warp, lane) -> None:
         self._shape, self._lane = shape, lane
-        warps = shape.config.warps * shape.abreast
+        warps = shape.config.warps * shape.columns
         self._words = shared_dynamic(warps * 2 * shape.value_words, "uint32")
         begin = let(warp * (2 * shape.value_words))
         self._both = let(2 * begin + shape.value_words)
@@ -124,8 +126,8 @@ class PageReader:
     to the lane. Page strides have to fit 31 bits, in elements.
     """
 
-    def __init__(self, shape: Shape, matched, block_table, head, lane, ring: ValueRing) -> None:
-        spec = shape.spec
+    def __init__(self, shape: Shape, matched, block_table, own: Standing, ring: ValueRing) -> None:
+        spec, head, lane = shape.spec, own.kv_head, own.lane
         self._shape, self._ring, self._table = shape, ring, block_table
         self.page = local(shape.pages, "int32")
         fmt = spec.cache_format
@@ -142,6 +144,12 @@ class PageReader:
         g = let(lane // 4)
         self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
         column = {"k": lane % 4 * (4 * shape.key_plane_words), "v": lane % chunks * 16}
+        if shape.slices > 1:
+            column["k"] = (lane % 4 * shape.slices + own.slice) * (4 * shape.key_plane_words)
+            # Pairs of bits of other slices lie before the slice's own, and all before third bits.
+            last = i32(shape.slices - 1)
+            before = T.Select(lane % chunks < shape.value_chunks, own.slice, last)
+            column["v"] = column["v"] + before * (16 * shape.value_chunks)
         self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
         token_rows, head_rows = pages.row_strides(spec)
         for name, argument in zip(width, matched, strict=True):
@@ -161,8 +169,8 @@ class PageReader:
         self._lane_index = lane
         if len(shape.key_planes) > 1:
             # The plane of the third bits: lanes that are two apart read the same bits.
-            t, own = let(lane % 4), 4 * shape.key_plane_words
-            self._third = let(T.cast(spec.head_dim // 4 + (t % 2 - t) * own, "int64"))
+            t, quarter = let(lane % 4), 4 * shape.key_plane_words * shape.slices
+            self._third = let(T.cast(spec.head_dim // 4 + (t % 2 - t) * quarter, "int64"))
 
     def odd_meta(self, head, own_token):
         """Whether V's meta of a token is the upper half of its word; all the lane's are alike."""

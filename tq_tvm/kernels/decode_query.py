@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.formats import rotation_signs
 from tq_tvm.kernels.decode_shape import Shape
+from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.device import (
     FULL_WARP,
     access,
@@ -90,7 +91,7 @@ def turn_signs(shape: SharedRow, x, lane) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class QueryMemory:
-    """Shared memory of each column of warps: codes, units, sums of bytes, and fragments."""
+    """Shared memory: codes, units and sums of bytes of each part, fragments of each column."""
 
     codes: Any
     unit: Any
@@ -99,14 +100,14 @@ class QueryMemory:
 
     @classmethod
     def allocate(cls, shape: Shape) -> QueryMemory:
-        """Shared memory for all columns."""
+        """Shared memory for all of a CTA."""
         in_shared = shape.config.query_in_shared
         count = shape.abreast
         return cls(
             codes=shared((count, 2, shape.heads, shape.spec.head_dim // 4), "uint32"),
             unit=shared((count, shape.heads), "float32"),
             sums=shared((count, 2, shape.heads), "int32"),
-            fragments=shared((count, shape.key_words, shape.parts, 32, 4), "uint32")
+            fragments=shared((shape.columns, shape.key_words, shape.parts, 32, 4), "uint32")
             if in_shared
             else None,
         )
@@ -120,13 +121,13 @@ class Query:
     otherwise they are the heads themselves.
     """
 
-    def __init__(self, shape: Shape, memory: QueryMemory, column, warp, lane, g, t) -> None:
-        self._shape, self._memory, self._column = shape, memory, column
-        self._warp, self._lane, self._g, self._t = warp, lane, g, t
-        self._turns = -(-shape.heads // shape.config.warps)
+    def __init__(self, shape: Shape, memory: QueryMemory, own: Standing) -> None:
+        self._shape, self._memory, self._own = shape, memory, own
+        self._part, self._lane, self._g, self._t = own.part, own.lane, own.g, own.t
+        self._turns = -(-shape.heads // shape.part_warps)
         self._rows = local((self._turns, shape.row_values), "float32")
-        self.low_bytes = let(t >= 2)
-        self.third_bit = let(T.cast(t // 2, "uint32")) if len(shape.key_planes) > 1 else None
+        self.low_bytes = let(own.t >= 2)
+        self.third_bit = let(T.cast(own.t // 2, "uint32")) if len(shape.key_planes) > 1 else None
         self.scale = local(2, "float32")
         self.row_weight = local(1, "float32")
         self.other_weight = local(1, "float32")
@@ -138,7 +139,7 @@ class Query:
             else local((shape.key_words, shape.parts, 4), "uint32")
         )
 
-    def load(self, q, sequence, first_head, heads) -> None:
+    def load(self, q, sequence) -> None:
         """Read the queries, a warp a head, which `quantise` waits for.
 
         Without branches, so that other loads can be on their way; the last head is repeated.
@@ -147,9 +148,13 @@ class Query:
         words = count // 2
         read = local((self._turns, words), "uint32")
         for turn in range(self._turns):
-            head = T.min(turn * shape.config.warps + self._warp, heads - 1)
-            row = q.ptr_to([sequence, first_head + head, self._lane * count])
-            access("ld.global.nc", [read[turn, i] for i in range(words)], row)
+            head = T.min(turn * shape.part_warps + self._own.part_warp, self._own.heads - 1)
+            for first in range(0, words, 4):
+                at = q.ptr_to(
+                    [sequence, self._own.first_head + head, self._lane * count + 2 * first]
+                )
+                piece = [read[turn, i] for i in range(first, min(first + 4, words))]
+                access("ld.global.nc", piece, at)
         for turn in range(self._turns):
             for i in range(count):
                 half = high_half if i % 2 else low_half
@@ -165,7 +170,7 @@ class Query:
         word = local((2, words), "uint32")
         bits = local(1, "uint32")
         for turn in range(self._turns):
-            head = let(turn * shape.config.warps + self._warp)
+            head = let(turn * shape.part_warps + self._own.part_warp)
             with when(head < shape.heads):
                 for i in range(count):
                     store(x, self._rows[turn, i], i)
@@ -196,20 +201,20 @@ class Query:
                     ptx("redux_sync.add.s32", sums[part], sums[part], u32(FULL_WARP))
                     self._store_codes(part, head, word)
                 with when(lane == 0):
-                    store(memory.unit, top[0] * f32(1.0 / FULL_SCALE), self._column, head)
+                    store(memory.unit, top[0] * f32(1.0 / FULL_SCALE), self._part, head)
                     for part in range(2):
-                        store(memory.sums, sums[part], self._column, part, head)
+                        store(memory.sums, sums[part], self._part, part, head)
 
     def _store_codes(self, part: int, head, word) -> None:
         count, lane, codes = self._shape.row_values, self._lane, self._memory.codes
-        column = self._column
+        at = self._part
         if count == 2:
             upper = let(T.shift_left(shuffle_xor(word[part, 0], 1), u32(16)))
             with when(lane % 2 == 0):
-                store(codes, T.bitwise_or(word[part, 0], upper), column, part, head, lane // 2)
+                store(codes, T.bitwise_or(word[part, 0], upper), at, part, head, lane // 2)
         else:
             for j in range(count // 4):
-                store(codes, word[part, j], column, part, head, lane * (count // 4) + j)
+                store(codes, word[part, j], at, part, head, lane * (count // 4) + j)
 
     def prepare(self, sm_scale, unknown_zero) -> None:
         """Fragments and factors, after the barrier behind `quantise`.
@@ -220,7 +225,8 @@ class Query:
         for i in range(0, shape.key_words, 2):
             for part in range(shape.parts):
                 if self._fragments is None:
-                    with when(self._warp == (i // 2 * shape.parts + part) % shape.config.warps):
+                    turn = (i // 2 * shape.parts + part) % shape.config.warps
+                    with when(self._own.warp == turn):
                         self._arrange(i, part)
                 else:
                     self._arrange(i, part)
@@ -245,14 +251,14 @@ class Query:
         low, high = local(2, "uint32"), local(2, "uint32")
         for n in range(2):
             at = let(self._word(i, n))
-            store(low, codes[self._column, byte, head, at], n)
-            store(high, codes[self._column, byte, head, at + shape.spec.head_dim // 8], n)
+            store(low, codes[self._part, byte, head, at], n)
+            store(high, codes[self._part, byte, head, at + shape.spec.head_dim // 8], n)
         both = [byte_perm(low[n], high[n], order) for n in range(2) for order in (0x5140, 0x7362)]
         apart = [low[0], low[1], high[0], high[1]]
         for n, values in enumerate((both, apart) if shape.residual else (both,)):
             for e, value in enumerate(values):
                 if self._fragments is None:
-                    fragments, column = self._memory.fragments, self._column
+                    fragments, column = self._memory.fragments, self._own.column
                     store(fragments, value, column, i + n, part, self._lane, e)
                 else:
                     store(self._fragments, value, i + n, part, e)
@@ -260,10 +266,16 @@ class Query:
     def _word(self, i: int, n: int):
         """Where the codes are that word ``i + n`` of a lane's part of K meets; i is even."""
         shape = self._shape
+        words = shape.key_plane_words
+        first = self._t * words if shape.slices == 1 else self._first_word(words)
         if shape.key_planes[0] == 4:
-            return self._t * shape.key_words + i + n
+            return first + i + n
         # Pairs of bits: first those that are low nibbles once they are apart, then the others.
-        return self._t * shape.key_plane_words + i // 2 + n * (shape.spec.head_dim // 16)
+        return first + i // 2 + n * (shape.spec.head_dim // 16)
+
+    def _first_word(self, words: int):
+        """Where a lane's words begin, of a row whose other slices have words between lanes'."""
+        return (self._t * self._shape.slices + self._own.slice) * words
 
     def _prepare_column(self, j: int, sm_scale, unknown_zero) -> None:
         """Scale of a column's logits, and the constants of its score, as first sums.
@@ -274,9 +286,12 @@ class Query:
         """
         shape, memory = self._shape, self._memory
         head = let((2 * self._t + j) % 4 if shape.packed else 2 * self._t + j)
-        scale = memory.unit[self._column, head] * T.fabs(sm_scale) * f32(math.log2(math.e))
+        scale = memory.unit[self._part, head] * T.fabs(sm_scale) * f32(math.log2(math.e))
         store(self.scale, T.max(scale, f32(SMALLEST_SCALE)), j)
-        high, low = (memory.sums[self._column, part, head] for part in range(2))
+        high, low = (memory.sums[self._part, part, head] for part in range(2))
+        if shape.slices > 1:
+            # Constants are in one slice's scores.
+            high, low = (let(T.Select(self._own.slice == 0, x, i32(0))) for x in (high, low))
         codes = [i32(0)] * shape.code_sums
         if not shape.wide:
             offset = let(i32(0) - T.shift_right(high * 256 + low, 1))
@@ -303,7 +318,7 @@ class Query:
                 with I.vectorized(0, 4) as e:
                     store(
                         fragments,
-                        self._memory.fragments[self._column, i, part, self._lane, e],
+                        self._memory.fragments[self._own.column, i, part, self._lane, e],
                         i,
                         part,
                         e,

@@ -24,6 +24,9 @@ __all__ = ["DecodeConfig", "Shape"]
 REGISTERS = 65536
 """Registers of an SM."""
 
+_WARP_VALUES = 256
+"""Most values of a row of K, and of V, that a warp has registers for."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
@@ -57,7 +60,27 @@ class Shape:
     @property
     def threads(self) -> int:
         """Threads of a CTA."""
-        return 32 * self.config.warps * self.abreast
+        return 32 * self.part_warps * self.abreast
+
+    @property
+    def slices(self) -> int:
+        """Warps that share rows: each has a slice of K's and of V's (`decode_slices`)."""
+        return -(-self.spec.head_dim // _WARP_VALUES)
+
+    @property
+    def slice_dim(self) -> int:
+        """Values of a row that are a warp's."""
+        return self.spec.head_dim // self.slices
+
+    @property
+    def part_warps(self) -> int:
+        """Warps that have the same query heads."""
+        return self.config.warps * self.slices
+
+    @property
+    def columns(self) -> int:
+        """Columns of ``warps`` warps in a CTA: of every part of query heads and slice of rows."""
+        return self.abreast * self.slices
 
     @property
     def ctas_per_sm(self) -> int:
@@ -115,8 +138,8 @@ class Shape:
 
     @property
     def key_words(self) -> int:
-        """Words of a row of K, eight codes each; where they are shorter, once they are apart."""
-        return self.spec.head_dim // 32
+        """Words of a slice of K, eight codes each; where they are shorter, once they are apart."""
+        return self.slice_dim // 32
 
     @property
     def key_planes(self) -> tuple[int, ...]:
@@ -125,23 +148,23 @@ class Shape:
 
     @property
     def key_plane_words(self) -> int:
-        """Words of a lane in each plane of a row of K: two of `key_words` are in one of pairs."""
+        """Words of a lane in each plane of a slice of K: two of `key_words` are in one of pairs."""
         return self.key_words // (4 // self.key_planes[0])
 
     @property
     def value_bytes(self) -> int:
         """Bytes of a row of V that a lane has; of three bits, those of pairs of bits."""
-        return self.spec.head_dim // (8 * self.value.fields)
+        return self.slice_dim // (8 * self.value.fields)
 
     @property
     def value_chunks(self) -> int:
-        """Copies of 16 bytes that the pairs of bits of a row of V take."""
+        """Copies of 16 bytes that a warp's slice of a row of V takes, or of its pairs of bits."""
         return self.value_bytes // 2
 
     @property
     def third_chunks(self) -> int:
-        """Copies of 16 bytes that the third bits of a row of V take."""
-        return self.value_chunks // 2 if self.spec.cache_format.value.bits == 3 else 0
+        """Copies of 16 bytes that the third bits of a row of V take; all slices need all."""
+        return self.spec.head_dim // 128 if self.spec.cache_format.value.bits == 3 else 0
 
     @property
     def value_plane(self) -> int:

@@ -26,6 +26,7 @@ from tvm.script import tirx as T
 from tq_tvm.kernels.decode_pages import PageReader, ValueRing, value_bytes
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import Shape
+from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.device import (
     FULL_WARP,
     LOWEST,
@@ -79,7 +80,7 @@ class SumMemory:
     @classmethod
     def allocate(cls, shape: Shape) -> SumMemory:
         """Shared memory for every warp."""
-        warps = shape.config.warps * shape.abreast
+        warps = shape.config.warps * shape.columns
         return cls(
             values=shared((warps, shape.quads, 32, 4), "float32"),
             bound=shared((warps, shape.heads), "float32"),
@@ -96,9 +97,11 @@ class Values:
     the weights of V, ``total`` those of the softmax. ``own`` is the first of the lane's tokens.
     """
 
-    def __init__(self, shape: Shape, query: Query, memory: SumMemory, warp, lane, g, t) -> None:
+    def __init__(self, shape: Shape, query: Query, memory: SumMemory, own: Standing, warp) -> None:
+        """``warp`` counts those of the CTA."""
         self._shape, self._query, self._memory = shape, query, memory
-        self._warp, self._lane, self._g, self._t = warp, lane, g, t
+        g, t = own.g, own.t
+        self._slice, self._warp, self._lane, self._g, self._t = own.slice, warp, own.lane, g, t
         self.sums = local((shape.parts, shape.quads, 4), "uint32")
         self.scores = local((shape.own_tokens, 2), "float32")
         self._norms = local(shape.own_tokens, "float32")
@@ -366,9 +369,12 @@ class Values:
         third, parity = (local((2, shape.value_bytes), "uint32") for _ in range(2))
         for half in range(2):
             for byte in range(shape.value_bytes):
-                # A byte has the bits of two bytes of pairs: a half of the chunks, then the other.
+                # A byte has the bits of two bytes of pairs: a half of the chunks, then the other,
+                # which is another slice's where there are two.
                 later = byte // 2 // shape.third_chunks
                 word = packed[half, byte % (2 * shape.third_chunks)]
+                if shape.slices > 1:
+                    word = T.shift_right(word, T.cast(self._slice, "uint32"))
                 store(third, T.shift_right(word, u32(1)) if later else word, half, byte)
                 both = T.bitwise_xor(pairs[half, byte], T.shift_right(pairs[half, byte], u32(1)))
                 store(parity, T.bitwise_xor(both, third[half, byte]), half, byte)
