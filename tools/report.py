@@ -1,5 +1,7 @@
-"""Put the tables of a ``bench.json`` into README.md, and draw its picture.
+"""Put the tables of a target's ``bench.json`` into Markdown, and draw its picture.
 
+All of them go between the marks ``bench`` of the ``README.md`` beside it, the headline rows between
+those of the repository's README.md that bear the target's name, such as ``bench nvidia_h100``.
 Where a ``compare.json`` lies beside it, a run with ``--compare``, other programs are taken from it.
 """
 
@@ -9,34 +11,35 @@ import click
 
 from tq_tvm.bench.results import read_rows
 from tq_tvm.bench.roofline import draw
-from tq_tvm.bench.table import replace_table
+from tq_tvm.bench.table import all_tables, headline, replace_between
 
 _ROOT = Path(__file__).parents[1]
 
 
 @click.command()
-@click.argument(
-    "bench",
-    type=click.Path(path_type=Path, exists=True),
-    default=_ROOT / "tuning_logs" / "nvidia_h200" / "bench.json",
-)
-@click.option("--readme", type=click.Path(path_type=Path), default=_ROOT / "README.md")
+@click.argument("bench", type=click.Path(path_type=Path, exists=True, resolve_path=True))
 @click.option(
-    "--roofline",
+    "--readme",
     type=click.Path(path_type=Path),
-    help="Picture to draw; roofline.svg beside BENCH by default.",
+    default=_ROOT / "README.md",
+    help="File of the headline rows; this repository's README.md by default.",
 )
-@click.option("--name", default="bench", show_default=True, help="Of the marks in README.")
-@click.option("--picture/--no-picture", default=True, show_default=True)
-def main(bench: Path, readme: Path, roofline: Path | None, name: str, picture: bool) -> None:
-    """Rewrite what lies between README's marks from BENCH."""
+@click.option(
+    "--picture",
+    is_flag=True,
+    help="Draw roofline.svg beside BENCH, and show it below the tables there.",
+)
+def main(bench: Path, readme: Path, picture: bool) -> None:
+    """Write the tables of BENCH, tuning_logs/<target>/bench.json."""
     rows = read_rows(bench)
     beside = bench.with_name("compare.json")
     compared = read_rows(beside) if beside.exists() else None
-    drawn = (roofline or bench.with_name("roofline.svg")) if picture else None
-    if drawn is not None:
-        draw(compared or rows, drawn)
-    replace_table(readme, rows, compared, drawn, name=name)
+    drawn = "roofline.svg" if picture else ""
+    if drawn:
+        draw(compared or rows, bench.with_name(drawn))
+    everything, few = all_tables(rows, compared, drawn), headline(compared or rows)
+    replace_between(bench.with_name("README.md"), "bench", everything, op="report")
+    replace_between(readme, f"bench {bench.parent.name}", few, op="report")
 
 
 if __name__ == "__main__":

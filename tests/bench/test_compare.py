@@ -18,14 +18,16 @@ from tq_tvm.bench.cases import Workload
 from tq_tvm.bench.results import read_rows, write_rows
 from tq_tvm.bench.roofline import draw
 from tq_tvm.bench.run import run_rows
-from tq_tvm.bench.table import compare_tables, table
+from tq_tvm.bench.table import all_tables, compare_tables, headline, table
 from tq_tvm.errors import ArgumentValueError
 
 SPEC = CPU_SPECS[-1]
 DECODE = Workload("decode", SPEC, 2, 48)
 RAGGED = Workload("decode", SPEC, 3, 70, shortest=5)
 ROTATE = Workload("rotate", SPEC, 64, 1)
-REPORT = Path(__file__).parents[2] / "tools" / "report.py"
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "tools" / "report.py"
+TARGETS = sorted(path.parent for path in ROOT.glob("tuning_logs/*/bench.json"))
 
 
 def dense(factor=1.0):
@@ -88,75 +90,127 @@ def test_tables_show_torch_and_peers_apart(measured):
     tables = compare_tables(measured)
     assert list(tables) == ["decode"]
     header, _, first, second = tables["decode"].splitlines()
-    assert header.split() == ["decode", "us", "torch", "sdpa,", "dense", "right"]
+    assert header.split() == ["decode", "us", "of", "copy", "torch", "sdpa,", "dense", "right"]
     ratio = f"({measured[0].baselines['right'] / measured[0].us:.2f}x)"
     assert "2 x 48, 8/2" in first and ratio in first
     assert "3 x 5..70, 8/2" in second and " - " in second
 
 
+def test_a_row_beside_torch_alone_is_in_one_table(measured):
+    decode, ragged, _ = measured
+    alone = msgspec.structs.replace(decode, baselines={"torch sdpa, dense": 1.0})
+    assert "2 x 48" in table([alone, ragged])
+    assert "2 x 48" not in compare_tables([alone, ragged])["decode"]
+    assert compare_tables([alone]) == {}
+
+
+def beside_flashinfer(rows):
+    """The same rows, as if the peer had been FlashInfer, in bfloat16 and in fp8."""
+    names = {"right": "FlashInfer"}
+    for row in rows:
+        times, moved = (
+            {names.get(name, name): value for name, value in by_name.items()}
+            for by_name in (row.baselines, row.baseline_bytes)
+        )
+        if row.kernel == "decode":
+            times |= {"FlashInfer fp8": 1.0, "another": 2.0}
+        yield msgspec.structs.replace(row, baselines=times, baseline_bytes=moved)
+
+
+def report(folder, *options):
+    """Run the program on a bench.json; returns the complete file's text and the headline file's."""
+    complete, readme = folder / "README.md", folder.parent / "README.md"
+    for path, name in ((complete, "bench"), (readme, f"bench {folder.name}")):
+        path.write_text(f"before\n<!-- {name}: begin -->\nstale\n<!-- {name}: end -->\nafter\n")
+    main = runpy.run_path(str(REPORT))["main"]
+    arguments = [str(folder / "bench.json"), "--readme", str(readme), *options]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    texts = complete.read_text(), readme.read_text()
+    for text in texts:
+        assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
+    return texts
+
+
 def test_a_report_has_tables_and_a_picture(measured, tmp_path):
     pytest.importorskip("matplotlib", reason="the plotter (extra 'plot') is not installed")
-    bench, readme = tmp_path / "logs" / "bench.json", tmp_path / "README.md"
-    write_rows(bench, measured)
-    assert read_rows(bench) == measured
-    readme.write_text("before\n<!-- bench: begin -->\n<!-- bench: end -->\nafter\n")
-    main = runpy.run_path(str(REPORT))["main"]
-    result = CliRunner().invoke(main, [str(bench), "--readme", str(readme)])
-    assert result.exit_code == 0, result.output
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n")
-    assert "torch us" in text and "| right" in text
-    assert "dense 2.0" in text
-    assert "![bandwidth of decode over bytes moved](logs/roofline.svg)" in text
-    picture = (tmp_path / "logs" / "roofline.svg").read_text()
-    for label in ("tq_tvm", "torch sdpa, dense", "right", "large copy"):
+    folder = tmp_path / "gpu"
+    rows = list(beside_flashinfer(measured))
+    write_rows(folder / "bench.json", rows)
+    assert read_rows(folder / "bench.json") == rows
+    complete, few = report(folder, "--picture")
+    assert "torch us" in complete and "| another" in complete and "64 x 128" in complete
+    assert "dense 2.0" in complete
+    assert "![bandwidth of decode over bytes moved](roofline.svg)" in complete
+    header = next(line for line in few.splitlines() if line.startswith("|"))
+    names = ["decode", "us", "of copy", "torch sdpa, dense", "FlashInfer", "FlashInfer fp8"]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == names
+    assert "dense 2.0" in few and "64 x 128" not in few and "![" not in few
+    picture = (folder / "roofline.svg").read_text()
+    for label in ("tq_tvm", "torch sdpa, dense", "FlashInfer", "large copy"):
         assert label in picture
-    draw(measured, tmp_path / "again.svg")
+    draw(rows, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_text() == picture
 
 
 def test_a_report_of_several_runs_names_the_copies_of_all(measured, tmp_path):
-    bench, readme = tmp_path / "bench.json", tmp_path / "README.md"
     for reached, said in (
         ((2.5, 2.5), "that run: 2.500"),
         ((3, 2.5), "these runs: 2.500 to 3.000"),
     ):
         rows = [
             msgspec.structs.replace(row, copy_tb_per_s=value)
-            for row, value in zip(measured[:2], reached, strict=True)
+            for row, value in zip(beside_flashinfer(measured[:2]), reached, strict=True)
         ]
-        write_rows(bench, rows)
-        readme.write_text("<!-- bench: begin -->\n<!-- bench: end -->\n")
-        main = runpy.run_path(str(REPORT))["main"]
-        options = ["--readme", str(readme), "--no-picture"]
-        assert CliRunner().invoke(main, [str(bench), *options]).exit_code == 0
-        assert f"Copy bandwidth in {said} TB/s." in readme.read_text()
+        write_rows(tmp_path / "gpu" / "bench.json", rows)
+        for text in report(tmp_path / "gpu"):
+            assert f"Copy bandwidth in {said} TB/s." in text
+            assert "![" not in text
 
 
-def test_a_report_of_another_machine_has_marks_of_its_own(measured, tmp_path):
-    """And takes other programs from the run that was beside them."""
-    bench, readme = tmp_path / "bench.json", tmp_path / "README.md"
-    write_rows(bench, measured[:1])
-    write_rows(tmp_path / "compare.json", measured[1:2])
-    kept = "<!-- bench: begin -->\nkept\n<!-- bench: end -->\n"
-    readme.write_text(f"{kept}<!-- other: begin -->\n<!-- other: end -->\n")
-    main = runpy.run_path(str(REPORT))["main"]
-    options = ["--readme", str(readme), "--name", "other", "--no-picture"]
-    result = CliRunner().invoke(main, [str(bench), *options])
-    assert result.exit_code == 0, result.output
-    text = readme.read_text()
-    assert text.startswith(kept)
-    timed, beside = text.removeprefix(kept).split("Copy bandwidth", 1)
+def test_a_report_takes_other_programs_from_the_run_beside_them(measured, tmp_path):
+    folder = tmp_path / "gpu"
+    write_rows(folder / "bench.json", measured[:1])
+    write_rows(folder / "compare.json", list(beside_flashinfer(measured[1:2])))
+    complete, few = report(folder)
+    timed, beside = complete.split("Copy bandwidth", 1)
     assert "2 x 48" in timed and "3 x 5..70" not in timed
-    assert "3 x 5..70" in beside and "![" not in text
-    result = CliRunner().invoke(main, [str(bench), "--readme", str(readme), "--name", "absent"])
-    assert isinstance(result.exception, ArgumentValueError)
+    for text in (beside, few):
+        assert "3 x 5..70" in text and "2 x 48" not in text
+
+
+def test_a_report_needs_marks_and_flashinfer(measured, tmp_path):
+    bench, readme = tmp_path / "bench.json", tmp_path / "README.md"
+    main = runpy.run_path(str(REPORT))["main"]
+    readme.write_text("no marks")
+    arguments = [str(bench), "--readme", str(readme)]
+    for rows, message in (
+        (measured, "must have some of decode beside FlashInfer"),
+        (list(beside_flashinfer(measured)), "must have one <!-- bench: begin -->"),
+    ):
+        write_rows(bench, rows)
+        with pytest.raises(ArgumentValueError, match=message):
+            CliRunner().invoke(main, arguments, catch_exceptions=False)
+        assert readme.read_text() == "no marks"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda path: path.name)
+def test_the_committed_tables_are_of_the_committed_rows(target):
+    """Else run tools/report.py."""
+    rows = read_rows(target / "bench.json")
+    beside = target / "compare.json"
+    compared = read_rows(beside) if beside.exists() else None
+    picture = "roofline.svg" if (target / "roofline.svg").exists() else ""
+    for folder, name, text in (
+        (target, "bench", all_tables(rows, compared, picture)),
+        (ROOT, f"bench {target.name}", headline(compared or rows)),
+    ):
+        marked = f"<!-- {name}: begin -->\n{text}\n<!-- {name}: end -->"
+        assert (folder / "README.md").read_text().count(marked) == 1
 
 
 def test_rows_of_an_older_bench_are_read(measured, tmp_path):
     """Without bytes of baselines, which are then not drawn."""
-    import msgspec
-
     row = msgspec.to_builtins(measured[0])
     del row["baseline_bytes"], row["peers_absent"]
     path = tmp_path / "bench.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tq_tvm.artifacts import schedule_word
 from tq_tvm.bench.results import Row
 from tq_tvm.errors import ArgumentValueError
 
-__all__ = ["compare_tables", "describe", "replace_between", "replace_table", "table"]
+__all__ = ["all_tables", "compare_tables", "describe", "headline", "replace_between", "table"]
 
 
 def describe(kernel: str, size: dict[str, Any]) -> str:
@@ -83,26 +82,29 @@ def table(rows: list[Row], style: str = "simple") -> str:
 def compare_tables(rows: list[Row], style: str = "simple") -> dict[str, str]:
     """Format what other programs took, in us and as a multiple of our time, by kernel.
 
-    A kernel that no other program than torch was timed on has no table.
+    Rows that no other program than torch was timed on are left out.
     """
+    rows = [row for row in rows if not all(map(_is_torch, row.baselines))]
     tables = {}
     for kernel in dict.fromkeys(row.kernel for row in rows):
         own = [row for row in rows if row.kernel == kernel]
-        names = list(dict.fromkeys(name for row in own for name in row.baselines))
-        if all(map(_is_torch, names)):
-            continue
-        cells = [
-            [
-                describe(kernel, row.workload),
-                f"{row.us:.1f}",
-                *(_ratio(row, name) for name in names),
-            ]
-            for row in own
-        ]
-        tables[kernel] = tabulate(
-            cells, headers=[kernel, "us", *names], tablefmt=style, disable_numparse=True
-        )
+        names = dict.fromkeys(name for row in own for name in row.baselines)
+        tables[kernel] = _beside(own, list(names), style)
     return tables
+
+
+def _beside(rows: list[Row], names: list[str], style: str) -> str:
+    cells = [
+        [
+            describe(row.kernel, row.workload),
+            f"{row.us:.1f}",
+            f"{row.fraction_of_copy:.0%}",
+            *(_ratio(row, name) for name in names),
+        ]
+        for row in rows
+    ]
+    headers = [rows[0].kernel, "us", "of copy", *names]
+    return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True)
 
 
 def _ratio(row: Row, name: str) -> str:
@@ -122,42 +124,44 @@ def _note(rows: list[Row]) -> str:
     return f"Copy bandwidth in {runs}: {bandwidth} TB/s. Conditions: {facts}."
 
 
-def replace_table(
-    path: Path,
-    rows: list[Row],
-    compared: list[Row] | None = None,
-    picture: Path | None = None,
-    *,
-    name: str = "bench",
-) -> None:
-    """Put the tables of ``rows`` between the marks in a Markdown file.
+def headline(rows: list[Row]) -> str:
+    """Markdown of the rows of ``decode`` that FlashInfer was timed on, beside it and torch.
+
+    Raises
+    ------
+    ArgumentValueError
+        There are none.
+    """
+    rows = [row for row in rows if row.kernel == "decode" and "FlashInfer" in row.baselines]
+    if not rows:
+        raise ArgumentValueError(
+            "report: rows must have some of decode beside FlashInfer, got none; "
+            "run `tq-tvm bench --kernel decode --compare`"
+        )
+    every = dict.fromkeys(name for row in rows for name in row.baselines)
+    names = [name for name in every if _is_torch(name) or name.startswith("FlashInfer")]
+    return f"{_beside(rows, names, 'github')}\n\n{_note(rows)}"
+
+
+def all_tables(rows: list[Row], compared: list[Row] | None = None, picture: str = "") -> str:
+    """Markdown of all rows, and of those beside other programs than torch.
 
     Parameters
     ----------
-    path
-        The file.
     rows
         At least one.
     compared
         Rows of another run, beside other programs; None where ``rows`` are.
     picture
-        What to show below the tables; the file links to it by a relative path.
-    name
-        Of the marks: a file may have tables of several machines.
-
-    Raises
-    ------
-    ArgumentValueError
-        The file has no marks.
+        What to show below the tables, as the file links to it.
     """
     parts = [table(rows, "github")]
     if compared is not None:
         parts.append(_note(rows))
     parts += [*compare_tables(compared or rows, "github").values(), _note(compared or rows)]
-    if picture is not None:
-        target = Path(os.path.relpath(picture, path.parent)).as_posix()
-        parts.append(f"![bandwidth of decode over bytes moved]({target})")
-    replace_between(path, name, "\n\n".join(parts), op="report")
+    if picture:
+        parts.append(f"![bandwidth of decode over bytes moved]({picture})")
+    return "\n\n".join(parts)
 
 
 def replace_between(path: Path, name: str, text: str, *, op: str) -> None:
