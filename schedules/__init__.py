@@ -200,7 +200,7 @@ def default(
     elif function in _ANCHORED:
         values = _SPACES[function].defaults(spec, kind)
     elif made:
-        values = factories.defaults(function, spec)
+        values = factories.defaults(function, spec, shape)
     else:
         values = _SPACES[FUNCTIONS[function]].DEFAULTS[kind]
 
@@ -276,6 +276,10 @@ def _config(sch: Schedule, function: str, spec: Spec, kind: str) -> dict[str, in
     return _row_config(sch.trace, function, spec, kind) if found is None else found.config
 
 
+def _hashable(shape: dict[str, int] | None) -> tuple[tuple[str, int], ...] | None:
+    return tuple(sorted(shape.items())) if shape else None
+
+
 @functools.lru_cache(maxsize=64)
 def _default_config(
     function: str, spec: Spec, kind: str, sizes: tuple[tuple[str, int], ...] | None = None
@@ -305,13 +309,13 @@ def instantiate(
         return _anchored_instance(function, spec, kind, trace, shape, symbol)
     sch = Schedule(search_module(function, spec, kind, shape))
     if trace is None:
-        default(function, spec, kind)(sch)
+        default(function, spec, kind, shape)(sch)
     else:
         trace.apply_to_schedule(sch, remove_postproc=True)
     config = _config(sch, function, spec, kind)
     made = factories.made(sch) is not None
     func = factories.make(function, spec, config) if made else sch.mod["main"]
-    tuned = config != _default_config(function, spec, kind)
+    tuned = config != _default_config(function, spec, kind, _hashable(shape))
     return Instance(func.with_attr("global_symbol", symbol), config, {}, tuned)
 
 
@@ -323,8 +327,7 @@ def _anchored_instance(
     shape: dict[str, int] | None,
     symbol: str,
 ) -> Instance:
-    sizes = tuple(sorted(shape.items())) if shape else None
-    default_config = _default_config(function, spec, kind, sizes)
+    default_config = _default_config(function, spec, kind, _hashable(shape))
     config = default_config
     if trace is not None:
         sch = Schedule(search_module(function, spec, kind, None))

@@ -25,6 +25,7 @@ from tq_tvm.kernels.fill_cuda import FillConfig, ring_words
 from tq_tvm.spec import CacheSpec, RotateSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import search_workload
+from tq_tvm.tuning.workloads import decision_sizes, workloads
 
 SPEC = CacheSpec(128, 4, 2, 16, "bfloat16", "bshd")
 FUNCTIONS = ["rotate", "fill_slots", "fill_table", "flatten", "flatten_unrotated"]
@@ -155,6 +156,26 @@ def test_defaults_of_a_direct_codec_are_points(function):
     offered = factories.options(function, spec)
     assert list(instance.config) == list(offered)
     assert all(value in offered[name] for name, value in instance.config.items())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("function", ["fill_slots", "fill_table"])
+def test_appends_have_defaults_of_their_own(function, head_dim):
+    spec = CacheSpec(head_dim, 4, 2, 16, "bfloat16", "bshd", "tq42")
+    target, configs = get_target("nvidia_h200"), {}
+    for workload in workloads(spec, target):
+        if workload.function == function:
+            sizes = decision_sizes(function, workload.shape, target)
+            instance = schedules.instantiate(function, spec, "cuda", None, sizes)
+            assert not instance.tuned
+            assert all(
+                v in factories.options(function, spec)[k] for k, v in instance.config.items()
+            )
+            configs[workload.shape["tokens"]] = instance.config
+    few, *many = (configs[tokens] for tokens in sorted(configs))
+    assert few["tiles"] == 1
+    assert many
+    assert all(config == factories.DEFAULTS[function] for config in many)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

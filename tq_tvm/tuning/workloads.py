@@ -106,7 +106,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             (1, 1024, "one short sequence: launches"),
         ]
         chunks = [
-            ("attend", 64, 1, 8192, "one token in a window"),
+            ("attend", 64, 1, 8192, "one token beside kept ones"),
             ("attend", 64, 4, 8192, "several tokens of a draft"),
             ("attend", 64, 8, 8192, "more rows than a tensor core takes at a time"),
             ("attend", 1, 4, 8192, "one sequence: splits and the merge"),
@@ -115,6 +115,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
         ]
         chunk = {"tokens": math.prod(prefill), "pages": math.prod(prefill) // spec.page_size}
         larger = [
+            Workload("fill_table", spec, _tokens(spec, append, 1), "the same by a block table"),
             Workload("fill_slots", spec, chunk, "prefill chunks by slots: bandwidth"),
             Workload("fill_table", spec, _tokens(spec, 64, 8192), "a whole batch: bandwidth alone"),
         ]
@@ -152,11 +153,12 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
 def decision_sizes(
     function: str, shape: dict[str, int], target: TargetInfo
 ) -> dict[str, int] | None:
-    """Sizes that say which decisions are on offer, or which are the defaults: of GPUs' attention.
+    """Sizes that say which decisions are on offer, or which are the defaults, on GPUs.
 
-    Of ``decode`` where there are clusters. None elsewhere: all sizes have the same.
+    Of ``attend`` and ``fill``, and of ``decode`` where there are clusters. None elsewhere: all
+    sizes have the same.
     """
     if target.kind != "cuda":
         return None
-    sized = function == "attend" or (function == "decode" and target.has_clusters)
-    return shape if sized else None
+    sized = FUNCTIONS[function] in ("attend", "fill")
+    return shape if sized or (function == "decode" and target.has_clusters) else None
