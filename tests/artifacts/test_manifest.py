@@ -7,6 +7,7 @@ import json
 import pytest
 
 from tq_tvm.artifacts import FileRecord, Manifest, Variant, schedule_word
+from tq_tvm.artifacts.manifest import ABI
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
@@ -71,10 +72,11 @@ def test_newer_format(directory):
         Manifest.read(directory)
 
 
-@pytest.mark.parametrize("abi", [0, 2])
+@pytest.mark.parametrize("abi", [0, ABI - 1, ABI + 1])
 def test_other_abi(directory, abi):
     edit(directory, abi=abi)
-    with pytest.raises(ArtifactCorruptError, match=rf"abi of .* must be 1, got {abi}; .* run `tq"):
+    expected = rf"abi of .* must be {ABI}, got {abi}; .* run `tq"
+    with pytest.raises(ArtifactCorruptError, match=expected):
         Manifest.read(directory)
 
 
@@ -83,7 +85,7 @@ def test_manifest_without_an_abi(directory):
     fields = json.loads(path.read_text())
     del fields["abi"]
     path.write_text(json.dumps(fields))
-    with pytest.raises(ArtifactCorruptError, match=r"abi of .* must be 1, got 0"):
+    with pytest.raises(ArtifactCorruptError, match=rf"abi of .* must be {ABI}, got 0"):
         Manifest.read(directory)
 
 

@@ -41,9 +41,10 @@ def compiled(tmp_path_factory):
     return module
 
 
-def run(module, case, features, parts, **options):
+def run(module, case, features, parts, change_table=lambda table: None, **options):
     spec = CASES[case]
     problem = Problem(spec, features, lengths=LENGTHS, queries=[1] * len(LENGTHS), **options)
+    change_table(problem.batch.block_table)
     launch = schedule.launch(spec, "cuda", schedule.defaults(spec, "cuda"))
     size = workspace_floats(spec, len(LENGTHS), parts, launch)
     workspace = Guarded((size,), torch.float32)
@@ -51,7 +52,7 @@ def run(module, case, features, parts, **options):
     given = problem.arguments()
     module["kernel"](
         *given[:7], *given[8:10], *problem.rings, workspace.tensor, problem.out, problem.lse, parts,
-        *given[-4:-2],
+        *given[-4:-1],
     )  # fmt: skip
     workspace.check()
     return problem
@@ -64,6 +65,30 @@ ALL = {"soft_cap": 2.0, "alibi_slopes": 0.1, "sinks": 1.0}
 @pytest.mark.parametrize("features", ["plain", "cap", "alibi", "sinks"])
 def test_equals_reference(compiled, case, features):
     run(compiled(case), case, FEATURES[features], 3).check()
+
+
+@pytest.mark.parametrize("case", ["group4", "group6_half", "head512"])
+@pytest.mark.parametrize("window_left", [0, 30, 63, 64, 150, 1000])
+def test_window_to_the_left(compiled, case, window_left):
+    """Inside one tile, at the edge of one, over several, and longer than every sequence."""
+    for parts in (1, 7):
+        run(compiled(case), case, {"window_left": window_left}, parts).check()
+    run(compiled(case), case, {**ALL, "window_left": window_left}, 3).check()
+
+
+@pytest.mark.parametrize("case", ["group4", "group6_half"])
+def test_pages_before_a_window_are_not_read(compiled, case):
+    """Their entries of the table may be anything; a tile has one page, or four."""
+    spec, module = CASES[case], compiled(case)
+    before = (torch.tensor(LENGTHS) - 31).clamp_min(0) // spec.page_size
+
+    def freed(table):
+        for row, pages in zip(table, before.tolist(), strict=True):
+            row[:pages] = 1 << 30
+
+    assert before.max() > 3
+    for parts in (1, 3):
+        run(module, case, {"window_left": 30}, parts, change_table=freed).check()
 
 
 @pytest.mark.parametrize("case", ["group4", "window"])

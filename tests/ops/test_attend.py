@@ -217,6 +217,24 @@ def test_one_token_a_sequence(served, device):
     assert error <= LIMIT[plain.dtype]
 
 
+@pytest.mark.parametrize("spec", [SPECS[1], SPECS[4], DIMS[-1]], ids=lambda s: s.label)
+def test_one_token_in_a_window(served, device, spec):
+    """GPUs have a form of decode for it; entries of pages before the window may be anything."""
+    served(spec)
+    lengths = [300, 1, 0, 129, 64]
+    batch = Batch(spec, device, lengths, [1] * len(lengths))
+    for left in (0, 20, 63, 64, 500):
+        batch.check(cu_seqlens_q=None, window_left=left)
+    batch.check(cu_seqlens_q=None, window_left=20, kept_tokens=3)
+    options = {"window_left": 20, "soft_cap": 3.0, **features_of(spec)}
+    out, lse = batch.check(cu_seqlens_q=None, **options)
+    for table, length in zip(batch.cpu.block_table, lengths, strict=True):
+        table[: max(length - 21, 0) // spec.page_size] = -1
+    again, lse_again = batch.call(cu_seqlens_q=None, **options)
+    assert torch.equal(again, out)
+    assert torch.equal(lse_again, lse)
+
+
 def test_a_chunk_of_prefill_and_a_reused_prefix(served, device):
     """70 new tokens after 100, of two sequences that share the pages of the first 64."""
     spec = SPECS[1]

@@ -167,6 +167,7 @@ def workloads(kind: str) -> list[Workload]:
         *(Workload("attend", _SERVED, 64, 8192, new_tokens=new) for new in (4, 8)),
         Workload("attend", windowed, 64, 8192, new_tokens=4),
         *(Workload("attend", mse4, 64, 8192, new_tokens=new) for new in (1, 4, 8)),
+        Workload("decode", _SERVED, 64, 4096),
         Workload("attend", _SERVED, 64, 4096),
         Workload("attend", _SERVED, 64, 32768, feature="window of 4096"),
         Workload("prefill", _SERVED, 1, 32768, new_tokens=2048),
@@ -443,14 +444,14 @@ def _attend(workload: Workload, device: torch.device) -> Case:
     if new > 1 or not features:
         features = {**features, "cu_seqlens_q": starts, "max_seqlen_q": new}
     features["window_slots"] = _rings(spec, batch, device)
-    single = "cu_seqlens_q" not in features and "window_left" not in features
+    single = "cu_seqlens_q" not in features
     bent = single and "decode_featured" in functions_on(spec, device.type)
     return Case(
         call=lambda: cache.decode(q, table, lengths, out=out, workspace=workspace, **features),
         bytes=rows * spec.bytes_per_token_head + dense * _more_bytes(spec) + queries,
         function="decode_featured" if bent else workload.kernel,
         rows=None if bent or workload.kernel == "prefill" else new * spec.group_size,
-        size=tokens * spec.num_kv_heads * table.shape[1] * spec.page_size * spec.head_dim,
+        size=tokens * spec.num_kv_heads * seen * spec.head_dim,
         baselines=baselines,
     )
 

@@ -207,7 +207,8 @@ def attend_share(
         _prefetch(argument, at)
     query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
     merged = MergedMemory.allocate(shape)
-    tiles = tiles_by_length(shape, seq_lens)
+    sliding = None if features is None else features.sliding
+    tiles = tiles_by_length(shape, seq_lens if sliding is None else sliding)
     shares = share_out(shape, tiles, batch, lane, groups)
     place = find_place(shares, tiles, batch, lane, group)
     zero = let(unknown_zero(shares))
@@ -227,14 +228,23 @@ def attend_share(
     now, ahead, last = (local(1, "int32") for _ in range(3))
     next_pages = local(shape.pages, "int32")
 
+    def first_tile(length):
+        """The first tile that is attended to."""
+        return 0 if sliding is None else sliding.first_tile(length)
+
+    def low(length):
+        """The first position that is attended to, if it is not 0."""
+        return None if sliding is None else sliding.first_position(length)
+
     def begin_piece(length, pages_found: bool) -> None:
         """Ask for the queries and the first tile of the piece at ``place``."""
         sequence = place.sequence[0]
         store(seq_len, length)
-        left = tiles_of(shape, seq_len[0]) - place.offset[0]
+        first = first_tile(seq_len[0])
+        left = tiles_of(shape, seq_len[0]) - first - place.offset[0]
         store(count, T.max(T.min(left, place.end[0] - place.tile[0]), 0))
-        store(now, place.offset[0] + own.warp)
-        store(last, place.offset[0] + count[0])
+        store(now, place.offset[0] + own.warp + first)
+        store(last, place.offset[0] + count[0] + first)
         with when(count[0] > 0):
             query.load(q, sequence)
         with when(now[0] < last[0]):
@@ -242,7 +252,7 @@ def attend_share(
                 for i in range(shape.pages):
                     store(reader.page, next_pages[i], i)
             else:
-                reader.find_pages(sequence, now[0], seq_len[0])
+                reader.find_pages(sequence, now[0], seq_len[0], low(seq_len[0]))
             reader.load_k(tile, now[0])
             reader.copy_v(now[0])
             reader.find_pages(sequence, now[0] + warps, seq_len[0])
@@ -257,7 +267,8 @@ def attend_share(
         following = let(T.min(sequence + 1, T.cast(batch, "int32") - 1))
         store(next_len, seq_lens[following])
         width = T.cast(block_table.shape[1], "int32")
-        reader.find_first_pages(following, own.warp, width, next_pages)
+        tile_ahead = own.warp + first_tile(next_len[0])
+        reader.find_first_pages(following, tile_ahead, width, next_pages, low(next_len[0]))
         with when(taken > 0):
             if spec.window:
                 assert features is not None
@@ -281,7 +292,7 @@ def attend_share(
                     reader.find_pages(sequence, ahead[0] + warps, seq_len[0])
                 ring.turn()
                 ring.wait()
-                values.add(ring, now[0] * shape.config.tile, seq_len[0])
+                values.add(ring, now[0] * shape.config.tile, seq_len[0], low(seq_len[0]))
                 store(now, ahead[0])
         store(place.tile, begin + taken)
         store(place.sequence, sequence + 1)
@@ -295,7 +306,7 @@ def attend_share(
             barrier()
             merge_warps(shape, sum_memory, merged, own)
             barrier()
-            with I.If(taken == tiles_of(shape, length)):
+            with I.If(taken == tiles_of(shape, length) - first_tile(length)):
                 with I.Then():
                     write_output(shape, merged, own, out, sequence, features)
                 with I.Else():

@@ -1,17 +1,19 @@
 r"""``decode_featured`` on NVIDIA GPUs: ``decode`` with what ``attend`` adds to one token.
 
 Equation
-    As ``kernels.attend``, for one query token a sequence and no ``window_left``: soft cap, ALiBi,
-    sinks, and the log-sum-exp. The kernel is ``decode_cuda``'s, at the default decisions of
-    ``decode``.
+    As ``kernels.attend``, for one query token a sequence: soft cap, ALiBi, sinks, the log-sum-exp,
+    and without a window of the spec ``window_left``, but no kept tokens. The kernel is
+    ``decode_cuda``'s, at the default decisions of ``decode``.
 
 Buffers
     Those of ``kernels.decode``, and before those of a window sinks ``[HQ]`` or ``[0]`` and
     alibi_slopes ``[HQ]`` or ``[0]``, float32, in; lse ``[B, HQ]`` or ``[B, 0]``, float32, out;
-    soft_cap, a scalar, 0: none.
+    soft_cap, a scalar, 0: none; window_left, int32, -1: none.
 
 Static, dynamic, tail
-    As ``decode``. What is not asked for is skipped by a branch that all warps take alike.
+    As ``decode``. What is not asked for is skipped by a branch that all warps take alike. Tiles
+    before a window to the left are nobody's, their pages are not looked up; tokens before it are
+    masked in the first tile.
 
 Numerics
     As ``decode``; logits are bent in float32, in units of log2.
@@ -32,20 +34,50 @@ from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
-from tq_tvm.kernels.device import LOG2E, f32, let, local, store, when
+from tq_tvm.kernels.device import LOG2E, f32, i32, let, local, store, when
 from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["Featured", "decode_featured"]
+__all__ = ["Featured", "Sliding", "decode_featured"]
+
+
+class Sliding:
+    """A window to the left: which tokens of a sequence its query attends to.
+
+    Indexed by a sequence it is the tokens from the first tile on that has any.
+    """
+
+    def __init__(self, shape: Shape, seq_lens, window_left) -> None:
+        self._tile, self._seq_lens, self._window_left = shape.config.tile, seq_lens, window_left
+
+    def first_position(self, length):
+        """The first position of a sequence of a length that is attended to, or less than 0."""
+        before = length - 1 - self._window_left
+        return T.Select(self._window_left < 0, i32(0), before)
+
+    def first_tile(self, length):
+        """The first tile of a sequence of a length that is attended to."""
+        return T.truncdiv(T.max(self.first_position(length), i32(0)), self._tile)
+
+    def __getitem__(self, sequence):
+        length = let(self._seq_lens[sequence])
+        return length - self.first_tile(length) * self._tile
 
 
 class Featured:
     """Features of a call, and how a logit and a row take them."""
 
     def __init__(
-        self, shape: Shape, sinks, alibi_slopes, lse, soft_cap, window: Window | None
+        self,
+        shape: Shape,
+        sinks,
+        alibi_slopes,
+        lse,
+        soft_cap,
+        window: Window | None,
+        sliding: Sliding | None,
     ) -> None:
-        self._shape, self._lse, self._window = shape, lse, window
+        self._shape, self._lse, self._window, self.sliding = shape, lse, window, sliding
         self._options = Options(sinks, alibi_slopes, None, soft_cap, None, None)
 
     def prepare(self, first_head, heads, t) -> None:
@@ -111,6 +143,16 @@ class Featured:
         finish_row(row, x, top, total, place, self._options, out, self._lse, lane)
 
 
+def _find_sliding(shape: Shape, seq_lens, window_left) -> Sliding | None:
+    """The window to the left of a spec that may have one."""
+    return None if shape.spec.window else Sliding(shape, seq_lens, window_left)
+
+
+def _seen(sliding: Sliding | None, lengths):
+    """Tokens of each sequence that are shared out."""
+    return lengths if sliding is None else sliding
+
+
 def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     """The TensorIR for one configuration without clusters, all sizes dynamic."""
     shape = Shape(spec, config)
@@ -136,6 +178,7 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         num_groups: T.int32,
         sm_scale: T.float32,
         soft_cap: T.float32,
+        window_left: T.int32,
     ):
         T.func_attr({"global_symbol": "main", "tirx.noalias": True})
         b = T.int64()
@@ -157,7 +200,9 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         LSE = T.match_buffer(lse, (b, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
         lengths = T.meta_var(packed_lengths(spec, SL))
         window = T.meta_var(find_window(shape, Q, rings, SL, sm_scale))
-        features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap, window))
+        sliding = T.meta_var(_find_sliding(shape, SL, window_left))
+        seen = T.meta_var(_seen(sliding, lengths))
+        features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap, window, sliding))
         for by in T.thread_binding(num_groups, thread="blockIdx.y"):
             for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
                 for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
@@ -169,6 +214,6 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
             for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                    merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, features)
+                    merge_pieces(shape, seen, WS, OUT, b, bx2, by2, tx2, num_groups, features)
 
     return main

@@ -178,25 +178,31 @@ class PageReader:
         _, head_rows = pages.row_strides(self._shape.spec)
         return T.bitwise_and(head * head_rows + own_token * stride, 1) == 1
 
-    def find_pages(self, sequence, tile, seq_len) -> None:
-        """Look up the pages of a tile: ahead of its copies, whose addresses wait for them."""
-        size = self._shape.spec.page_size
-        first = T.truncdiv(tile * self._shape.config.tile, size)
-        last = T.truncdiv(seq_len - 1, size)
-        for i in range(self._shape.pages):
-            # Pages past the end read the last one; the mask drops them.
-            store(self.page, self._table[sequence, T.min(first + i, last)], i)
+    def find_pages(self, sequence, tile, seq_len, low=None) -> None:
+        """Look up the pages of a tile: ahead of its copies, whose addresses wait for them.
 
-    def find_first_pages(self, sequence, tile, width, into) -> None:
+        Pages past the end read the last one, and those before position ``low`` the one that has it;
+        the mask drops them.
+        """
+        last = T.truncdiv(seq_len - 1, self._shape.spec.page_size)
+        for i in range(self._shape.pages):
+            store(self.page, self._table[sequence, T.min(self._page(tile, i, low), last)], i)
+
+    def find_first_pages(self, sequence, tile, width, into, low=None) -> None:
         """Look up the pages of a tile that may not be there, before its sequence's length is known.
 
         Entries of the table past the end may be anything: who goes on asks for the length first.
         """
-        size = self._shape.spec.page_size
-        first = T.truncdiv(tile * self._shape.config.tile, size)
         for i in range(self._shape.pages):
-            at = self._table.ptr_to([sequence, T.min(first + i, width - 1)])
-            ptx("ld.global.nc.s32", into[i], at)
+            page = T.min(self._page(tile, i, low), width - 1)
+            ptx("ld.global.nc.s32", into[i], self._table.ptr_to([sequence, page]))
+
+    def _page(self, tile, i: int, low):
+        """Where in a sequence's row of the table page ``i`` of a tile is."""
+        size = self._shape.spec.page_size
+        page = T.truncdiv(tile * self._shape.config.tile, size) + i
+        # A tile of one page has no other that begins before it.
+        return page if low is None or self._shape.pages == 1 else T.max(page, T.truncdiv(low, size))
 
     def _bases(self, name: str, tile):
         size, tokens = self._shape.spec.page_size, self._shape.config.tile

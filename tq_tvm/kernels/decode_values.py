@@ -165,11 +165,11 @@ class Values:
         # By instruction, not by TVM's stores: TVM would want a barrier between lanes' own words.
         return self._memory.values.ptr_to([self._warp, quad, self._lane, 0])
 
-    def add(self, ring: ValueRing, first_token, seq_len) -> None:
-        """Add the tokens of a tile, whose scores are in ``scores``."""
+    def add(self, ring: ValueRing, first_token, seq_len, low=None) -> None:
+        """Add the tokens of a tile, whose scores are in ``scores``: none before ``low``."""
         metas = local(self._shape.own_tokens, "uint32")
         ring.metas(metas, self.own)
-        self._mask(metas, first_token, seq_len)
+        self._mask(metas, first_token, seq_len, low)
         self._move_bound()
         # Ahead of the weights, whose making hides how long it takes.
         rows = [ring.codes(step) for step in range(self._shape.score_tiles // 2)]
@@ -177,8 +177,8 @@ class Values:
         for step, read in enumerate(rows):
             self._multiply(read, self._operands(weights, step))
 
-    def _mask(self, metas, first_token, seq_len) -> None:
-        """Widen V's norms; drop tokens past the end, whatever their metas are."""
+    def _mask(self, metas, first_token, seq_len, low) -> None:
+        """Widen V's norms; drop tokens past the end or before ``low``, whatever their metas are."""
         shape, norms = self._shape, self._norms
         apart = 16 if shape.packed else 8
         for n in range(shape.own_tokens):
@@ -188,9 +188,15 @@ class Values:
                 store(norms, as_float(metas[n]), n)
             else:
                 store(norms, from_half(shape.spec.dtype, metas[n]), n)
-        with when(first_token + shape.config.tile > seq_len):
+
+        def some(late, early):
+            """A condition, or two."""
+            return late if low is None else T.Or(late, early())
+
+        with when(some(first_token + shape.config.tile > seq_len, lambda: first_token < low)):
             for n in range(shape.own_tokens):
-                with when(first_token + self.own + apart * n >= seq_len):
+                token = first_token + self.own + apart * n
+                with when(some(token >= seq_len, lambda token=token: token < low)):
                     for j in range(2):
                         store(self.scores, f32(MASKED), n, j)
                     store(norms, f32(0), n)

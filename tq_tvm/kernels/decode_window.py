@@ -82,6 +82,9 @@ def packed_lengths(spec: CacheSpec, seq_lens):
 class Window:
     """What finishes a row of ``decode``: its tokens of the window, then the rest."""
 
+    sliding = None
+    """No `decode_featured.Sliding`: all tokens before the window are attended to."""
+
     def __init__(self, shape: Shape, q, rings: pages.Rings, seq_lens, sm_scale) -> None:
         self._slots = rings.slots
         self._shape, self._q, self._seq_lens, self._sm_scale = shape, q, seq_lens, sm_scale

@@ -185,11 +185,14 @@ def attend(
         most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)
         chunk = choose_prefill(prefill, spec, tokens, batch, context, most)
-    if cu_seqlens_q is None and window_left < 0 and "decode_featured" in served:
+    # Two kinds of tokens beside those of a window to the left are too many for ``decode``.
+    slides = window_left < 0 or (kept_tokens == 0 and not spec.window)
+    if cu_seqlens_q is None and slides and "decode_featured" in served:
         loaded = load("decode_featured", spec, q.device)
-        variant, parts = choose_launch(loaded, spec, batch, context)
+        seen = context if window_left < 0 else min(context, window_left + 1)
+        variant, parts = choose_launch(loaded, spec, batch, seen)
         floats = workspace_floats(spec, batch, parts, variant.launch)
-        numbers = (parts, sm_scale, soft_cap)
+        numbers = (parts, sm_scale, soft_cap, window_left)
     else:
         starts, longest = cu_seqlens_q, max_seqlen_q
         if starts is None:
