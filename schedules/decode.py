@@ -119,9 +119,6 @@ _LONG_ROWS = {
 _YOUNGER = {"cluster": 0}
 """Decisions that older records lack, and what these had."""
 
-_KEY_REGISTERS = 64
-"""Most that K of a tile may take of a lane's: half of what sums and the rest leave."""
-
 _STATIC_SHARED = 48 * 1024
 _THREADS = 512
 
@@ -150,8 +147,8 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     others (43 of 52 and 99 of 111; 255 of 252 at 64 x 8192).
 
     With ``sizes``, which stand for a GPU that has clusters, those of `SHORT` where they are short.
-    Rows of 512 values leave room for short tiles and few warps' sums (`kernels.decode_slices`);
-    what they have beside that took 711 us of 848 in a search (64 x 8192, 32/8 heads, H100).
+    Rows of 512 values leave room for few warps' sums; their decisions took 711 us of 848 with
+    tiles of 64 tokens and queries in shared memory in a search (64 x 8192, 32/8 heads, H100).
     """
     values = dict(DEFAULTS[kind])
     if kind != "cuda":
@@ -160,7 +157,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     if sizes is not None and short:
         tokens = _tokens(spec, sizes)
         values |= next(other for most, other in SHORT if tokens <= most)
-    if _key_registers(spec, values) > _KEY_REGISTERS:
+    if Shape(spec, DecodeConfig(**values)).slices > 1:
         values |= _LONG_ROWS
     while values["warps"] > 1 and rejected(spec, kind, values) is not None:
         values["warps"] //= 2
@@ -243,19 +240,10 @@ def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
     threads = Shape(spec, DecodeConfig(**config)).threads
     if threads > _THREADS:
         return f"{threads} threads of a CTA exceed {_THREADS}"
-    key_registers = _key_registers(spec, config)
-    if key_registers > _KEY_REGISTERS:
-        return f"{key_registers} registers of K of a tile exceed {_KEY_REGISTERS}"
     static, _ = decode_shared_bytes(spec, DecodeConfig(**config))
     if static > _STATIC_SHARED:
         return f"{static} bytes of static shared memory exceed {_STATIC_SHARED}"
     return None
-
-
-def _key_registers(spec: CacheSpec, config: Mapping[str, int]) -> int:
-    """Registers of a lane that codes of K of a tile take, as words of eight nibbles."""
-    shape = Shape(spec, DecodeConfig(**config))
-    return shape.octets * shape.key_words
 
 
 def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:

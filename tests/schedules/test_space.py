@@ -466,6 +466,14 @@ def test_what_never_fits_is_not_offered(head_dim):
     assert max(offered["warps"]) == {256: 4, 512: 1}.get(head_dim, 8)
 
 
+@pytest.mark.parametrize("sizes", [None, {"batch": 1, "table_width": 1}])
+def test_rows_of_two_warps_have_short_tiles(sizes):
+    """At every size, in the form with clusters, too."""
+    values = decode.defaults(dataclasses.replace(SPEC, head_dim=512), "cuda", sizes)
+    assert (values["tile"], values["query_in_shared"], values["warps"]) == (32, 0, 1)
+    assert (values["cluster"] > 0) == (sizes is not None)
+
+
 @pytest.mark.parametrize(
     ("spec", "decisions", "reason"),
     [

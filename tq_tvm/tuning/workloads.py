@@ -102,6 +102,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             (1, 131072, "one long sequence: every SM busy with few heads"),
             (64, 1024, "every SM busy for a short while: prologue and tail"),
             (256, 512, "many short sequences: what comes between two of them"),
+            (8, 2048, "a few short sequences: clusters of few CTAs"),
             (1, 8192, "one sequence: splits, latency and the merge"),
             (1, 1024, "one short sequence: launches"),
         ]
