@@ -138,7 +138,8 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     Rows of keys of 2 bits are one sector each, which two heads of a CTA fetch as lines: 143 us of
     195 at 64 x 8192 of 32/8 heads on an H100; rows of 48 and 64 bytes take 0 to 4 % longer in
     pairs. But with values of 4 bits, of which a token takes most, pairs and short tiles take less:
-    262 of 283 with keys of 4 bits, 234 of 239 with those of 3, 224 of 247 with those of 2.
+    262 of 283 with keys of 4 bits, 234 of 239 with those of 3, 224 of 247 with those of 2. These
+    are times from an L2 full of written lines, which adds some 10 us; others are from a clean one.
 
     CTAs of two warps, which the search found for k4v2 at 256 x 512, are faster where arithmetic
     bounds most: head_dim 64 at every size (110 us of 140 at 64 x 8192, 24 of 26 at 64 x 1024, 46 of

@@ -61,7 +61,7 @@ MB of DRAM) or each CTA's own (178 and 139 of 172 and 134, L2 clean as in the re
 A third of the time of short rows is before the first score: share 800 cycles, place 750, query 400,
 pages 300, asking for K 700 and for V 900 (1 x 8192). Of many short sequences a CTA has one piece
 after another: 256 x 512 took 84 us when a piece was asked for after the one before was merged, and
-takes 75 (H100; 64 with two warps a CTA, of which more are resident).
+takes 77 (H100; 66 with two warps a CTA, of which more are resident).
 """
 
 from __future__ import annotations
