@@ -1,4 +1,4 @@
-"""The spec of a model from its ``config.json``, and a set of libraries built from it."""
+"""The specs of a model from its ``config.json``, and a set of libraries built from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from tq_tvm import UnsupportedSpecError
 from tq_tvm.cli import main
-from tq_tvm.model_config import spec_of_model
+from tq_tvm.model_config import specs_of_model
 
 LLAMA = {
     "hidden_size": 4096,
@@ -32,6 +32,28 @@ QWEN = {
     "num_key_value_heads": 4,
     "head_dim": 128,
     "dtype": "float16",
+}
+GEMMA = {
+    "text_config": {
+        "hidden_size": 5376,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "dtype": "bfloat16",
+    }
+}
+MIMO = {
+    "hidden_size": 4096,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 192,
+    "v_head_dim": 128,
+    "swa_num_attention_heads": 64,
+    "swa_num_key_value_heads": 8,
+    "swa_head_dim": 192,
+    "swa_v_head_dim": 128,
 }
 
 
@@ -55,8 +77,38 @@ QWEN = {
 def test_specs_of_models(tmp_path, config, options, label):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert spec_of_model(path, **options).label == label
-    assert spec_of_model(config, **options).label == label
+    for given in (path, config):
+        assert [spec.label for spec in specs_of_model(given, **options)] == [label]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "labels"),
+    [
+        (
+            GEMMA,
+            {},
+            ["k4v2_d256_hq32_hk16_p64_bf16_bshd", "k4v2_d512_hq32_hk4_p64_bf16_bshd"],
+        ),
+        (
+            {**GEMMA["text_config"], "num_global_key_value_heads": None},
+            {"tensor_parallel": 2},
+            ["k4v2_d256_hq16_hk8_p64_bf16_bshd", "k4v2_d512_hq16_hk8_p64_bf16_bshd"],
+        ),
+        (
+            MIMO,
+            {"format": "tq42", "tensor_parallel": 8},
+            ["tq42_d192v128_hq8_hk1_p64_bf16_bshd"],
+        ),
+        (
+            MIMO,
+            {"format": "tq42", "tensor_parallel": 4},
+            ["tq42_d192v128_hq16_hk1_p64_bf16_bshd", "tq42_d192v128_hq16_hk2_p64_bf16_bshd"],
+        ),
+        ({**LLAMA, "v_head_dim": 64}, {}, ["k4v2_d128v64_hq32_hk8_p64_bf16_bshd"]),
+    ],
+)
+def test_layers_of_several_kinds(config, options, labels):
+    assert [spec.label for spec in specs_of_model(config, **options)] == labels
 
 
 @pytest.mark.parametrize(
@@ -76,7 +128,7 @@ def test_specs_of_models(tmp_path, config, options, label):
 )
 def test_models_that_have_no_spec(changes, options, part):
     with pytest.raises(UnsupportedSpecError, match=part):
-        spec_of_model({**LLAMA, **changes}, **options)
+        specs_of_model({**LLAMA, **changes}, **options)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", None])
@@ -84,8 +136,8 @@ def test_files_that_are_no_config(tmp_path, text):
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UnsupportedSpecError, match="spec_of_model: config must be"):
-        spec_of_model(path)
+    with pytest.raises(UnsupportedSpecError, match="specs_of_model: config must be"):
+        specs_of_model(path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tvm") is None, reason="the compiler is missing")

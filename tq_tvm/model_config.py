@@ -1,4 +1,4 @@
-"""The cache spec of a model, read from its Hugging Face ``config.json``."""
+"""The cache specs of a model, read from its Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,40 @@ from typing import Any, NoReturn
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.spec import LATENT_DIMS, CacheFormat, CacheSpec, get_format
 
-__all__ = ["spec_of_model"]
+__all__ = ["specs_of_model"]
 
-_OP = "spec_of_model"
+_OP = "specs_of_model"
 _DTYPES = {"float16", "bfloat16", "float32"}
 
+_OTHER_LAYERS = (
+    # Gemma 4: layers that attend to all tokens; the plain fields are those of a sliding window.
+    {"num_key_value_heads": "num_global_key_value_heads", "head_dim": "global_head_dim"},
+    # MiMo V2: layers of a sliding window.
+    {
+        "num_attention_heads": "swa_num_attention_heads",
+        "num_key_value_heads": "swa_num_key_value_heads",
+        "head_dim": "swa_head_dim",
+        "v_head_dim": "swa_v_head_dim",
+    },
+)
+"""Fields that say what a model's other layers have in place of the plain ones."""
 
-def spec_of_model(
+
+def specs_of_model(
     config: Path | str | Mapping[str, Any],
     *,
     format: str = "k4v2",
     page_size: int = 64,
     layout: str = "bshd",
     tensor_parallel: int = 1,
-) -> CacheSpec:
-    """Derive the spec that a model's layers need on one rank.
+) -> tuple[CacheSpec, ...]:
+    """Derive the specs that a model's layers need on one rank: mostly one.
 
     Read are ``num_attention_heads``, ``num_key_value_heads`` (else as many), ``head_dim`` (else
-    ``hidden_size / num_attention_heads``) and ``dtype`` or ``torch_dtype`` (else bfloat16); of a
-    model of several modalities those of its ``text_config``.
+    ``hidden_size / num_attention_heads``), ``v_head_dim`` (else the same) and ``dtype`` or
+    ``torch_dtype`` (else bfloat16); of a model of several modalities those of its ``text_config``.
+    Where layers with and without a sliding window differ in these, as those of Gemma 4
+    (``global_head_dim``) and MiMo V2 (``swa_head_dim``) do, each kind has a spec.
 
     Parameters
     ----------
@@ -47,28 +62,40 @@ def spec_of_model(
 
     Notes
     -----
-    With ``kv_lora_rank`` (MLA) it is the spec of a latent cache, see `tq_tvm.mla_decode`: the key
+    With ``kv_lora_rank`` (MLA) it is that of a latent cache, see `tq_tvm.mla_decode`: the key
     codec of ``format`` for latents, ``none`` for rope parts. Every rank has all latents.
 
     Examples
     --------
     >>> llama = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
-    >>> spec_of_model(llama, format="tq42", tensor_parallel=2).label
-    'tq42_d128_hq16_hk4_p64_bf16_bshd'
+    >>> [spec.label for spec in specs_of_model(llama, format="tq42", tensor_parallel=2)]
+    ['tq42_d128_hq16_hk4_p64_bf16_bshd']
     """
     fields = _text(_read(config))
+    kinds = [fields]
+    if not _has(fields, "kv_lora_rank"):
+        for names in _OTHER_LAYERS:
+            others = {name: fields[n] for name, n in names.items() if _has(fields, n)}
+            kinds.append({**fields, **others})
+    specs = [_spec(kind, format, page_size, layout, tensor_parallel) for kind in kinds]
+    return tuple(dict.fromkeys(specs))
+
+
+def _spec(
+    fields: Mapping[str, Any], format: str, page_size: int, layout: str, tensor_parallel: int
+) -> CacheSpec:
+    """The spec of layers of one kind."""
     heads = _size(fields, "num_attention_heads")
-    latent = _has(fields, "kv_lora_rank")
     kv_heads = (
         _size(fields, "num_key_value_heads") if _has(fields, "num_key_value_heads") else heads
     )
-    rope_dim = None
-    if latent:
+    value_dim = _size(fields, "v_head_dim") if _has(fields, "v_head_dim") else None
+    if _has(fields, "kv_lora_rank"):
         kv_heads = 1
-        head_dim, rope_dim = (_size(fields, n) for n in ("kv_lora_rank", "qk_rope_head_dim"))
-        if (head_dim, rope_dim) != LATENT_DIMS:
+        head_dim, value_dim = (_size(fields, n) for n in ("kv_lora_rank", "qk_rope_head_dim"))
+        if (head_dim, value_dim) != LATENT_DIMS:
             expected = " and ".join(map(str, LATENT_DIMS))
-            _refuse("kv_lora_rank and qk_rope_head_dim", expected, f"{head_dim} and {rope_dim}")
+            _refuse("kv_lora_rank and qk_rope_head_dim", expected, f"{head_dim} and {value_dim}")
         format = _latent_format(format)
     elif _has(fields, "head_dim"):
         head_dim = _size(fields, "head_dim")
@@ -95,7 +122,7 @@ def spec_of_model(
         dtype=dtype,
         layout=layout,
         format=format,
-        head_dim_v=rope_dim,
+        head_dim_v=value_dim,
     )
 
 

@@ -24,7 +24,7 @@ from tq_tvm.cli.options import (
 )
 from tq_tvm.errors import TQError
 from tq_tvm.formats import get_format
-from tq_tvm.model_config import spec_of_model
+from tq_tvm.model_config import specs_of_model
 from tq_tvm.spec import LAYOUTS, Spec
 from tq_tvm.targets import TargetInfo
 
@@ -129,7 +129,7 @@ def _decided(entry: Any) -> str:
     "configs",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     multiple=True,
-    help="Hugging Face config.json whose spec to build; may be repeated, beside --spec.",
+    help="Hugging Face config.json whose specs to build; may be repeated, beside --spec.",
 )
 @click.option(
     "--format",
@@ -189,15 +189,16 @@ def build(
     from tq_tvm.build.library import build_library
 
     models = [
-        spec_of_model(
+        spec
+        for path in configs
+        for name in formats
+        for spec in specs_of_model(
             path,
             format=get_format(int(name) if name.isdecimal() else name).name,
             page_size=page_size,
             layout=layout,
             tensor_parallel=tp,
         )
-        for path in configs
-        for name in formats
     ]
     named = click.get_current_context().get_parameter_source("specs")
     if models and named is ParameterSource.DEFAULT:
