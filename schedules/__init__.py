@@ -43,6 +43,7 @@ __all__ = [
     "featured",
     "has_factory",
     "instantiate",
+    "is_feasible",
     "search_module",
     "space",
     "unscheduled",
@@ -227,6 +228,15 @@ def candidate_launch(mod: tvm.IRModule) -> dict[str, int]:
         return {}
     function, kind, spec, config = anchored
     return _SPACES[function].launch(spec, kind, config)
+
+
+def is_feasible(mod: tvm.IRModule) -> bool:
+    """Whether `candidate` has a kernel for a scheduled `search_module`; the compiler may not."""
+    anchored = _anchored(mod)
+    if anchored is None:
+        return True
+    function, kind, spec, config = anchored
+    return _SPACES[function].rejected(spec, kind, config) is None
 
 
 def candidate(mod: tvm.IRModule) -> tvm.IRModule:

@@ -11,6 +11,7 @@ pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed"
 
 import tvm_ffi
 from tq_tvm.schedules import decode
+from tq_tvm.schedules.decisions import decided
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.runner import RunnerResult
@@ -20,7 +21,13 @@ from tq_tvm.build.compile import tvm_target
 from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import search_workload
-from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
+from tq_tvm.tuning.strategy import (
+    Evolutionary,
+    Exhaustive,
+    Feasible,
+    RedrawDecision,
+    space_size,
+)
 
 SPEC = CacheSpec(128, 8, 2, 16, "bfloat16", "bshd")
 PAGES = {"batch": 1, "pages": 2, "table_width": 2}
@@ -67,7 +74,7 @@ def decisions(trace) -> tuple[int, ...]:
 class Search:
     """The part of a search that a strategy sees: a context, design spaces and a database."""
 
-    def __init__(self, function, kind, strategy, database, batch=7):
+    def __init__(self, function, kind, strategy, database, batch=7, postprocs=()):
         self.target = tvm_target(TARGETS[kind])
         self.database = database
         self.context = ms.TuneContext(
@@ -76,7 +83,7 @@ class Search:
             space_generator=ms.space_generator.ScheduleFn(
                 schedules.space(function, SPEC, kind),
                 sch_rules=[],
-                postprocs=[],
+                postprocs=list(postprocs),
                 mutator_probs={RedrawDecision(): 1.0},
             ),
             search_strategy=strategy,
@@ -196,6 +203,23 @@ def test_evolutionary_measures_no_point_twice(function, kind):
     points = flat(search.batches(4))
     assert len(points) == len(set(points))
     assert len(points) >= 14
+
+
+@pytest.mark.parametrize("strategy", [Exhaustive, Evolutionary])
+def test_infeasible_points_are_no_trials(strategy):
+    """And all others are."""
+    database = ms.database.MemoryDatabase()
+    search = Search("decode", "cuda", strategy(FOREVER), database, 32, [Feasible()])
+    candidates = search.context.generate_measure_candidates()
+    assert len(candidates) >= 16
+    for candidate in candidates:
+        schedules.candidate(candidate.sch.mod)
+    names, infeasible = list(decode.options(SPEC, "cuda")), 0
+    for seed in range(1, 41):
+        values = decided(random_trace("decode", "cuda", seed).trace)
+        config = dict(zip(names, values, strict=True))
+        infeasible += decode.rejected(SPEC, "cuda", config) is not None
+    assert infeasible > 3, "there is something to leave out"
 
 
 def redraw(trace, seed):

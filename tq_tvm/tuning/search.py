@@ -35,7 +35,13 @@ from tq_tvm.tuning.environment import environment
 from tq_tvm.tuning.finalists import compare
 from tq_tvm.tuning.interrupt import Interrupt, SearchInterrupted, shield_workers
 from tq_tvm.tuning.progress import Progress
-from tq_tvm.tuning.strategy import Evolutionary, Exhaustive, RedrawDecision, space_size
+from tq_tvm.tuning.strategy import (
+    Evolutionary,
+    Exhaustive,
+    Feasible,
+    RedrawDecision,
+    space_size,
+)
 from tq_tvm.tuning.workloads import Workload, decision_sizes
 
 __all__ = ["check_tunable", "tune"]
@@ -156,8 +162,8 @@ def tune(
                     space,
                     sch_rules=[],
                     # VerifyGPUCode rejects buffers of scope warp; every point on offer keeps
-                    # within 1024 threads, and the compiler judges the rest.
-                    postprocs=[],
+                    # within 1024 threads, and the compiler judges what is feasible.
+                    postprocs=[Feasible()],
                     mutator_probs={RedrawDecision(): 1.0},
                 ),
                 strategy=Exhaustive(deadline) if exhaustive else Evolutionary(deadline),
