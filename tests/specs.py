@@ -83,7 +83,10 @@ def kernel_caches(spec: CacheSpec, caches: list[torch.Tensor]) -> list[torch.Ten
 
 @dataclasses.dataclass
 class Batch:
-    """Caches full of a sentinel, a permuted page table with spare pages, and lengths."""
+    """Caches full of a sentinel, a permuted page table, and lengths.
+
+    Entries of the table past the end of a sequence are no pages at all: nobody may follow them.
+    """
 
     caches: list[torch.Tensor]
     block_table: torch.Tensor
@@ -100,6 +103,7 @@ class Batch:
 
 
 SENTINEL = 0xCD
+NO_PAGE = -(1 << 30)
 
 
 def make_batch(spec: CacheSpec, device, lengths=LENGTHS, seed: int = 0) -> Batch:
@@ -119,6 +123,8 @@ def make_batch(spec: CacheSpec, device, lengths=LENGTHS, seed: int = 0) -> Batch
         + torch.arange(n) % spec.page_size
         for b, n in enumerate(lengths)
     ]
+    for row, n in zip(table, lengths, strict=True):
+        row[-(-n // spec.page_size) :] = NO_PAGE
     return Batch(
         caches,
         table.to(device),

@@ -306,6 +306,7 @@ def test_what_readers_need_not_know():
         dataclasses.replace(SPEC, head_dim_v=576),
         dataclasses.replace(SPEC, dtype="float32"),
         dataclasses.replace(SPEC, head_dim=96, window=16),
+        dataclasses.replace(SPEC, head_dim=512, window=16),
         dataclasses.replace(SPEC, head_dim_v=64, window=16),
         RotateSpec(576),
     ],
@@ -320,12 +321,15 @@ def test_gpus_refuse_what_they_have_no_kernel_of(spec):
         assert functions_on(served, "cuda") == served.functions
 
 
-@pytest.mark.parametrize("head_dim", [128, 512])
-def test_values_that_warps_share_are_attended_to_by_one_kernel(head_dim):
-    spec = dataclasses.replace(SPEC, head_dim=head_dim, head_dim_v=512)
-    assert set(functions_on(spec, "cuda")) == set(SPEC.functions) - {
-        "decode", "decode_featured", "prefill"
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("head_dim", "format", "decodes"),
+    [(128, "k4v2", False), (512, "k4v2", True), (512, "int8", False)],
+)
+def test_values_that_warps_share_are_attended_to_without_prefill(head_dim, format, decodes):
+    """By decode, too, where K and V have that many values."""
+    spec = dataclasses.replace(SPEC, head_dim=head_dim, head_dim_v=512, format=format)
+    missing = {"prefill"} if decodes else {"decode", "decode_featured", "prefill"}
+    assert set(functions_on(spec, "cuda")) == set(SPEC.functions) - missing
 
 
 def test_latent_caches_have_a_function_of_their_own():

@@ -132,6 +132,7 @@ def _attend(
         store(seq_len, T.max(seq_len[0] - spec.window, i32(0)))
     store(last, tiles_of(shape, seq_len[0]))
     with when(now[0] < last[0]):
+        reader.keep_existing(now[0], seq_len[0])
         reader.load_k(tile, now[0])
         reader.copy_v(now[0])
         reader.find_pages(sequence, now[0] + step, seq_len[0])

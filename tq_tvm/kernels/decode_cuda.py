@@ -251,6 +251,7 @@ def attend_share(
             if pages_found:
                 for i in range(shape.pages):
                     store(reader.page, next_pages[i], i)
+                reader.keep_existing(now[0], seq_len[0])
             else:
                 reader.find_pages(sequence, now[0], seq_len[0], low(seq_len[0]))
             reader.load_k(tile, now[0])

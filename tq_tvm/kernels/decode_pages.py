@@ -191,11 +191,18 @@ class PageReader:
     def find_first_pages(self, sequence, tile, width, into, low=None) -> None:
         """Look up the pages of a tile that may not be there, before its sequence's length is known.
 
-        Entries of the table past the end may be anything: who goes on asks for the length first.
+        Entries of the table past the end may be anything: who goes on asks for the length first,
+        and then `keep_existing`.
         """
         for i in range(self._shape.pages):
             page = T.min(self._page(tile, i, low), width - 1)
             ptx("ld.global.nc.s32", into[i], self._table.ptr_to([sequence, page]))
+
+    def keep_existing(self, tile, seq_len) -> None:
+        """Of a tile's pages, put the first one, which exists, in place of those past the end."""
+        size, first = self._shape.spec.page_size, tile * self._shape.config.tile
+        for i in range(1, self._shape.pages):
+            store(self.page, T.Select(first + i * size < seq_len, self.page[i], self.page[0]), i)
 
     def _page(self, tile, i: int, low):
         """Where in a sequence's row of the table page ``i`` of a tile is."""
