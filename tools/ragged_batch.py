@@ -18,7 +18,7 @@ def main() -> None:
     # Rows that tensor cores do not rotate.
     _run(CacheSpec(96, num_q_heads=32, num_kv_heads=8))
     _run(CacheSpec(192, num_q_heads=4, num_kv_heads=1, format="tq43", head_dim_v=128))
-    # Two warps share tiles of V.
+    # Two warps have a row's halves.
     _run(CacheSpec(512, num_q_heads=8, num_kv_heads=2, format="tq42"))
     if torch.cuda.get_device_capability() == (9, 0):
         # One block of query heads, whose warpgroups take turns, and two.
@@ -46,6 +46,7 @@ def _run(spec: CacheSpec) -> None:
     features = {"soft_cap": 30.0, "sinks": slopes, "alibi_slopes": slopes}
     outs = [
         cache.decode(q, table, lens, **rings),
+        cache.decode(q, table, lens, window_left=40, **rings),
         cache.decode(q, table, lens, return_lse=True, **features, **rings)[0],
     ]
     # All that a sequence has is new, and then its last token: prefill and attend.
