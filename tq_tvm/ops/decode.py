@@ -75,7 +75,7 @@ def paged_decode(
         ``[P, PS, HK, MK]`` and ``[P, PS, HK, MV]``, dtype of ``q``. The page stride is free,
         below 2**31 elements.
     block_table
-        ``[B, MB]`` int32: pages of each sequence.
+        ``[B, MB]`` int32: pages of each sequence; entries past its last one may be anything.
     seq_lens
         ``[B]`` int32: tokens of each sequence, with those of its queries. The output of an empty
         sequence is zero.

@@ -48,7 +48,7 @@ def flatten_kv_cache(
         which is the dtype of the result. The page stride is free,
         below 2**31 elements.
     block_table
-        ``[B, MB]`` int32: pages of each sequence.
+        ``[B, MB]`` int32: pages of each sequence; entries past its last one may be anything.
     seq_lens
         ``[B]`` int32.
     out_tokens

@@ -63,7 +63,7 @@ def mla_decode(
     k_meta, v_meta
         ``[P, PS, 1, MK]`` and the empty ``[P, PS, 1, 0]``, dtype of the queries.
     block_table
-        ``[B, MB]`` int32: pages of each sequence.
+        ``[B, MB]`` int32: pages of each sequence; entries past its last one may be anything.
     seq_lens
         ``[B]`` int32: tokens of each sequence. The output of an empty sequence is zero.
     sm_scale
