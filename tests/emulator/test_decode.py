@@ -224,6 +224,19 @@ def test_values_that_are_all_alike(compiled, case):
     assert relative(run(compiled(case), case, q, batch, 1), want) <= LIMIT[q.dtype]
 
 
+@pytest.mark.parametrize("case", ["group4", "group6", "head512", "cluster_head512"])
+def test_queries_whose_rotated_values_have_a_sum(compiled, case):
+    """Codes lie off centroids by a constant, which keys of several lengths tell from a shift."""
+    spec, _ = CASES[case]
+    q, batch, _ = problem(spec, [150])
+    q[..., 0] = 60.0
+    k, v = (rows("gaussian", 150, spec.num_kv_heads, spec.head_dim, seed=s) for s in (5, 6))
+    k *= torch.linspace(0.1, 4.0, 150)[:, None, None]
+    reference.fill_kv_cache(spec, k, v, *batch.caches, slot_mapping=batch.slots)
+    want = reference.paged_decode(spec, q, *batch.caches, batch.block_table, batch.seq_lens)
+    assert relative(run(compiled(case), case, q, batch, 2), want) <= LIMIT[q.dtype]
+
+
 # --- integer weights
 
 
