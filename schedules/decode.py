@@ -154,9 +154,10 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     values = dict(DEFAULTS[kind])
     if kind != "cuda":
         return values
-    short = sizes is not None and is_short(spec, sizes)
-    if sizes is not None and short:
-        tokens = _tokens(spec, sizes)
+    # A batch of no known size is a large one.
+    tokens = 1 << 30 if sizes is None else _tokens(spec, sizes)
+    short = is_short(spec, sizes)
+    if short:
         values |= next(other for most, other in SHORT if tokens <= most)
     if Shape(spec, DecodeConfig(**values)).slices > 1:
         values |= _LONG_ROWS
@@ -166,8 +167,6 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
         return values
     fmt = spec.cache_format
     bits, dim = fmt.value.bits, spec.head_dim
-    # A batch of no known size is a large one.
-    tokens = 1 << 30 if sizes is None else _tokens(spec, sizes)
     small = (
         (bits == 2 and dim == 64)
         or (bits == 3 and dim == 128 and fmt.key.bits > 2 and tokens > 1 << 16)

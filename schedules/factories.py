@@ -61,7 +61,7 @@ _FILL = {
     "registers": 80,
 }
 _APPEND = {
-    **_FILL,
+    "factory": 1,
     "warps": 2,
     "tiles": 1,
     "contracted": 0,
@@ -160,8 +160,8 @@ def options(function: str, spec: Spec) -> dict[str, list[int]] | None:
 def defaults(function: str, spec: Spec, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
     """The hand-picked decisions of a spec, at some sizes if they are given."""
     if not _in_lanes(function, spec):
-        few = sizes is not None and sizes.get("tokens", 1 << 30) <= _APPENDED
-        return _APPEND if few and FUNCTIONS[function] == "fill" else DEFAULTS[function]
+        appends = FUNCTIONS[function] == "fill" and sizes and sizes["tokens"] <= _APPENDED
+        return _APPEND if appends else DEFAULTS[function]
     table = _LANE_OPTIONS[FUNCTIONS[function]]
     values = {name: _LANE_DEFAULTS.get(name, options[0]) for name, options in table.items()}
     dims = (spec.rotation.dim, spec.value_dim if isinstance(spec, CacheSpec) else spec.dim)

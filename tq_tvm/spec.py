@@ -62,8 +62,8 @@ __all__ = [
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576)
 ROTATE_DIMS = (64, 80, 96, 112, 128, 192, 256, 512, 576, 1024, 2048, 4096)
 GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
-GPU_DECODE_DIMS = (64, 128, 256, 512)
 GPU_WINDOW_DIMS = (64, 128, 256)
+GPU_DECODE_DIMS = (*GPU_WINDOW_DIMS, 512)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_WINDOW = 256
 LATENT_DIMS = (512, 64)
@@ -465,9 +465,8 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
             f"residual signs, head_dim_v 64 in the codec none, no window), got {spec.label}; "
             "use another call"
         )
-    dims, decoded, windowed = (
-        ", ".join(map(str, some)) for some in (GPU_HEAD_DIMS, GPU_DECODE_DIMS, GPU_WINDOW_DIMS)
-    )
+    every = GPU_HEAD_DIMS, GPU_DECODE_DIMS, GPU_WINDOW_DIMS
+    dims, decoded, windowed = (", ".join(map(str, some)) for some in every)
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "

@@ -103,8 +103,8 @@ def num_ctas(batch: int, context: int, launch: Mapping[str, int], processors: in
 
     Two on a processor share its integer pipe, and both wait for the later one: at 8 x 2048 of 8 KV
     heads a call took 15.3 us with 2 CTAs a cluster and 21.4 with 4 (H100; 12.9 with 2 since L2 is
-    clean before it). CTAs of a cluster have
-    to be on neighbouring processors, which other numbers leave unused.
+    clean before it). CTAs of a cluster have to be on neighbouring processors, which other numbers
+    leave unused.
     """
     alone = processors // (batch * launch["units"])
     useful = -(-context // launch["cta_tokens"])

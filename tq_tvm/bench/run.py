@@ -130,7 +130,7 @@ def run_rows(
         for name, baseline in case.baselines.items():
             try:
                 times[name] = _time(baseline.call, device, workload.graph, launches)
-            # torch makes all scores of rows of 512 values.
+            # Beside its dense rows a small GPU may have no memory for torch's scores.
             except torch.OutOfMemoryError as error:
                 absent[name] = _why_absent(name, error)
             else:

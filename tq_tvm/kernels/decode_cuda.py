@@ -95,6 +95,7 @@ from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
 from tq_tvm.kernels.decode_work import (
     find_place,
     share_out,
+    shared_lengths,
     tiles_by_length,
     tiles_of,
     unknown_zero,
@@ -208,7 +209,7 @@ def attend_share(
     query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
     merged = MergedMemory.allocate(shape)
     sliding = None if features is None else features.sliding
-    tiles = tiles_by_length(shape, seq_lens if sliding is None else sliding)
+    tiles = tiles_by_length(shape, shared_lengths(seq_lens, features))
     shares = share_out(shape, tiles, batch, lane, groups)
     place = find_place(shares, tiles, batch, lane, group)
     zero = let(unknown_zero(shares))

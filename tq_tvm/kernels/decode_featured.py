@@ -74,10 +74,13 @@ class Featured:
         alibi_slopes,
         lse,
         soft_cap,
+        seq_lens,
+        window_left,
         window: Window | None,
-        sliding: Sliding | None,
     ) -> None:
-        self._shape, self._lse, self._window, self.sliding = shape, lse, window, sliding
+        self._shape, self._lse, self._window = shape, lse, window
+        # A window of the spec is beside all tokens before it.
+        self.sliding = None if window is not None else Sliding(shape, seq_lens, window_left)
         self._options = Options(sinks, alibi_slopes, None, soft_cap, None, None)
 
     def prepare(self, first_head, heads, t) -> None:
@@ -143,16 +146,6 @@ class Featured:
         finish_row(row, x, top, total, place, self._options, out, self._lse, lane)
 
 
-def _find_sliding(shape: Shape, seq_lens, window_left) -> Sliding | None:
-    """The window to the left of a spec that may have one."""
-    return None if shape.spec.window else Sliding(shape, seq_lens, window_left)
-
-
-def _seen(sliding: Sliding | None, lengths):
-    """Tokens of each sequence that are shared out."""
-    return lengths if sliding is None else sliding
-
-
 def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
     """The TensorIR for one configuration without clusters, all sizes dynamic."""
     shape = Shape(spec, config)
@@ -200,9 +193,7 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         LSE = T.match_buffer(lse, (b, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
         lengths = T.meta_var(packed_lengths(spec, SL))
         window = T.meta_var(find_window(shape, Q, rings, SL, sm_scale))
-        sliding = T.meta_var(_find_sliding(shape, SL, window_left))
-        seen = T.meta_var(_seen(sliding, lengths))
-        features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap, window, sliding))
+        features = T.meta_var(Featured(shape, SK, AL, LSE, soft_cap, SL, window_left, window))
         for by in T.thread_binding(num_groups, thread="blockIdx.y"):
             for bx in T.thread_binding(shape.units, thread="blockIdx.x"):
                 for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
@@ -214,6 +205,6 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
             for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
-                    merge_pieces(shape, seen, WS, OUT, b, bx2, by2, tx2, num_groups, features)
+                    merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, features)
 
     return main

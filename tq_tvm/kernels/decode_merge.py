@@ -15,7 +15,7 @@ from tq_tvm.kernels.decode_query import rotate_row, turn_signs
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.decode_values import WEIGHT_TOP, SumMemory
-from tq_tvm.kernels.decode_work import share_out, tiles_by_length, tiles_of
+from tq_tvm.kernels.decode_work import share_out, shared_lengths, tiles_by_length
 from tq_tvm.kernels.device import (
     LOWEST,
     access,
@@ -120,8 +120,7 @@ def merge_warps(shape: Shape, sums: SumMemory, merged: MergedMemory, at: Standin
                 field = 2 * (quad % of_byte) + e // 2
                 coordinate = 16 * (quad // (2 * of_byte)) + 2 * g + quad // of_byte % 2
                 coordinate = coordinate + dim // shape.value.fields * field
-                if shape.slices > 1:
-                    coordinate = coordinate + at.slice * (8 * shape.value_bytes)
+                coordinate = coordinate + at.slice * (8 * shape.value_bytes)
                 level = output[e] * f32(shape.value.unit * unit)
                 level = level - weights[e % 2] * f32(shape.value.offset * unit)
                 store(merged.output, level, at.part, 2 * t + e % 2, coordinate)
@@ -209,9 +208,9 @@ def merge_pieces(
     count, dim, heads = shape.row_values, shape.spec.head_dim, shape.spec.num_q_heads
     warp, lane = let(thread // 32), let(thread % 32)
     stats = let(stats_start(shape, groups))
-    tiles = tiles_by_length(shape, seq_lens)
+    tiles = tiles_by_length(shape, shared_lengths(seq_lens, features))
     shares = share_out(shape, tiles, batch, lane, groups, sequence)
-    own = let(tiles_of(shape, seq_lens[sequence]))
+    own = let(tiles(sequence))
     first, last = local(1, "int32"), local(1, "int32")
     store(first, T.truncdiv(shares.before[0], shares.size[0]))
     past = T.truncdiv(shares.before[0] + own - 1, shares.size[0]) + 1

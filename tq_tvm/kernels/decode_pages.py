@@ -143,9 +143,11 @@ class PageReader:
         self._span = {"k": 8, "v": 32 // chunks, "k_meta": 8, "v_meta": 32}
         g = let(lane // 4)
         self._token = {"k": g, "v": let(lane // chunks), "k_meta": g, "v_meta": lane}
-        column = {"k": lane % 4 * (4 * shape.key_plane_words), "v": lane % chunks * 16}
+        column = {
+            "k": (lane % 4 * shape.slices + own.slice) * (4 * shape.key_plane_words),
+            "v": lane % chunks * 16,
+        }
         if shape.slices > 1:
-            column["k"] = (lane % 4 * shape.slices + own.slice) * (4 * shape.key_plane_words)
             # Pairs of bits of other slices lie before the slice's own, and all before third bits.
             last = i32(shape.slices - 1)
             before = T.Select(lane % chunks < shape.value_chunks, own.slice, last)

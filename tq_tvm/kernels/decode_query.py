@@ -266,16 +266,12 @@ class Query:
     def _word(self, i: int, n: int):
         """Where the codes are that word ``i + n`` of a lane's part of K meets; i is even."""
         shape = self._shape
-        words = shape.key_plane_words
-        first = self._t * words if shape.slices == 1 else self._first_word(words)
+        # Between a lane's words of a slice and the next lane's are those of other slices.
+        first = (self._t * shape.slices + self._own.slice) * shape.key_plane_words
         if shape.key_planes[0] == 4:
             return first + i + n
         # Pairs of bits: first those that are low nibbles once they are apart, then the others.
         return first + i // 2 + n * (shape.spec.head_dim // 16)
-
-    def _first_word(self, words: int):
-        """Where a lane's words begin, of a row whose other slices have words between lanes'."""
-        return (self._t * self._shape.slices + self._own.slice) * words
 
     def _prepare_column(self, j: int, sm_scale, unknown_zero) -> None:
         """Scale of a column's logits, and the constants of its score, as first sums.

@@ -3,10 +3,11 @@
 A row of more than 256 values is two warps': each has the scores of its slice of K, and the sums of
 its slice of V. Both add the same two numbers, so both come to the same weights.
 
-64 x 8192 of 32/8 heads of 512 values take 679 us on an H100 (k4v2; 82 % of copy bandwidth), with
-tiles of 32 tokens and queries in registers: 243 of them. Tiles of 64 leave shared memory for 3 CTAs
-an SM with queries there (849 us), and take 947 without. When both warps worked out whole scores it
-took 953: K's codes were looked up, and multiplied, twice.
+64 x 8192 of 32/8 heads of 512 values take 711 us on an H100 (k4v2, ``bench.json``; 81 % of the
+copy), with tiles of 32 tokens and queries in registers (243). By a script, on scales of K and
+V that differ less and with a headroom of 1, it was 679; with tiles of 64, which leave shared memory
+for 3 CTAs an SM with queries there, 849, and 947 without; and 953 in a form in which both warps
+worked out whole scores, so that K's codes were looked up, and multiplied, twice.
 """
 
 from __future__ import annotations

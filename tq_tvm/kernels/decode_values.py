@@ -188,15 +188,16 @@ class Values:
                 store(norms, as_float(metas[n]), n)
             else:
                 store(norms, from_half(shape.spec.dtype, metas[n]), n)
-
-        def some(late, early):
-            """A condition, or two."""
-            return late if low is None else T.Or(late, early())
-
-        with when(some(first_token + shape.config.tile > seq_len, lambda: first_token < low)):
+        some = first_token + shape.config.tile > seq_len
+        if low is not None:
+            some = T.Or(some, first_token < low)
+        with when(some):
             for n in range(shape.own_tokens):
                 token = first_token + self.own + apart * n
-                with when(some(token >= seq_len, lambda token=token: token < low)):
+                outside = token >= seq_len
+                if low is not None:
+                    outside = T.Or(outside, token < low)
+                with when(outside):
                     for j in range(2):
                         store(self.scores, f32(MASKED), n, j)
                     store(norms, f32(0), n)

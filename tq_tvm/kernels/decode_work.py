@@ -27,7 +27,15 @@ from tq_tvm.kernels.device import (
     when,
 )
 
-__all__ = ["Place", "Shares", "find_place", "share_out", "tiles_by_length", "tiles_of"]
+__all__ = [
+    "Place",
+    "Shares",
+    "find_place",
+    "share_out",
+    "shared_lengths",
+    "tiles_by_length",
+    "tiles_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,11 @@ class Place:
 def tiles_of(shape: Shape, length):
     """Tiles of a sequence of a length."""
     return (length + (shape.config.tile - 1)) // shape.config.tile
+
+
+def shared_lengths(seq_lens, features):
+    """Tokens of each sequence that are shared out: those before a window to the left are not."""
+    return seq_lens if features is None or features.sliding is None else features.sliding
 
 
 def tiles_by_length(shape: Shape, seq_lens) -> Callable[[Any], Any]:

@@ -185,9 +185,10 @@ def attend(
         most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)
         chunk = choose_prefill(prefill, spec, tokens, batch, context, most)
-    # Two kinds of tokens beside those of a window to the left are too many for ``decode``.
-    slides = window_left < 0 or (kept_tokens == 0 and not spec.window)
-    if cu_seqlens_q is None and slides and "decode_featured" in served:
+    # In a window to the left ``decode`` attends to one run of packed tokens: with no kept ones
+    # before it, and no unquantised ones behind.
+    one_run = window_left < 0 or (kept_tokens == 0 and not spec.window)
+    if cu_seqlens_q is None and one_run and "decode_featured" in served:
         loaded = load("decode_featured", spec, q.device)
         seen = context if window_left < 0 else min(context, window_left + 1)
         variant, parts = choose_launch(loaded, spec, batch, seen)

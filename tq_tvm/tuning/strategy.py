@@ -177,7 +177,7 @@ def _coprime(a: int, b: int) -> bool:
 class Feasible(ms.postproc.PyPostproc):
     """Keeps points whose decisions exclude each other from being trials.
 
-    They were a third of the trials of ``decode`` at head_dim 128, which has 62 of them a minute.
+    They were up to a third of those of ``decode`` at head_dim 128, most at 512.
     """
 
     def _initialize_with_tune_context(self, context: Any) -> None:

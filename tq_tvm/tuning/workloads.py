@@ -115,13 +115,13 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             ("prefill", 1, 512, 32768, "fewer CTAs than fill the GPU twice"),
         ]
         chunk = {"tokens": math.prod(prefill), "pages": math.prod(prefill) // spec.page_size}
-        larger = [
+        fills = [
             Workload("fill_table", spec, _tokens(spec, append, 1), "the same by a block table"),
             Workload("fill_slots", spec, chunk, "prefill chunks by slots: bandwidth"),
             Workload("fill_table", spec, _tokens(spec, 64, 8192), "a whole batch: bandwidth alone"),
         ]
     else:
-        larger = []
+        fills = []
         prefill, append, gather = (2, 256), 8, (2, 512)
         decodes = [(2, 1024, "a small batch")]
         chunks = [("attend", 2, 64, 512, "chunks of prefill over a packed past")]
@@ -135,7 +135,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             "one new token a sequence: latency",
         ),
         Workload("fill_table", spec, _tokens(spec, *prefill), "prefill chunks: bandwidth"),
-        *larger,
+        *fills,
         Workload("flatten", spec, _tokens(spec, *gather), "prefill over a packed past"),
         Workload("flatten_unrotated", spec, _tokens(spec, *gather), "export in the model's domain"),
         *(
