@@ -33,7 +33,8 @@ from tq_tvm.kernels.lane_rows import MULTIPLIED
 from tq_tvm.kernels.mla import mla as mla_kernel
 from tq_tvm.kernels.prefill import prefill as prefill_kernel
 from tq_tvm.kernels.rotate import rotate as rotate_kernel
-from tq_tvm.spec import CacheSpec, Spec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import CacheSpec, Spec
 
 __all__ = [
     "Instance",

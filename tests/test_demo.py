@@ -17,7 +17,8 @@ from tq_tvm.demo import __main__ as demo
 from tq_tvm.demo import prepare
 from tq_tvm.errors import BuildError, TQError, TuningLogError
 from tq_tvm.quality.theory import expected_distortion
-from tq_tvm.spec import K4V2, CacheSpec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import K4V2, CacheSpec
 
 LENGTHS = (1, 17, 65, 130)
 """The newest token of the third opens a page; 1600 rows of each kind are enough for 2 %."""

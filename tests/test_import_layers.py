@@ -15,7 +15,7 @@ PACKAGE = Path(tq_tvm.__file__).parent
 SCHEDULES = PACKAGE.parent / "schedules"
 
 # A layer may import the layers of its set, and itself.
-BASE = {"formats", "spec", "errors", "env", "targets", "splits", "_version"}
+BASE = {"formats", "spec", "served", "errors", "env", "targets", "splits", "_version"}
 COMPILER = BASE | {"reference", "_fast_stack", "kernels"}
 RUN = BASE | {"artifacts"}
 ALLOWED = {
@@ -23,8 +23,9 @@ ALLOWED = {
     "errors": set(),
     "formats": {"errors"},
     "spec": {"errors", "formats"},
+    "served": {"errors", "formats", "spec"},
     "env": {"errors", "_version"},
-    "targets": {"errors", "env", "spec"},
+    "targets": {"errors", "env", "served", "spec"},
     "splits": {"spec"},
     "model_config": {"errors", "spec"},
     "_fast_stack": set(),

@@ -1,4 +1,4 @@
-"""Formats, specs and split counts: numbers that caches on disk and in engines depend on."""
+"""Formats and specs: numbers that caches on disk and in engines depend on."""
 
 from __future__ import annotations
 
@@ -7,60 +7,26 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import specs, untimed
 
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.formats import CODECS, ROTATIONS, SCALE_RULES, CacheFormat
 from tq_tvm.spec import (
-    DTYPES,
     FORMATS,
     HEAD_DIMS,
     K4V2,
-    LAYOUTS,
-    PAGE_SIZES,
     ROTATE_DIMS,
     CacheSpec,
     QuantPolicy,
     RotateSpec,
-    check_target,
-    functions_on,
     get_format,
     parse_spec,
 )
-from tq_tvm.splits import (
-    WORKSPACE_BYTES,
-    launch_keys,
-    mla_floats,
-    mla_parts,
-    num_ctas,
-    num_groups,
-    num_parts,
-    num_splits,
-    workspace_floats,
-)
-from tq_tvm.targets import get_target
 
 SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 TABLES = [CODECS[name] for name in ("qjl4", "mse2", "mse3", "mse4")]
-
-specs = st.builds(
-    lambda head_dim, group, heads, page_size, dtype, layout, fmt, dv, window: CacheSpec(
-        head_dim, group * heads, heads, page_size, dtype, layout, fmt, dv, window
-    ),
-    st.sampled_from(HEAD_DIMS),
-    st.integers(1, 64),
-    st.integers(1, 128),
-    st.sampled_from(PAGE_SIZES),
-    st.sampled_from(DTYPES),
-    st.sampled_from(LAYOUTS),
-    st.sampled_from([*FORMATS, "mse4-int8-signed-unbiased"]),
-    st.sampled_from([None, *HEAD_DIMS]),
-    st.integers(0, 256),
-)
-
-# A machine under load must not fail a test.
-untimed = settings(deadline=None)
 
 
 def by_name(codec):
@@ -299,104 +265,6 @@ def test_what_readers_need_not_know():
         assert spec.relevant_to("fill_slots") != SPEC.relevant_to("fill_slots")
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        dataclasses.replace(SPEC, format="int8", head_dim=576),
-        dataclasses.replace(SPEC, head_dim_v=576),
-        dataclasses.replace(SPEC, dtype="float32"),
-        dataclasses.replace(SPEC, head_dim=96, window=16),
-        dataclasses.replace(SPEC, head_dim=512, window=16),
-        dataclasses.replace(SPEC, head_dim_v=64, window=16),
-        RotateSpec(576),
-    ],
-    ids=lambda s: s.label,
-)
-def test_gpus_refuse_what_they_have_no_kernel_of(spec):
-    with pytest.raises(UnsupportedSpecError, match=f"op: spec must be one that .*{spec.label}"):
-        check_target("op", spec, "cuda")
-    check_target("op", spec, "llvm")
-    for served in (SPEC, dataclasses.replace(SPEC, head_dim=256), RotateSpec(4096)):
-        check_target("op", served, "cuda")
-        assert functions_on(served, "cuda") == served.functions
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "format", "decodes"),
-    [(128, "k4v2", False), (512, "k4v2", True), (512, "int8", False)],
-)
-def test_values_that_warps_share_are_attended_to_without_prefill(head_dim, format, decodes):
-    """By decode, too, where K and V have that many values."""
-    spec = dataclasses.replace(SPEC, head_dim=head_dim, head_dim_v=512, format=format)
-    missing = {"prefill"} if decodes else {"decode", "decode_featured", "prefill"}
-    assert set(functions_on(spec, "cuda")) == set(SPEC.functions) - missing
-
-
-def test_latent_caches_have_a_function_of_their_own():
-    latent = CacheSpec(512, 128, 1, format="mse4-none-signed-matched", head_dim_v=64)
-    assert "mla" in functions_on(latent, "llvm")
-    assert [part.value_dim for part in latent.latent_parts] == [512, 64]
-    changes = [{"num_kv_heads": 2}, {"head_dim_v": 128}, {"window": 3}, {"format": "tq44"}]
-    for change in (*changes, {"format": "qjl4-none-plain-norm"}):
-        other = dataclasses.replace(latent, **change)
-        assert "mla" not in functions_on(other, "llvm")
-        with pytest.raises(UnsupportedSpecError, match="op: spec must be a latent cache's"):
-            check_target("op", other, "llvm", "mla")
-
-
-def test_gpus_attend_to_latents_where_warpgroups_multiply():
-    latent = CacheSpec(512, 128, 1, format="mse4-none-signed-matched", head_dim_v=64)
-    check_target("op", latent, "cuda", "mla")
-    for name in ("nvidia_h100", "nvidia_h200"):
-        assert get_target(name).functions(latent) == functions_on(latent, "cuda")
-    others = set(functions_on(latent, "cuda")) - {"mla"}
-    assert {"fill_slots", "fill_table", "flatten"} <= others
-    for name in ("nvidia_a100", "nvidia_b200", "nvidia_l40s"):
-        assert set(get_target(name).functions(latent)) == others
-    assert "mla" in get_target("x86_64_v3").functions(latent)
-    assert functions_on(dataclasses.replace(latent, dtype="float32"), "cuda") == ()
-    with pytest.raises(UnsupportedSpecError, match="a latent cache"):
-        check_target("op", latent, "cuda", "attend")
-
-
-@pytest.mark.parametrize(
-    "name", ["tq43", "int8", "int4", "fp8", "none", "tq84", "mse2-fp8-plain-norm"]
-)
-def test_gpus_have_some_functions_of_other_formats(name):
-    """What there is not is refused by name."""
-    spec = dataclasses.replace(SPEC, format=name, head_dim=64)
-    assert set(functions_on(spec, "llvm")) - set(functions_on(spec, "cuda")) == {"decode"}
-    assert set(functions_on(spec, "cuda")) - set(functions_on(spec, "llvm")) == {"prefill"}
-    assert "decode_featured" in functions_on(SPEC, "cuda")
-    windowed = dataclasses.replace(spec, window=16)
-    assert set(functions_on(spec, "cuda")) - set(functions_on(windowed, "cuda")) == {"prefill"}
-    check_target("op", spec, "cuda")
-    check_target("op", spec, "cuda", "fill_slots")
-    with pytest.raises(UnsupportedSpecError, match=f"op: spec .* got {spec.label} for decode;"):
-        check_target("op", spec, "cuda", "decode")
-    for served in ("tq43", "tq44"):
-        check_target("op", dataclasses.replace(SPEC, format=served), "cuda", "decode")
-    check_target("op", dataclasses.replace(SPEC, format="tq44", head_dim=64), "cuda", "decode")
-
-
-def test_gpus_read_a_window_by_decode_and_attend():
-    spec = dataclasses.replace(SPEC, window=16)
-    assert set(spec.functions) - set(functions_on(spec, "cuda")) == {"prefill"}
-    with pytest.raises(UnsupportedSpecError, match=f"got {spec.label} for prefill; use"):
-        check_target("op", spec, "cuda", "prefill")
-
-
-@pytest.mark.parametrize("dims", [(80, 80), (96, 112), (192, 128), (128, 64)], ids=str)
-def test_gpus_attend_where_they_do_not_decode(dims):
-    """Head_dims that are no power of two, and of K and V different ones."""
-    spec = dataclasses.replace(SPEC, head_dim=dims[0], head_dim_v=dims[1])
-    check_target("op", RotateSpec(dims[0]), "cuda")
-    without = set(spec.functions) - set(functions_on(spec, "cuda"))
-    assert without == {"decode", "decode_featured"}
-    with pytest.raises(UnsupportedSpecError, match=r"one head_dim of 64, 128, 256, .* for decode"):
-        check_target("op", spec, "cuda", "decode")
-
-
 # --- functions
 
 
@@ -524,147 +392,3 @@ def test_bits_hold_the_codes(codec):
 
 def test_formats_are_found_by_their_own_name():
     assert all(fmt.name == name for name, fmt in FORMATS.items())
-
-
-# --- splits
-
-launches = st.fixed_dictionaries(
-    {"ctas_per_sm": st.integers(1, 8), "split_tokens": st.sampled_from([1, 16, 64, 512])}
-)
-batches = st.integers(1, 512)
-contexts = st.integers(1, 1 << 20)
-processors = st.integers(1, 256)
-
-
-def ctas(spec, batch):
-    return batch * spec.num_kv_heads
-
-
-@untimed
-@given(specs, batches, contexts, launches, processors)
-def test_splits_are_resident_at_once_and_pay_for_their_merge(spec, batch, context, launch, count):
-    splits = num_splits(spec, batch, context, launch, count)
-    slots = launch["ctas_per_sm"] * count
-    assert splits >= 1
-    assert splits == 1 or splits * ctas(spec, batch) <= slots
-    assert splits == 1 or splits**2 * launch["split_tokens"] <= context
-    more = splits + 1
-    assert more * ctas(spec, batch) > slots or more**2 * launch["split_tokens"] > context
-
-
-@untimed
-@given(specs, batches, contexts, launches, processors)
-def test_splits_are_monotonous(spec, batch, context, launch, count):
-    splits = num_splits(spec, batch, context, launch, count)
-    assert num_splits(spec, batch, context, launch, count + 1) >= splits
-    assert num_splits(spec, batch, context + 1, launch, count) >= splits
-    assert num_splits(spec, batch + 1, context, launch, count) <= splits
-
-
-def test_splits_of_known_cases():
-    launch = {"ctas_per_sm": 4, "split_tokens": 16}
-    assert num_splits(SPEC, 64, 8192, launch, 132) == 1
-    assert num_splits(SPEC, 16, 32768, launch, 132) == 4
-    assert num_splits(SPEC, 1, 1 << 20, launch, 132) == 66
-    assert num_splits(SPEC, 1, 8192, launch, 132) == 22
-    assert num_splits(SPEC, 1, 0, launch, 132) == 1
-
-
-group_launches = st.fixed_dictionaries(
-    {
-        "ctas_per_sm": st.integers(1, 8),
-        "units": st.sampled_from([1, 4, 8, 64]),
-        "group_tokens": st.sampled_from([64, 128, 1024]),
-    }
-)
-
-
-@untimed
-@given(specs, batches, contexts, group_launches, processors)
-def test_groups_are_resident_at_once_and_have_enough_to_read(spec, batch, context, launch, count):
-    groups = num_groups(spec, batch, context, launch, count)
-    slots = launch["ctas_per_sm"] * count
-    assert groups == 1 or groups * launch["units"] <= slots
-    assert groups == 1 or (groups - 1) * launch["group_tokens"] < batch * context
-    budget = WORKSPACE_BYTES + batch * context * spec.bytes_per_token / 100
-    assert groups == 1 or 4 * workspace_floats(spec, batch, groups, launch) <= budget
-    more = groups + 1
-    assert (
-        more * launch["units"] > slots
-        or groups * launch["group_tokens"] >= batch * context
-        or 4 * workspace_floats(spec, batch, more, launch) > budget
-    )
-
-
-cluster_launches = st.fixed_dictionaries(
-    {
-        "ctas_per_sm": st.integers(1, 8),
-        "units": st.sampled_from([1, 4, 8, 64]),
-        "cluster": st.sampled_from([8, 16]),
-        "cta_tokens": st.sampled_from([32, 128, 512]),
-    }
-)
-
-
-@untimed
-@given(batches, contexts, cluster_launches, processors)
-def test_clusters_have_processors_of_their_own_and_tokens(batch, context, launch, count):
-    ctas = num_ctas(batch, context, launch, count)
-    assert ctas in (1, 2, 4, 8, 16) and ctas <= launch["cluster"]
-    assert ctas == 1 or ctas * launch["units"] * batch <= count
-    assert ctas == 1 or (ctas - 1) * launch["cta_tokens"] < context
-    more = 2 * ctas
-    assert (
-        more > launch["cluster"]
-        or more * launch["units"] * batch > count
-        or (more - 1) * launch["cta_tokens"] >= context
-    )
-    assert workspace_floats(SPEC, batch, ctas, launch) == 0
-
-
-@untimed
-@given(specs, batches, contexts, st.one_of(launches, group_launches, cluster_launches), processors)
-def test_a_kernel_says_what_its_parts_are(spec, batch, context, launch, count):
-    parts = num_parts(spec, batch, context, launch, count)
-    if "cluster" in launch:
-        assert parts == num_ctas(batch, context, launch, count)
-    else:
-        choose = num_groups if "group_tokens" in launch else num_splits
-        assert parts == choose(spec, batch, context, launch, count)
-    assert set(launch_keys(launch)) == set(launch)
-
-
-@untimed
-@given(specs, batches, st.integers(1, 64))
-def test_workspace_holds_outputs_maxima_and_sums(spec, batch, parts):
-    for launch, pieces in (
-        ({"split_tokens": 16}, batch * parts),
-        ({"group_tokens": 64}, 2 * parts),
-    ):
-        outputs = pieces * spec.num_q_heads * spec.value_dim
-        maxima = sums = pieces * spec.num_q_heads
-        assert workspace_floats(spec, batch, parts, launch) == outputs + maxima + sums
-
-
-latent_launches = st.fixed_dictionaries(
-    {
-        "ctas_per_sm": st.just(1),
-        "units": st.sampled_from([2, 4]),
-        "part_tokens": st.sampled_from([64, 256, 512]),
-        "pieces": st.sampled_from([1, 2]),
-    }
-)
-
-
-@untimed
-@given(batches, contexts, latent_launches, processors)
-def test_parts_of_latents_are_resident_at_once(batch, context, launch, count):
-    spec = CacheSpec(512, 16, 1, format="mse4-none-signed-matched", head_dim_v=64)
-    parts = mla_parts(spec, batch, context, launch, count)
-    assert parts >= 1
-    assert parts == 1 or parts * batch * launch["units"] <= count
-    assert parts == 1 or (parts - 1) * launch["part_tokens"] < context
-    more = (parts + 1) * batch * launch["units"] > count
-    assert more or parts * launch["part_tokens"] >= context
-    floats = mla_floats(spec, batch, parts, launch)
-    assert floats == batch * parts * launch["pieces"] * 16 * (512 + 2)

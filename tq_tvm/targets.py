@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from tq_tvm import env
 from tq_tvm.errors import ArgumentValueError, UnsupportedSpecError
-from tq_tvm.spec import Spec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import Spec
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ class TargetInfo:
     def functions(self, spec: Spec) -> tuple[str, ...]:
         """Functions of a spec that kernels are generated of for this device: of a library of it.
 
-        Those of `tq_tvm.spec.functions_on`, but for ``mla`` on a GPU that has no `has_wgmma`.
+        Those of `tq_tvm.served.functions_on`, but for ``mla`` on a GPU that has no `has_wgmma`.
         """
         served = functions_on(spec, self.kind)
         if self.kind == "cuda" and not self.has_wgmma:

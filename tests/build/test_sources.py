@@ -9,7 +9,8 @@ import pytest
 
 from tq_tvm.artifacts.manifest import ABI
 from tq_tvm.build import sources
-from tq_tvm.spec import CacheSpec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import CacheSpec
 
 SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 

@@ -20,7 +20,8 @@ from tq_tvm import (
     reference,
 )
 from tq_tvm.ops import attend as attend_ops
-from tq_tvm.spec import CacheSpec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import CacheSpec
 
 INF = float("inf")
 

@@ -14,7 +14,7 @@ from tq_tvm import (
     paged_decode,
     paged_decode_workspace_size,
 )
-from tq_tvm.spec import check_target
+from tq_tvm.served import check_target
 
 SPEC = CacheSpec(64, 4, 2, 16, "float16")
 HQ, T = SPEC.num_q_heads, 5

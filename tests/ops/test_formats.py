@@ -25,7 +25,7 @@ from tq_tvm import (
     paged_decode_workspace_size,
     reference,
 )
-from tq_tvm.spec import functions_on
+from tq_tvm.served import functions_on
 
 LENGTHS = [5, 0, 1, 16, 33]
 

@@ -20,7 +20,7 @@ from tq_tvm import (
     mla_decode,
     reference,
 )
-from tq_tvm.spec import functions_on
+from tq_tvm.served import functions_on
 
 LENGTHS = [70, 0, 1, 16, 33]
 SCALE = 192**-0.5

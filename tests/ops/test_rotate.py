@@ -8,7 +8,8 @@ from rows import rows
 from specs import CPU_SPECS
 
 from tq_tvm import hadamard_rotate, reference
-from tq_tvm.spec import ROTATE_DIMS, RotateSpec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import ROTATE_DIMS, RotateSpec
 
 # Rounding the output once, and float32 sums over log2(D) steps.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}

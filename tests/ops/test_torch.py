@@ -19,7 +19,7 @@ from tq_tvm import (
     paged_decode,
     reference,
 )
-from tq_tvm.spec import functions_on
+from tq_tvm.served import functions_on
 
 SPEC = SPECS[1]  # of a dtype that numpy has
 LATENT = CacheSpec(512, 8, 1, 16, "float16", "bhsd", "mse4-none-signed-matched", 64)

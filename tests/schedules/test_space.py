@@ -30,7 +30,8 @@ from tq_tvm.build.occupancy import KernelResources, with_occupancy
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels import decode_cpu
-from tq_tvm.spec import FUNCTIONS, GPU_DECODE_DIMS, CacheSpec, functions_on
+from tq_tvm.served import GPU_DECODE_DIMS, functions_on
+from tq_tvm.spec import FUNCTIONS, CacheSpec
 from tq_tvm.targets import detect, get_target
 from tq_tvm.tuning.inputs import make_case
 from tq_tvm.tuning.workloads import Workload

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tq_tvm import reference
-from tq_tvm.spec import CacheSpec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import CacheSpec
 from tq_tvm.tuning.inputs import Case, WrongResultError, make_case
 from tq_tvm.tuning.workloads import Workload
 

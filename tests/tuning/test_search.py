@@ -22,7 +22,8 @@ from tq_tvm.artifacts.manifest import Manifest
 from tq_tvm.build.compile import tvm_target
 from tq_tvm.build.library import build_library
 from tq_tvm.errors import TuningLogError
-from tq_tvm.spec import CacheSpec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import CacheSpec
 from tq_tvm.targets import detect, get_target
 from tq_tvm.tuning import candidates
 from tq_tvm.tuning.candidates import make_runner

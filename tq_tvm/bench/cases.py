@@ -24,7 +24,8 @@ from tq_tvm.ops import (
     mla_decode,
     paged_decode_workspace_size,
 )
-from tq_tvm.spec import CacheSpec, RotateSpec, Spec, functions_on, gpus_decode
+from tq_tvm.served import functions_on, gpus_decode
+from tq_tvm.spec import CacheSpec, RotateSpec, Spec
 
 __all__ = ["Case", "Workload", "make_case", "workloads"]
 

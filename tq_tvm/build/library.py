@@ -18,7 +18,8 @@ from tq_tvm.build.occupancy import with_occupancy
 from tq_tvm.build.sources import sources_digest
 from tq_tvm.errors import TuningLogError
 from tq_tvm.schedules import Instance, featured, instantiate
-from tq_tvm.spec import FUNCTIONS, CacheSpec, Spec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import FUNCTIONS, CacheSpec, Spec
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.database import TunedRecord, find_records
 from tq_tvm.tuning.workloads import chosen_by_batch, decision_sizes, workloads

@@ -80,7 +80,8 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels.attend_cpu import AttendCpuConfig, attend_cpu
 from tq_tvm.kernels.attend_cuda import attend_cuda
 from tq_tvm.kernels.attend_shape import AttendConfig
-from tq_tvm.spec import CacheSpec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import CacheSpec
 
 __all__ = ["attend"]
 

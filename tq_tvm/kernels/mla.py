@@ -59,7 +59,8 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels.mla_cpu import MlaCpuConfig, mla_cpu
 from tq_tvm.kernels.mla_cuda import mla_cuda
 from tq_tvm.kernels.mla_shape import MlaConfig
-from tq_tvm.spec import CacheSpec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import CacheSpec
 
 __all__ = ["mla"]
 

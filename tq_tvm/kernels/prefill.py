@@ -53,7 +53,8 @@ from collections.abc import Mapping
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.prefill_cuda import PrefillConfig, prefill_cuda
-from tq_tvm.spec import CacheSpec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import CacheSpec
 
 __all__ = ["prefill"]
 

@@ -24,7 +24,8 @@ from tq_tvm.ops._check import (
     make_spec,
     suspect_rows,
 )
-from tq_tvm.spec import HEAD_DIMS, CacheSpec, Codec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import HEAD_DIMS, CacheSpec, Codec
 
 __all__ = [
     "cache_spec",

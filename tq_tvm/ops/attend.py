@@ -20,7 +20,8 @@ from tq_tvm.ops.workspace import (
     choose_launch,
     choose_prefill,
 )
-from tq_tvm.spec import CacheSpec, functions_on
+from tq_tvm.served import functions_on
+from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import attend_floats, workspace_floats
 
 __all__ = ["Features", "attend"]

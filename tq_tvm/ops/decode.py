@@ -12,7 +12,8 @@ from tq_tvm.ops._attention import NAMES, check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.attend import Features, attend
 from tq_tvm.ops.workspace import as_scratch, choose_launch
-from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy, gpus_decode
+from tq_tvm.served import gpus_decode
+from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy
 from tq_tvm.splits import workspace_floats
 
 __all__ = ["paged_decode"]

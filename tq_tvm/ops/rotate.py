@@ -9,7 +9,8 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check
 from tq_tvm.ops._library import call_kernel, destination_op
-from tq_tvm.spec import RotateSpec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import RotateSpec
 
 __all__ = ["hadamard_rotate"]
 

@@ -9,7 +9,8 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
-from tq_tvm.spec import CacheSpec, check_target, functions_on, gpus_decode
+from tq_tvm.served import check_target, functions_on, gpus_decode
+from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import (
     attend_launch_keys,
     attend_parts,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec, check_target
+from tq_tvm.served import check_target
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec
 from tq_tvm.targets import TargetInfo
 
 __all__ = ["Workload", "chosen_by_batch", "decision_sizes", "workloads"]

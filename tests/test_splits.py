@@ -1,0 +1,163 @@
+"""``splits``: how many parts a call has, and the workspace that they take."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import specs, untimed
+
+from tq_tvm.spec import CacheSpec
+from tq_tvm.splits import (
+    WORKSPACE_BYTES,
+    launch_keys,
+    mla_floats,
+    mla_parts,
+    num_ctas,
+    num_groups,
+    num_parts,
+    num_splits,
+    workspace_floats,
+)
+
+SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
+
+launches = st.fixed_dictionaries(
+    {"ctas_per_sm": st.integers(1, 8), "split_tokens": st.sampled_from([1, 16, 64, 512])}
+)
+batches = st.integers(1, 512)
+contexts = st.integers(1, 1 << 20)
+processors = st.integers(1, 256)
+
+
+def ctas(spec, batch):
+    return batch * spec.num_kv_heads
+
+
+@untimed
+@given(specs, batches, contexts, launches, processors)
+def test_splits_are_resident_at_once_and_pay_for_their_merge(spec, batch, context, launch, count):
+    splits = num_splits(spec, batch, context, launch, count)
+    slots = launch["ctas_per_sm"] * count
+    assert splits >= 1
+    assert splits == 1 or splits * ctas(spec, batch) <= slots
+    assert splits == 1 or splits**2 * launch["split_tokens"] <= context
+    more = splits + 1
+    assert more * ctas(spec, batch) > slots or more**2 * launch["split_tokens"] > context
+
+
+@untimed
+@given(specs, batches, contexts, launches, processors)
+def test_splits_are_monotonous(spec, batch, context, launch, count):
+    splits = num_splits(spec, batch, context, launch, count)
+    assert num_splits(spec, batch, context, launch, count + 1) >= splits
+    assert num_splits(spec, batch, context + 1, launch, count) >= splits
+    assert num_splits(spec, batch + 1, context, launch, count) <= splits
+
+
+def test_splits_of_known_cases():
+    launch = {"ctas_per_sm": 4, "split_tokens": 16}
+    assert num_splits(SPEC, 64, 8192, launch, 132) == 1
+    assert num_splits(SPEC, 16, 32768, launch, 132) == 4
+    assert num_splits(SPEC, 1, 1 << 20, launch, 132) == 66
+    assert num_splits(SPEC, 1, 8192, launch, 132) == 22
+    assert num_splits(SPEC, 1, 0, launch, 132) == 1
+
+
+group_launches = st.fixed_dictionaries(
+    {
+        "ctas_per_sm": st.integers(1, 8),
+        "units": st.sampled_from([1, 4, 8, 64]),
+        "group_tokens": st.sampled_from([64, 128, 1024]),
+    }
+)
+
+
+@untimed
+@given(specs, batches, contexts, group_launches, processors)
+def test_groups_are_resident_at_once_and_have_enough_to_read(spec, batch, context, launch, count):
+    groups = num_groups(spec, batch, context, launch, count)
+    slots = launch["ctas_per_sm"] * count
+    assert groups == 1 or groups * launch["units"] <= slots
+    assert groups == 1 or (groups - 1) * launch["group_tokens"] < batch * context
+    budget = WORKSPACE_BYTES + batch * context * spec.bytes_per_token / 100
+    assert groups == 1 or 4 * workspace_floats(spec, batch, groups, launch) <= budget
+    more = groups + 1
+    assert (
+        more * launch["units"] > slots
+        or groups * launch["group_tokens"] >= batch * context
+        or 4 * workspace_floats(spec, batch, more, launch) > budget
+    )
+
+
+cluster_launches = st.fixed_dictionaries(
+    {
+        "ctas_per_sm": st.integers(1, 8),
+        "units": st.sampled_from([1, 4, 8, 64]),
+        "cluster": st.sampled_from([8, 16]),
+        "cta_tokens": st.sampled_from([32, 128, 512]),
+    }
+)
+
+
+@untimed
+@given(batches, contexts, cluster_launches, processors)
+def test_clusters_have_processors_of_their_own_and_tokens(batch, context, launch, count):
+    ctas = num_ctas(batch, context, launch, count)
+    assert ctas in (1, 2, 4, 8, 16) and ctas <= launch["cluster"]
+    assert ctas == 1 or ctas * launch["units"] * batch <= count
+    assert ctas == 1 or (ctas - 1) * launch["cta_tokens"] < context
+    more = 2 * ctas
+    assert (
+        more > launch["cluster"]
+        or more * launch["units"] * batch > count
+        or (more - 1) * launch["cta_tokens"] >= context
+    )
+    assert workspace_floats(SPEC, batch, ctas, launch) == 0
+
+
+@untimed
+@given(specs, batches, contexts, st.one_of(launches, group_launches, cluster_launches), processors)
+def test_a_kernel_says_what_its_parts_are(spec, batch, context, launch, count):
+    parts = num_parts(spec, batch, context, launch, count)
+    if "cluster" in launch:
+        assert parts == num_ctas(batch, context, launch, count)
+    else:
+        choose = num_groups if "group_tokens" in launch else num_splits
+        assert parts == choose(spec, batch, context, launch, count)
+    assert set(launch_keys(launch)) == set(launch)
+
+
+@untimed
+@given(specs, batches, st.integers(1, 64))
+def test_workspace_holds_outputs_maxima_and_sums(spec, batch, parts):
+    for launch, pieces in (
+        ({"split_tokens": 16}, batch * parts),
+        ({"group_tokens": 64}, 2 * parts),
+    ):
+        outputs = pieces * spec.num_q_heads * spec.value_dim
+        maxima = sums = pieces * spec.num_q_heads
+        assert workspace_floats(spec, batch, parts, launch) == outputs + maxima + sums
+
+
+latent_launches = st.fixed_dictionaries(
+    {
+        "ctas_per_sm": st.just(1),
+        "units": st.sampled_from([2, 4]),
+        "part_tokens": st.sampled_from([64, 256, 512]),
+        "pieces": st.sampled_from([1, 2]),
+    }
+)
+
+
+@untimed
+@given(batches, contexts, latent_launches, processors)
+def test_parts_of_latents_are_resident_at_once(batch, context, launch, count):
+    spec = CacheSpec(512, 16, 1, format="mse4-none-signed-matched", head_dim_v=64)
+    parts = mla_parts(spec, batch, context, launch, count)
+    assert parts >= 1
+    assert parts == 1 or parts * batch * launch["units"] <= count
+    assert parts == 1 or (parts - 1) * launch["part_tokens"] < context
+    more = (parts + 1) * batch * launch["units"] > count
+    assert more or parts * launch["part_tokens"] >= context
+    floats = mla_floats(spec, batch, parts, launch)
+    assert floats == batch * parts * launch["pieces"] * 16 * (512 + 2)

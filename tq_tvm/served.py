@@ -1,0 +1,106 @@
+"""Which functions there are of a spec: kernels are generated of fewer for GPUs than for CPUs."""
+
+from __future__ import annotations
+
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.formats import Codec
+from tq_tvm.spec import FUNCTIONS, RotateSpec, Spec
+
+__all__ = [
+    "GPU_DECODE_DIMS",
+    "check_target",
+    "functions_on",
+    "gpus_decode",
+]
+
+GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
+GPU_WINDOW_DIMS = (64, 128, 256)
+GPU_DECODE_DIMS = (*GPU_WINDOW_DIMS, 512)
+
+LATENT_FUNCTIONS = ("rotate", "fill_slots", "fill_table", "flatten", "flatten_unrotated", "mla")
+"""Functions that GPUs have of a latent cache."""
+
+GPU_FUNCTIONS = ("decode_featured", "prefill")
+"""Functions that a CPU's ``attend`` has in it."""
+
+
+def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
+    """Functions of a spec that kernels are generated of for a target kind.
+
+    Parameters
+    ----------
+    kind
+        ``"cuda"`` or ``"llvm"``; a CPU has all but `GPU_FUNCTIONS`. A library for the target has
+        just these, see `tq_tvm.targets.TargetInfo.functions`.
+
+    Examples
+    --------
+    >>> from tq_tvm import CacheSpec
+    >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")[-2:]
+    ('decode', 'attend')
+    >>> functions_on(CacheSpec(128, 32, 8, dtype="float32"), "cuda")
+    ()
+    """
+    if kind != "cuda":
+        # CPUs attend to chunks, and with features, as to a few tokens.
+        return tuple(name for name in spec.functions if name not in GPU_FUNCTIONS)
+    dim = spec.rotation.dim
+    if spec.dtype == "float32":
+        return ()
+    if isinstance(spec, RotateSpec):
+        return spec.functions if dim in GPU_HEAD_DIMS or dim & (dim - 1) == 0 else ()
+    fmt = spec.cache_format
+    if spec.is_latent:
+        return LATENT_FUNCTIONS
+    if not {spec.head_dim, spec.value_dim} <= set(GPU_HEAD_DIMS):
+        return ()
+    if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_WINDOW_DIMS):
+        return ()
+    # Long chunks over a window, or of V that two warps share, are ``attend``'s, too.
+    chunks = not spec.window and spec.value_dim <= 256
+    served = tuple(name for name in spec.functions if name != "prefill" or chunks)
+    decodes = gpus_decode(fmt.key, fmt.value, spec.head_dim, spec.value_dim)
+    return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
+
+
+def gpus_decode(key: Codec, value: Codec, head_dim: int, value_dim: int) -> bool:
+    """Whether GPUs have ``decode`` of two codecs; where they have not, ``attend`` does its work."""
+    tables = key.family == value.family == "lloyd_max"
+    dims = head_dim == value_dim and head_dim in GPU_DECODE_DIMS
+    return dims and tables and (value.bits != 3 or head_dim >= 128)
+
+
+def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:
+    """Refuse what no kernel is generated for on a target kind, ``"cuda"`` or ``"llvm"``.
+
+    Parameters
+    ----------
+    op
+        What asks, for the message.
+    function
+        The function that it needs, see `functions_on`; None where any will do.
+
+    Raises
+    ------
+    UnsupportedSpecError
+        The message says what there is.
+    """
+    served = functions_on(spec, kind)
+    if function in served or (function is None and served):
+        return
+    if function == "mla" and function not in spec.functions:
+        raise UnsupportedSpecError(
+            f"{op}: spec must be a latent cache's (head_dim 512 of one KV head in a codec without "
+            f"residual signs, head_dim_v 64 in the codec none, no window), got {spec.label}; "
+            "use another call"
+        )
+    every = GPU_HEAD_DIMS, GPU_DECODE_DIMS, GPU_WINDOW_DIMS
+    dims, decoded, windowed = (", ".join(map(str, some)) for some in every)
+    wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
+    raise UnsupportedSpecError(
+        f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
+        f"V, for decode of Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V "
+        f"at head_dim 64, with a window of one head_dim of {windowed}; a latent cache; or a "
+        f"rotation of {dims} or a power of two; float16 or bfloat16), "
+        f"got {wanted}; use the CPU or another spec"
+    )
