@@ -37,7 +37,7 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     --------
     >>> from tq_tvm import CacheSpec
     >>> functions_on(CacheSpec(128, 32, 8, window=16), "cuda")[-2:]
-    ('decode', 'attend')
+    ('decode_featured', 'attend')
     >>> functions_on(CacheSpec(128, 32, 8, dtype="float32"), "cuda")
     ()
     """
