@@ -98,10 +98,24 @@ KERNELS = {
 }  # fmt: skip
 
 
+DYNAMIC = """
+  extern __shared__ __align__({align}) unsigned char memory[];
+  __shared__ alignas(64) float statics[20];
+  __shared__ alignas(16) unsigned char more[3];
+  statics[row % 20] = more[row % 3] = memory[row] = 1;
+  out[row] = uint32_t(__cvta_generic_to_shared(memory));
+"""
+ALIGNED = {16: 96, 64: 128, 1024: 1024}
+"""Where dynamic memory begins behind 83 bytes, by its alignment."""
+
+
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
     kernels = [_load(name, *load) for name, load in LOADS.items()]
     kernels += [kernel(name, body) for name, body in KERNELS.items()]
+    kernels += [
+        kernel(f"dynamic_{align}", DYNAMIC.format(align=align), shared=32) for align in ALIGNED
+    ]
     return compile_source(source(*kernels), tmp_path_factory.mktemp("memory"))
 
 
@@ -171,6 +185,13 @@ def test_shared_memory_starts_as_garbage_in_every_cta(module):
 def test_wrong_addresses(module, name, message):
     with pytest.raises(RuntimeError, match=message):
         run(module, name, words(32, 4), (32, 4))
+
+
+@pytest.mark.parametrize("align", ALIGNED)
+def test_dynamic_shared_memory_is_behind_static_arrays(module, align):
+    """As aligned as it says, and by chance no more: what needs more, has to say so."""
+    got = run(module, f"dynamic_{align}", words(32, 1), (32, 1))
+    assert (got == ALIGNED[align]).all()
 
 
 def test_too_much_shared_memory(tmp_path):

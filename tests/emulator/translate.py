@@ -23,14 +23,14 @@ _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 _HELPER = re.compile(r"(__forceinline__ __device__ \w[\w ]* \w+\()([^()]*)\) *\{", re.MULTILINE)
 _SHARED = re.compile(r"__shared__\s+(alignas\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[(\d+)\];")
 _DYNAMIC = re.compile(
-    r"extern\s+__shared__\s+(?:(?:alignas|__align__)\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];"
+    r"extern\s+__shared__\s+(?:(?:alignas|__align__)\((\d+)\)\s+)?([\w ]+?)\s+(\w+)\[\];"
 )
 
 
 def translate(source: str) -> str:
     """C++ for the emulator from exported CUDA source."""
     source = _HELPER.sub(_with_call_site, source)
-    source = _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(emulated::dynamic_shared);", source)
+    source = _DYNAMIC.sub(_dynamic_array, source)
     source = _SHARED.sub(_static_array, source)
     return _replace_assembly(source)
 
@@ -40,6 +40,20 @@ def _with_call_site(match: re.Match) -> str:
     line = "int line_of_call = __builtin_LINE()"
     joined = f"{parameters}, {line}" if parameters.strip() else line
     return f"{start}{joined}) {{ emulated::CallSite call_site(line_of_call);"
+
+
+def _dynamic_array(match: re.Match) -> str:
+    """Behind the static arrays of its kernel."""
+    alignment, kind, name = match.groups()
+    begin = max(match.string.rfind("__global__", 0, match.start()), 0)
+    end = match.string.find("__global__", match.end())
+    kernel = match.string[begin : end if end >= 0 else None]
+    arrays = []
+    for aligned, element, _, count in _SHARED.findall(kernel):
+        aligned = re.sub(r"\D", "", aligned) or f"alignof({element})"
+        arrays.append(f"{{{aligned}, {count} * sizeof({element})}}")
+    place = f"{{{', '.join(arrays)}}}, {alignment or f'alignof({kind})'}"
+    return f"{kind}* {name} = reinterpret_cast<{kind}*>(emulated::dynamic_shared_behind({place}));"
 
 
 def _static_array(match: re.Match) -> str:

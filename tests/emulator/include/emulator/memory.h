@@ -8,9 +8,9 @@
 
 namespace emulated {
 
-// A 32-bit shared address is a distance from one object of this library; alignment is kept.
+// Static arrays are anywhere; their alignment is kept.
 inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(static_cast<const char*>(pointer) - dynamic_shared);
+  return static_cast<uint32_t>(static_cast<const char*>(pointer) - shared_memory);
 }
 
 // mapa: the address in the CTA of a rank, which takes the place of the upper bits.
@@ -34,7 +34,7 @@ inline int32_t distance_of(uint32_t address) {
 inline void* shared_pointer(const char* name, uint64_t address, std::size_t bytes) {
   uint32_t word = static_cast<uint32_t>(address);
   bool own = images.size() > 1 && word >> kRankShift == cluster_rank + 1;
-  char* pointer = dynamic_shared + (own ? distance_of(word) : static_cast<int32_t>(word));
+  char* pointer = shared_memory + (own ? distance_of(word) : static_cast<int32_t>(word));
   auto holds = [&](const char* data, std::size_t size) {
     return pointer >= data && pointer + bytes <= data + size;
   };

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -199,8 +200,23 @@ class SharedRegistration {
 
 constexpr std::size_t kMaxStaticShared = 48 << 10;
 constexpr std::size_t kMaxDynamicShared = 227 << 10;
-alignas(1024) inline char dynamic_shared[kMaxDynamicShared];
+// Dynamic shared memory begins behind the static arrays of its kernel, at the alignment that it is
+// declared with: an address is a distance from where shared memory begins.
+alignas(1024) inline char shared_memory[kMaxStaticShared + kMaxDynamicShared];
+inline char* dynamic_shared = shared_memory;
 inline std::size_t dynamic_shared_bytes = 0;
+
+struct SharedSize {
+  std::size_t alignment, bytes;
+};
+
+inline char* dynamic_shared_behind(std::initializer_list<SharedSize> arrays, std::size_t alignment) {
+  std::size_t end = 0;
+  auto align = [&end](std::size_t to) { end = (end + to - 1) / to * to; };
+  for (const SharedSize& array : arrays) align(array.alignment), end += array.bytes;
+  align(alignment);
+  return dynamic_shared = shared_memory + end;
+}
 
 // What one CTA of a cluster holds in shared memory while others run.
 struct SharedImage {
@@ -231,7 +247,7 @@ inline void restore_shared(const SharedImage& image) {
     }
   }
   if (image.dynamic.empty()) {
-    std::memset(dynamic_shared, kPoison, dynamic_shared_bytes);
+    std::memset(shared_memory, kPoison, sizeof(shared_memory));
   } else {
     std::memcpy(dynamic_shared, image.dynamic.data(), dynamic_shared_bytes);
   }
