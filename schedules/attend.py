@@ -79,9 +79,13 @@ OPTIONS = {
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "block": [4, 8, 16], "lookup": [0, 1]},
 }
 
+_FEW = 1 << 17
+"""Tokens of a batch up to which tiles are shorter: 17.1 us of 18.4 at 1 x 8192 of 32/8 heads, 65 of
+69 at 64 x 1024, but 264 of 252 at 64 x 8192 (4 query tokens, k4v2, H100)."""
+
 DEFAULTS = {
     "cuda": {
-        "warps": 4,
+        "warps": 8,
         "row_tiles": 1,
         "tile": 64,
         "lanes": 4,
@@ -97,6 +101,12 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     """The hand-picked decisions of a spec: `DEFAULTS`, but for rows and tiles of some on GPUs.
 
     With ``sizes`` those of a batch, whose sequences may have more than 16 rows of queries.
+
+    A CTA of eight warps has an SM to itself, and half as many pieces to merge as two of four have:
+    43 us of 70 at 16 x 4096 of 32/8 heads, 69 of 90 at 64 x 1024, 70 of 93 at 1 x 131072 and 250 of
+    257 at 64 x 8192 (4 query tokens, k4v2, H100); of rows of 256 values 154 of 198 (64 x 8192, 16/2
+    heads, 2 query tokens). Where rows are made in shared memory they take longer, 469 of 417 in
+    int8.
     """
     values = dict(DEFAULTS[kind])
     if kind != "cuda":
@@ -105,11 +115,13 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     widest = max(spec.head_dim, spec.value_dim)
     tall = queries * spec.group_size > 16 and widest <= 128
     if not FragmentShape.serves(spec):
-        values.update(lanes=2, tile=32, registers=255 if tall else 168)
+        values.update(warps=4, lanes=2, tile=32, registers=255 if tall else 168)
     elif tall:
-        # 64 x 8192 of 32/8 heads, 8 tokens, H100: 373 us in tq42; tables of k4v2's rows take
-        # registers, so that 32 tokens at a time spill: 456 us, 16 at a time 427.
+        # 64 x 8192 of 32/8 heads, 8 tokens, H100: 370 us in tq42; tables of k4v2's rows take
+        # registers, so that 32 tokens at a time spill: 486 us, 16 at a time 424.
         values.update(tile=16 if spec.cache_format.key.residual_sign else 32)
+    elif sizes is not None and sizes["batch"] * sizes["table_width"] * spec.page_size <= _FEW:
+        values.update(tile=32)
     if tall:
         values.update(row_tiles=2)
     elif widest > 128:

@@ -64,6 +64,9 @@ __all__ = [
 SLACK = 6.0
 """Powers of two by which a logit may exceed its row's bound."""
 
+_READ = 16
+"""Most values of queries that a lane reads at once."""
+
 _MINUS_INFINITY = 0xFF800000
 _NO_WINDOW = -(2**31)
 
@@ -136,6 +139,10 @@ class RowBlock:
     def exists(self, row):
         """Whether there is such a row."""
         return self._first + row < self._total
+
+    def existing(self, row):
+        """The row, or the last one if there is no such row."""
+        return T.min(row, self._total - self._first - 1)
 
     def token(self, row):
         """Index of its token among all."""
@@ -324,24 +331,31 @@ def _rotated(
     query: WarpRow, q, rows: RowBlock, first, count, lane, factor
 ) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
     """Row, first coordinate, and a pair of a lane's values, the second one first."""
-    spec, values = query.spec, query.row_values
-    x = local(values, "float32")
-    with I.serial(0, count) as turn:
-        row = let(first + turn)
-        for i in range(values):
-            store(x, f32(0), i)
-        with when(rows.exists(row)):
+    values = query.row_values
+    # Rows that are on their way at once: one after another each would wait for memory.
+    abreast = next(n for n in (4, 2, 1) if count % n == 0 and n * values <= _READ)
+    x = local((abreast, values), "float32")
+    own = local(values, "float32")
+    with I.serial(0, count // abreast) as turn:
+        for n in range(abreast):
+            # Without a branch, in which a row would be waited for.
+            row = let(rows.existing(first + (turn * abreast + n)))
             token, head = let(rows.token(row)), let(rows.head(row))
             for i, base, extra in query.places(lane):
-                store(x, T.cast(q[token, head, base + extra], "float32"), i)
-        if not query.by_shuffles:
-            yield from _exchanged(query, x, row, lane, factor)
-            return
-        if query.rotated:
-            turn_signs(query, x, lane)
-            rotate_row(query, x, lane)
-        for i in range(0, values, 2):
-            yield row, let(lane * values + i), (x[i + 1] * factor, x[i] * factor)
+                store(x, T.cast(q[token, head, base + extra], "float32"), n, i)
+        for n in range(abreast):
+            row = let(first + (turn * abreast + n))
+            exists = let(rows.exists(row))
+            for i in range(values):
+                store(own, T.Select(exists, x[n, i], f32(0)), i)
+            if not query.by_shuffles:
+                yield from _exchanged(query, own, row, lane, factor)
+                continue
+            if query.rotated:
+                turn_signs(query, own, lane)
+                rotate_row(query, own, lane)
+            for i in range(0, values, 2):
+                yield row, let(lane * values + i), (own[i + 1] * factor, own[i] * factor)
 
 
 def _exchanged(query: WarpRow, x, row, lane, factor) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
