@@ -68,7 +68,7 @@ _ANCHORED: dict[str, Callable[..., PrimFunc]] = {
 }
 """Functions whose decisions are sampled on an anchor, and the factories of their kernels."""
 
-_SIZED = ("decode", "attend")
+_SIZED = ("decode", "attend", "prefill")
 """Of these, functions whose defaults depend on the size."""
 
 
@@ -179,6 +179,8 @@ def _apply_first(
         factories.apply(sch, function, spec, decide)
     elif function == "decode":
         decode.apply(sch, function, spec, kind, decide, short=decode.is_short(spec, shape))
+    elif function == "prefill":
+        prefill.apply(sch, function, spec, kind, decide, shape)
     else:
         _SPACES[FUNCTIONS[function]].apply(sch, function, spec, kind, decide)
 

@@ -16,6 +16,8 @@ from tq_tvm.splits import (
     num_groups,
     num_parts,
     num_splits,
+    prefill_launch_keys,
+    prefill_parts,
     workspace_floats,
 )
 
@@ -161,3 +163,30 @@ def test_parts_of_latents_are_resident_at_once(batch, context, launch, count):
     assert more or parts * launch["part_tokens"] >= context
     floats = mla_floats(spec, batch, parts, launch)
     assert floats == batch * parts * launch["pieces"] * 16 * (512 + 2)
+
+
+PREFILL = {"ctas_per_sm": 1, "units": 8, "rows": 256, "cluster": 8, "cta_tokens": 64}
+
+
+@untimed
+@given(specs, st.integers(1, 4096), contexts, st.sampled_from([128, 256]), processors)
+def test_parts_of_a_block_of_rows_have_processors_and_tokens(spec, tokens, context, rows, count):
+    launch = {**PREFILL, "rows": rows, "units": spec.num_kv_heads}
+    parts = prefill_parts(spec, tokens, context, launch, count)
+    blocks = max(1, tokens * spec.group_size // rows)
+    assert parts in (1, 2, 4, 8)
+    assert parts == 1 or parts * blocks * spec.num_kv_heads <= count
+    assert parts == 1 or context >= parts * 8 * 64
+    # Twice as many would not.
+    twice = 2 * parts
+    fits = twice * blocks * spec.num_kv_heads <= count and context >= twice * 8 * 64
+    assert parts == 8 or not fits
+
+
+def test_parts_of_known_chunks():
+    parts = [prefill_parts(SPEC, n, 32768, PREFILL, 132) for n in (64, 256, 512, 1024, 2048)]
+    assert parts == [8, 4, 2, 1, 1]
+    assert prefill_parts(SPEC, 512, 1000, PREFILL, 132) == 1
+    assert prefill_parts(SPEC, 512, 32768, {"rows": 256}, 132) == 1
+    assert set(prefill_launch_keys(PREFILL)) == set(PREFILL)
+    assert prefill_launch_keys({"rows": 256}) == ("rows",)

@@ -8,6 +8,7 @@ from tq_tvm.spec import FUNCTIONS, RotateSpec, Spec
 
 __all__ = [
     "GPU_DECODE_DIMS",
+    "attends_to_one",
     "check_target",
     "functions_on",
     "gpus_decode",
@@ -16,6 +17,9 @@ __all__ = [
 GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 GPU_WINDOW_DIMS = (64, 128, 256)
 GPU_DECODE_DIMS = (*GPU_WINDOW_DIMS, 512)
+
+_LONG = 2048
+"""Tokens of a context from which on `attends_to_one` can be."""
 
 LATENT_FUNCTIONS = ("rotate", "fill_slots", "fill_table", "flatten", "flatten_unrotated", "mla")
 """Functions that GPUs have of a latent cache."""
@@ -68,6 +72,20 @@ def gpus_decode(key: Codec, value: Codec, head_dim: int, value_dim: int) -> bool
     tables = key.family == value.family == "lloyd_max"
     dims = head_dim == value_dim and head_dim in GPU_DECODE_DIMS
     return dims and tables and (value.bits != 3 or head_dim >= 128)
+
+
+def attends_to_one(head_dim: int, group_size: int, context: int) -> bool:
+    """Whether GPUs give ``attend`` what ``decode`` has a kernel for: one query a sequence.
+
+    ``context`` is the most tokens of a sequence, in a window if there is one. ``decode`` reads and
+    decodes K and V for 8 query heads of a group at a time, of 4 where head_dim is 256; ``attend``
+    for 16 at a time, but it begins and ends later. An H100, k4v2, 16 query heads for each of 8 KV
+    heads: 338 us and 250 at 64 x 8192, 92 and 70 at 1 x 131072, 52 and 43 at 16 x 4096, 23 and 22
+    at 8 x 2048; but 69 and 68 at 64 x 1024, 188 and 219 at 256 x 512.
+    """
+    if head_dim > 256 or context < _LONG:
+        return False
+    return group_size > 8
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:

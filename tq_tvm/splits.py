@@ -1,8 +1,9 @@
-"""Into how many parts ``decode``, ``attend`` and ``mla`` cut their work.
+"""Into how many parts ``decode``, ``attend``, ``prefill`` and ``mla`` cut their work.
 
 Shapes decide; lengths stay on the device. A CPU's kernel splits every context. A GPU's shares out
 all tokens of the batch among groups of CTAs or, in ``decode`` of short contexts, gives each
-sequence and unit of heads a cluster of CTAs. Launch numbers tell which.
+sequence and unit of heads a cluster of CTAs, as ``prefill`` does a block of rows. Launch numbers
+tell which.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = [
     "num_groups",
     "num_parts",
     "num_splits",
+    "prefill_launch_keys",
+    "prefill_parts",
     "workspace_floats",
 ]
 
@@ -198,6 +201,32 @@ def most_attend_floats(
             most, attend_floats(spec, min(tokens, blocks * launch["block_tokens"]), count, launch)
         )
     return most
+
+
+def prefill_launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:
+    """What a kernel of ``prefill`` has to say: the rows of a CTA, and with clusters their numbers.
+
+    ``cta_tokens`` are those of a tile.
+    """
+    if "cluster" in launch:
+        return ("ctas_per_sm", "units", "rows", "cluster", "cta_tokens")
+    return ("rows",)
+
+
+def prefill_parts(
+    spec: CacheSpec, tokens: int, context: int, launch: Mapping[str, int], processors: int
+) -> int:
+    """CTAs that share a block of rows: a power of two, for processors that would be idle.
+
+    Each has eight tiles at least. ``tokens`` is T, ``context`` an upper bound of the lengths.
+    """
+    if "cluster" not in launch:
+        return 1
+    blocks = max(1, tokens * spec.group_size // launch["rows"])
+    alone = launch["ctas_per_sm"] * processors // (blocks * launch["units"])
+    useful = context // (8 * launch["cta_tokens"])
+    most = max(1, min(launch["cluster"], alone, useful))
+    return 1 << (most.bit_length() - 1)
 
 
 def mla_launch_keys(launch: Mapping[str, int]) -> tuple[str, ...]:

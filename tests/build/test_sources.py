@@ -41,7 +41,7 @@ ARGUMENTS = {
     "prefill": [
         "bfloat16[*, 32, 128]", *CACHES, *TABLE, "int32[*]", "float32[*]", "float32[*]",
         "bfloat16[*, 32, 128]", "float32[*, *]",
-        "float32", "float32", "int32", "int32",
+        "int32", "float32", "float32", "int32", "int32",
     ],
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_arguments_are_those_of_the_abi(function, kind):
     from tq_tvm.schedules import instantiate
 
     func = instantiate(function, SPEC, kind, None).func
-    assert (ABI, [described(p) for p in func.params]) == (2, ARGUMENTS[function])
+    assert (ABI, [described(p) for p in func.params]) == (3, ARGUMENTS[function])
 
 
 def test_digest_is_found_without_the_compiler():

@@ -75,14 +75,18 @@ class Problem:
             cu_seqlens_q=self.starts, window=self.rings or None, **self.features, **scales,
         )  # fmt: skip
 
-    def arguments(self, *workspace):
-        """Of a kernel: tensors, then numbers; a workspace is a tensor and its parts."""
+    def arguments(self, *workspace, parts=None):
+        """Of a kernel: tensors, then numbers; a workspace is a tensor and its parts.
+
+        Without a workspace there may be ``parts``.
+        """
         none, given, batch = torch.empty(0), self.features, self.batch
         return [
             self.q, *kernel_caches(self.spec, batch.caches), batch.block_table, batch.seq_lens,
             self.starts,
             given.get("sinks", none), given.get("alibi_slopes", none), *self.rings, *workspace[:1],
-            self.out, self.lse, *workspace[1:], self.spec.head_dim**-0.5,
+            self.out, self.lse, *workspace[1:], *([] if parts is None else [parts]),
+            self.spec.head_dim**-0.5,
             given.get("soft_cap", 0.0), given.get("window_left", -1), given.get("kept_tokens", 0),
         ]  # fmt: skip
 

@@ -14,8 +14,9 @@ from emulator.attend_batches import FEATURES, LIMIT, Problem, close
 from tq_tvm.kernels.prefill import prefill
 from tq_tvm.spec import CacheSpec
 
-TALL = {"warps": 4, "row_tiles": 2, "tile": 64, "lanes": 4, "registers": 255}
-FLAT = {"warps": 2, "row_tiles": 1, "tile": 32, "lanes": 8, "registers": 255}
+TALL = {"warps": 4, "row_tiles": 2, "tile": 64, "lanes": 4, "registers": 255, "cluster": 0}
+FLAT = {"warps": 2, "row_tiles": 1, "tile": 32, "lanes": 8, "registers": 255, "cluster": 0}
+PARTS = {**FLAT, "cluster": 8}
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), TALL),
     "group6_half": (CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"), FLAT),
@@ -28,6 +29,9 @@ CASES = {
     "int8_mse2": (CacheSpec(64, 4, 1, 16, "bfloat16", "bshd", "int8-mse2-plain-norm"), FLAT),
     "d80": (CacheSpec(80, 4, 1, 8, "bfloat16", "bhsd", "tq33"), FLAT),
     "d192v64": (CacheSpec(192, 4, 2, 64, "float16", "bshd", "none-int4-plain", 64), FLAT),
+    "cluster": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), {**TALL, "cluster": 8}),
+    "cluster_d80": (CacheSpec(80, 4, 1, 8, "float16", "bhsd", "tq33"), PARTS),
+    "cluster_d64v128": (CacheSpec(64, 3, 1, 16, "bfloat16", "bshd", "int8", 128), PARTS),
     "mse3_none": (CacheSpec(64, 4, 2, 32, "float16", "bhsd", "mse3-none-signed-norm"), FLAT),
 }
 
@@ -45,9 +49,11 @@ def compiled(tmp_path_factory):
     return module
 
 
-def run(module, case, features, *, descending=False, **options):
-    problem = Problem(CASES[case][0], FEATURES[features], **options)
-    module["prefill"](*problem.arguments(), descending=descending)
+def run(module, case, features, *, parts=None, descending=False, **options):
+    spec, config = CASES[case]
+    problem = Problem(spec, FEATURES[features], **options)
+    parts = (2 if config["cluster"] else 1) if parts is None else parts
+    module["prefill"](*problem.arguments(parts=parts), descending=descending)
     return problem
 
 
@@ -60,6 +66,13 @@ def test_equals_reference(compiled, case, features):
 @pytest.mark.parametrize("features", [f for f in FEATURES if f not in ("plain", "all")])
 def test_each_feature(compiled, features):
     run(compiled("group4"), "group4", features).check()
+
+
+@pytest.mark.parametrize("parts", [1, 4, 8])
+@pytest.mark.parametrize("features", ["plain", "kept"])
+def test_ctas_of_a_cluster_share_a_block(compiled, parts, features):
+    """Of 200 tokens a part has one tile of 64, or none."""
+    run(compiled("cluster"), "cluster", features, parts=parts).check()
 
 
 def test_large_logits(compiled):

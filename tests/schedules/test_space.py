@@ -241,7 +241,7 @@ def test_an_anchor_becomes_the_kernel_of_its_decisions(function, kind, seed):
     wanted = {
         "decode": splits.launch_keys,
         "attend": splits.attend_launch_keys,
-        "prefill": lambda launch: ("rows",),
+        "prefill": splits.prefill_launch_keys,
     }
     assert set(launch) == set(wanted[function](launch))
     if module.rejected(SPEC, kind, instance.config) is None:

@@ -31,7 +31,7 @@ __all__ = [
 FORMAT = 1
 """Version of the manifest's fields; a library with another one is not loaded."""
 
-ABI = 2
+ABI = 3
 """What calls and kernels agree on: arguments, their order and strides, launch numbers, byte order.
 
 A library with another number is not loaded. It changes with any of them.

@@ -24,7 +24,7 @@ from tq_tvm.ops import (
     mla_decode,
     paged_decode_workspace_size,
 )
-from tq_tvm.served import functions_on, gpus_decode
+from tq_tvm.served import attends_to_one, functions_on, gpus_decode
 from tq_tvm.spec import CacheSpec, RotateSpec, Spec
 
 __all__ = ["Case", "Workload", "make_case", "workloads"]
@@ -167,6 +167,7 @@ def workloads(kind: str) -> list[Workload]:
         *(Workload("decode", spec, 64, 8192) for spec in (*shapes, windowed)),
         *(Workload("attend", _SERVED, 64, 8192, feature=name) for name in ("lse", *_FEATURES)),
         *(Workload("attend", _SERVED, 64, 8192, new_tokens=new) for new in (4, 8)),
+        Workload("attend", _SERVED, 64, 1024, new_tokens=4),
         Workload("attend", windowed, 64, 8192, new_tokens=4),
         *(Workload("attend", mse4, 64, 8192, new_tokens=new) for new in (1, 4, 8)),
         Workload("decode", _SERVED, 64, 4096),
@@ -394,7 +395,9 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     codecs = spec.cache_format.key, spec.cache_format.value
     rings = _rings(spec, batch, device)
     dense = int(lengths.clamp(max=spec.window).sum()) * spec.num_kv_heads
-    by_attend = device.type == "cuda" and not gpus_decode(*codecs, spec.head_dim, spec.value_dim)
+    many = not spec.window and attends_to_one(spec.head_dim, spec.group_size, workload.context)
+    decodes = gpus_decode(*codecs, spec.head_dim, spec.value_dim) and not many
+    by_attend = device.type == "cuda" and not decodes
     return Case(
         call=lambda: cache.decode(
             q, table, lengths, out=out, workspace=workspace, window_slots=rings

@@ -25,6 +25,7 @@ Buffers
     alibi_slopes  [HQ] or [0]                               float32  in
     out           [T, HQ, D]                                dtype    out
     lse           [T, HQ] or [T, 0]                         float32  out
+    num_parts     scalar, CTAs of a cluster, or 1           int32    in
     sm_scale      scalar                                    float32  in
     soft_cap      scalar, 0 for none                        float32  in
     window_left   scalar, -1 for none                       int32    in
@@ -52,6 +53,7 @@ from collections.abc import Mapping
 
 from tvm.tirx import PrimFunc
 
+from tq_tvm.kernels.prefill_cluster import prefill_cluster
 from tq_tvm.kernels.prefill_cuda import PrefillConfig, prefill_cuda
 from tq_tvm.served import check_target
 from tq_tvm.spec import CacheSpec
@@ -62,4 +64,5 @@ __all__ = ["prefill"]
 def prefill(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``prefill`` for a target kind and one value of each decision."""
     check_target("prefill", spec, kind, "prefill")
-    return prefill_cuda(spec, PrefillConfig(**decisions))
+    config = PrefillConfig(**decisions)
+    return prefill_cluster(spec, config) if config.cluster else prefill_cuda(spec, config)

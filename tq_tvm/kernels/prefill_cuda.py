@@ -4,7 +4,8 @@ One launch. A CTA has ``16 row_tiles warps`` rows of a sequence and KV head, see
 the newest tokens first, since they attend to most. It walks the tokens that any of its rows
 attends to, ``tile`` at a time: codes that have arrived become rows of the model's dtype in shared
 memory, once for all warps (`attend_tiles`), while the next tile is on its way; then every warp
-attends to them.
+attends to them. Where that leaves processors idle, the CTAs of a cluster share a block of rows
+(`prefill_cluster`).
 
 Queries are rotated, scaled by ``sm_scale log2 e / sqrt(D)`` and rounded to the model's dtype in
 shared memory at the start. At the end a warp divides its rows by their totals, rotates them back
@@ -17,6 +18,8 @@ decodes 128 values a thread.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
@@ -52,7 +55,7 @@ from tq_tvm.kernels.device import (
 from tq_tvm.kernels.warp_rows import WarpRow, exchange_words, warp_rows
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["PrefillConfig", "PrefillShape", "prefill_cuda"]
+__all__ = ["PrefillConfig", "PrefillShape", "attend_block", "prefill_cuda", "stats_begin"]
 
 _REGISTERS = 65536
 """Registers of an SM."""
@@ -67,6 +70,7 @@ class PrefillConfig:
     tile: int
     lanes: int
     registers: int
+    cluster: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +142,7 @@ def prefill_cuda(spec: CacheSpec, config: PrefillConfig) -> PrimFunc:
         alibi_slopes: T.handle,
         out: T.handle,
         lse: T.handle,
+        num_parts: T.int32,
         sm_scale: T.float32,
         soft_cap: T.float32,
         window_left: T.int32,
@@ -167,7 +172,10 @@ def prefill_cuda(spec: CacheSpec, config: PrefillConfig) -> PrimFunc:
                     options = T.meta_var(
                         Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens)
                     )
-                    _attend(shape, Q, caches, (BT, SL, CU), options, OUT, LSE, b, bx, by, tx)
+                    finish = T.meta_var(functools.partial(_finish, shape, options, OUT, LSE))
+                    attend_block(
+                        shape, Q, caches, (BT, SL, CU), options, b, bx, by, tx, 0, 1, finish
+                    )
 
     return main
 
@@ -206,10 +214,20 @@ def _find_block(shape: PrefillShape, starts, batch, lane, index):
     return found, block
 
 
+def stats_begin(shape: PrefillShape) -> int:
+    """Words of outputs in shared memory, behind which are a bound and a total of each row."""
+    return shape.rows * shape.spec.value_dim
+
+
+def _finish(shape: PrefillShape, options: Options, out, lse, words, output, rows, warp, lane):
+    """A CTA has its rows to itself, and a warp its own."""
+    warp_barrier()
+    _write_rows(shape, output, words, rows, options, out, lse, warp, lane)
+
+
 def _leave_rows(shape: PrefillShape, words, softmax: Softmax, warp, g, t) -> None:
     """A warp's output in shared memory, and behind the CTA's its bounds and totals."""
-    dim = shape.spec.value_dim
-    stats = shape.rows * dim
+    dim, stats = shape.spec.value_dim, stats_begin(shape)
     for at in softmax.places:
         tile, half = at
         for mask in (1, 2):
@@ -240,16 +258,19 @@ def _write_rows(
                 place = row * dim + base + extra
                 ptx("ld.shared.f32", x[i], words.ptr_to([place]))
             for n in range(2):
-                ptx("ld.shared.f32", state[n], words.ptr_to([shape.rows * dim + 2 * row + n]))
+                ptx("ld.shared.f32", state[n], words.ptr_to([stats_begin(shape) + 2 * row + n]))
             place = let(rows.token(row)), let(rows.head(row))
             finish_row(output, x, state[0], state[1], place, options, out, lse, lane)
 
 
-def _attend(
-    shape: PrefillShape, q, caches, tables, options: Options, out, lse, batch, kv_head, index,
-    thread,
+def attend_block(
+    shape: PrefillShape, q, caches, tables, options: Options, batch, kv_head, index, thread, rank,
+    parts, finish: Callable[..., None],
 ) -> None:  # fmt: skip
-    """One CTA."""
+    """One CTA, number ``rank`` of ``parts`` that share a block of rows; they take tiles in turn.
+
+    ``finish`` is called when every warp has left its rows in shared memory.
+    """
     tile, window, kept = shape.config.tile, options.window_left, options.kept_tokens
     block_table, seq_lens, starts = tables
     warp, lane = let(thread // 32), let(thread % 32)
@@ -264,16 +285,19 @@ def _attend(
         rows = RowBlock(shape.spec, shape.rows, sequence, block[0], seq_lens, starts, kv_head)
         seen = rows.seen(options)
         tiles = Tiles(shape.tiles, memory, caches, kv_head, thread, lane)
-        now, ahead, end, near = (local(1, "int32") for _ in range(4))
+        number, now, ahead, end = (local(1, "int32") for _ in range(4))
         store(end, rows.last_position + 1)
         # Tiles between those of the kept tokens and the first in the window are passed over.
-        oldest = T.max(rows.first_position - window, i32(0))
-        store(near, T.Select(window < 0, i32(0), T.truncdiv(oldest, tile) * tile))
+        oldest = T.truncdiv(T.max(rows.first_position - window, i32(0)), tile)
+        before = let(T.truncdiv(kept + (tile - 1), tile))
+        passed = let(T.Select(window < 0, i32(0), T.max(oldest - before, i32(0))))
 
-        def following(first):
-            return T.Select(T.And(first >= kept, first < near[0]), near[0], first)
+        def first_token():
+            """Of the tile by its number among those that are read."""
+            return (number[0] + T.Select(number[0] >= before, passed, i32(0))) * tile
 
-        store(now, following(i32(0)))
+        store(number, rank)
+        store(now, first_token())
         with when(now[0] < end[0]):
             tiles.ask(block_table, sequence, now[0], seen)
         first_row = let(warp * shape.warp.rows)
@@ -285,7 +309,8 @@ def _attend(
         with loop(now[0] < end[0]):
             tiles.arrive()
             barrier()
-            store(ahead, following(now[0] + tile))
+            store(number, number[0] + parts)
+            store(ahead, first_token())
             with when(ahead[0] < end[0]):
                 tiles.ask(block_table, sequence, ahead[0], seen)
             tiles.decode()
@@ -296,5 +321,4 @@ def _attend(
             store(now, ahead[0])
         barrier()
         _leave_rows(shape, words, softmax, warp, g, t)
-        warp_barrier()
-        _write_rows(shape, output, words, rows, options, out, lse, warp, lane)
+        finish(words, output, rows, warp, lane)

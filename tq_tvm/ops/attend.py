@@ -20,7 +20,7 @@ from tq_tvm.ops.workspace import (
     choose_launch,
     choose_prefill,
 )
-from tq_tvm.served import functions_on
+from tq_tvm.served import attends_to_one, functions_on
 from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import attend_floats, workspace_floats
 
@@ -189,9 +189,10 @@ def attend(
     # In a window to the left ``decode`` attends to one run of packed tokens: with no kept ones
     # before it, and no unquantised ones behind.
     one_run = window_left < 0 or (kept_tokens == 0 and not spec.window)
-    if cu_seqlens_q is None and one_run and "decode_featured" in served:
+    seen = context if window_left < 0 else min(context, window_left + 1)
+    many = not spec.window and attends_to_one(spec.head_dim, spec.group_size, seen)
+    if cu_seqlens_q is None and one_run and not many and "decode_featured" in served:
         loaded = load("decode_featured", spec, q.device)
-        seen = context if window_left < 0 else min(context, window_left + 1)
         variant, parts = choose_launch(loaded, spec, batch, seen)
         floats = workspace_floats(spec, batch, parts, variant.launch)
         numbers = (parts, sm_scale, soft_cap, window_left)
@@ -201,11 +202,11 @@ def attend(
             starts, longest = _single_starts(batch, q.device), 1
         features = (starts, *features)
         if chunk is not None:
-            loaded, variant = prefill, chunk
+            loaded, (variant, parts) = prefill, chunk
         else:
             variant, parts = choose_attend_launch(loaded, spec, tokens, batch, context, longest)
             floats = attend_floats(spec, tokens, parts, variant.launch)
-            numbers = (parts, *numbers)
+        numbers = (parts, *numbers)
     if chunk is None:
         if workspace is None:
             scratch = torch.empty(floats, dtype=torch.float32, device=q.device)

@@ -12,7 +12,7 @@ from tq_tvm.ops._attention import NAMES, check_attention
 from tq_tvm.ops._library import call_kernel, destination_op
 from tq_tvm.ops.attend import Features, attend
 from tq_tvm.ops.workspace import as_scratch, choose_launch
-from tq_tvm.served import gpus_decode
+from tq_tvm.served import attends_to_one, gpus_decode
 from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy
 from tq_tvm.splits import workspace_floats
 
@@ -220,10 +220,24 @@ def _attend_plainly(q: torch.Tensor, *others: Any) -> None:
     """One token a sequence: ``decode``, or ``attend`` where a GPU has none."""
     codecs, out = _check.codecs_of(_OP, others[11]), others[6]
     shaped = q.is_cuda and q.ndim and out.ndim
-    if shaped and not gpus_decode(*codecs, q.shape[-1], out.shape[-1]):
+    if shaped and (
+        not gpus_decode(*codecs, q.shape[-1], out.shape[-1]) or _has_many_heads(q, others)
+    ):
         attend(q, *others, *_PLAIN)
     else:
         _decode(q, *others)
+
+
+def _has_many_heads(q: torch.Tensor, others: tuple[Any, ...]) -> bool:
+    """Whether ``attend`` is the faster one on a GPU; not where something is amiss, or windows."""
+    k_cache, table, longest, layout, window = (others[i] for i in (0, 4, 9, 10, 14))
+    if window is not None or not (q.ndim == 3 and k_cache.ndim == 4 and table.ndim == 2):
+        return False
+    size, heads = k_cache.shape[1:3] if layout == "bshd" else k_cache.shape[2:0:-1]
+    context = table.shape[1] * size
+    if longest is not None:
+        context = min(context, longest)
+    return attends_to_one(q.shape[2], q.shape[1] // max(heads, 1), context)
 
 
 def _new_result(q: torch.Tensor, v_cache: torch.Tensor, codec: Codec) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant, load
 from tq_tvm.errors import ArtifactCorruptError
 from tq_tvm.ops import _check
-from tq_tvm.served import check_target, functions_on, gpus_decode
+from tq_tvm.served import attends_to_one, check_target, functions_on, gpus_decode
 from tq_tvm.spec import CacheSpec
 from tq_tvm.splits import (
     attend_launch_keys,
@@ -19,6 +19,8 @@ from tq_tvm.splits import (
     mla_parts,
     most_attend_floats,
     num_parts,
+    prefill_launch_keys,
+    prefill_parts,
     workspace_floats,
 )
 from tq_tvm.targets import as_device
@@ -88,6 +90,8 @@ def paged_decode_workspace_size(
         # Each sequence has a token of ``attend``.
         return 4 * _attend_floats(spec, max(batch, max_tokens or 0), max_context, device)
     most = _decode_floats("decode", spec, batch, max_context, device)
+    if kind == "cuda" and attends_to_one(spec.head_dim, spec.group_size, max_context):
+        most = max(most, _attend_floats(spec, batch, max_context, device))
     if max_tokens is not None:
         most = max(most, _attend_floats(spec, max_tokens, max_context, device))
         if "decode_featured" in functions_on(spec, kind):
@@ -174,14 +178,16 @@ def choose_mla_launch(
 @functools.lru_cache(maxsize=4096)
 def choose_prefill(
     loaded: LoadedFunction, spec: CacheSpec, tokens: int, batch: int, context: int, longest: int
-) -> LoadedVariant | None:
-    """Choose the variant of ``prefill`` for a problem; None where ``attend`` serves it better.
+) -> tuple[LoadedVariant, int] | None:
+    """Choose the variant of ``prefill`` for a problem, and the number of parts.
 
-    ``prefill`` decodes a tile for all rows of a CTA, and does not split the context.
+    None where ``attend`` serves it better: ``prefill`` decodes a tile for all rows of a CTA.
     """
     variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
-    _check_launch(loaded, variant, ("rows",))
-    return variant if longest * spec.group_size >= variant.launch["rows"] else None
+    _check_launch(loaded, variant, prefill_launch_keys(variant.launch))
+    if longest * spec.group_size < variant.launch["rows"]:
+        return None
+    return variant, prefill_parts(spec, tokens, context, variant.launch, loaded.processors)
 
 
 def _check_launch(loaded: LoadedFunction, variant: LoadedVariant, keys: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from tq_tvm.splits import (
     mla_floats,
     mla_parts,
     num_parts,
+    prefill_parts,
     workspace_floats,
 )
 from tq_tvm.targets import processors
@@ -345,7 +346,8 @@ def _attend(workload: Workload, device: torch.device) -> Case:
         inputs = [q, *_arguments(spec, caches), table, lengths, starts, none, none, *window]
         numbers = [scale, 0.0, -1, 0]
         if workload.function == "prefill":
-            return [*inputs, out, lse, *numbers]
+            parts = prefill_parts(spec, tokens, context, launch, processors(device))
+            return [*inputs, out, lse, parts, *numbers]
         parts = attend_parts(spec, tokens, batch, context, launch, processors(device), new)
         floats = attend_floats(spec, tokens, parts, launch)
         workspace = torch.full((floats,), float("nan"), device=device)

@@ -157,10 +157,11 @@ def decision_sizes(
 ) -> dict[str, int] | None:
     """Sizes that say which decisions are on offer, or which are the defaults, on GPUs.
 
-    Of ``attend`` and ``fill``, and of ``decode`` where there are clusters. None elsewhere: all
-    sizes have the same.
+    Of ``attend`` and ``fill``, and of ``decode`` and ``prefill`` where there are clusters. None
+    elsewhere: all sizes have the same.
     """
     if target.kind != "cuda":
         return None
     sized = FUNCTIONS[function] in ("attend", "fill")
-    return shape if sized or (function == "decode" and target.has_clusters) else None
+    clustered = function in ("decode", "prefill") and target.has_clusters
+    return shape if sized or clustered else None
