@@ -1,0 +1,248 @@
+"""Defaults of every space are points of it that there are kernels of, and limits of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+
+from spaces import ATTENTION, MODULES, ON_KIND, SCHEDULED, SPEC, anchor, options
+from tq_tvm.schedules import attend, decode, factories, prefill, rows
+from tq_tvm.schedules.decisions import sampled
+from tvm.s_tir import Schedule
+
+from tq_tvm import schedules
+from tq_tvm.errors import UnsupportedSpecError
+from tq_tvm.served import GPU_DECODE_DIMS
+from tq_tvm.spec import FUNCTIONS, CacheSpec
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("function", "kind"), ON_KIND)
+def test_defaults_are_points_of_the_space(function, kind, head_dim):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim)
+    instance = schedules.instantiate(function, spec, kind, None)
+    offered = options(function, spec, kind)
+    assert not instance.tuned
+    assert list(instance.config) == list(offered)
+    assert all(value in offered[name] for name, value in instance.config.items())
+    kernel = FUNCTIONS[function]
+    if function in ATTENTION:
+        named = MODULES[kernel].defaults(spec, kind)
+        assert MODULES[kernel].rejected(spec, kind, named) is None
+    else:
+        made = (function, kind) not in SCHEDULED
+        named = factories.DEFAULTS[function] if made else MODULES[kernel].DEFAULTS[kind]
+    assert instance.config == named, "no value was replaced"
+
+
+def test_clusters_are_offered_to_short_contexts_alone():
+    """So that what is searched of long ones, and what is filed under it, stays as it is."""
+    short, long = ({"batch": 8, "pages": 8, "table_width": width} for width in (16, 4096))
+    assert decode.is_short(SPEC, short) and not decode.is_short(SPEC, long)
+    assert decode.options(SPEC, "cuda")["cluster"] == [0]
+    assert decode.options(SPEC, "cuda", short=True)["cluster"] == [0, 8, 16]
+    assert decode.digest(SPEC, "cuda") != decode.digest(SPEC, "cuda", short=True)
+    assert "cluster" not in decode.options(SPEC, "llvm", short=True)
+    for sizes in (short, long):
+        sch = Schedule(schedules.search_module("decode", SPEC, "cuda", sizes), seed=1)
+        schedules.space("decode", SPEC, "cuda", sizes)(sch)
+        sampled = [i for i in sch.trace.insts if i.kind.name == "SampleCategorical"]
+        assert [int(n) for n in sampled[-1].attrs[0]] == ([0, 8, 16] if sizes is short else [0])
+
+
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
+@pytest.mark.parametrize("group", [1, 4, 6, 16])
+def test_defaults_of_short_contexts_are_feasible(head_dim, group):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim, num_q_heads=SPEC.num_kv_heads * group)
+    for batch, width in ((1, 16), (64, 16), (1, 2048)):
+        values = decode.defaults(spec, "cuda", {"batch": batch, "pages": 1, "table_width": width})
+        assert decode.rejected(spec, "cuda", values) is None
+        offered = decode.options(spec, "cuda", short=True)
+        assert all(value in offered[name] for name, value in values.items())
+
+
+@pytest.mark.parametrize("function", ["rotate", "decode"])
+def test_a_record_of_the_default_is_not_tuned(function):
+    """Its decisions are those that every call without a record has."""
+    for seed in (None, 1, 2):
+        sch = Schedule(schedules.search_module(function, SPEC, "llvm", None), seed=seed)
+        point = schedules.default if seed is None else schedules.space
+        point(function, SPEC, "llvm")(sch)
+        instance = schedules.instantiate(function, SPEC, "llvm", sch.trace)
+        default = schedules.instantiate(function, SPEC, "llvm", None)
+        assert instance.tuned == (instance.config != default.config) == (seed is not None)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_every_point_of_rotate_fits_a_gpu(head_dim):
+    """A thread for each lane, at most 1024; rows come padded to what a CTA takes."""
+    offered = options("rotate", dataclasses.replace(SPEC, head_dim=head_dim), "cuda")
+    names = ("vector", "rows", "serial")
+    for vector, count, serial in itertools.product(*(offered[name] for name in names)):
+        lanes = head_dim // 4 // vector
+        assert 2 <= lanes <= 32
+        assert lanes * count <= 1024
+        assert rows.ROW_MULTIPLE["cuda"] % (count * serial) == 0
+
+
+@pytest.mark.parametrize(("choices", "taken"), [((4, 8, 16, 32), 16), ((4, 8), 8), ((32, 64), 32)])
+def test_a_value_that_is_not_on_offer(choices, taken):
+    """The nearest below, or the smallest."""
+    sch = Schedule(schedules.search_module("rotate", SPEC, "llvm", None))
+    assert int(sch.get(sampled(sch, {"vector": 16})("vector", choices))) == taken
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kind", ["llvm", "cuda"])
+def test_the_default_decode_is_not_rejected(kind, head_dim):
+    spec = dataclasses.replace(SPEC, head_dim=head_dim)
+    assert decode.rejected(spec, kind, decode.DEFAULTS[kind]) is None
+    schedules.candidate(anchor(spec, kind, decode.DEFAULTS[kind]))
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 16])
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
+@pytest.mark.parametrize("name", ["k4v2", "tq22", "tq32", "tq44"])
+def test_defaults_of_decode_fit_a_gpu(name, head_dim, group):
+    """Of formats that share lines of memory among heads, too."""
+    spec = dataclasses.replace(
+        SPEC, format=name, head_dim=head_dim, num_q_heads=2 * group, num_kv_heads=2
+    )
+    values, offered = decode.defaults(spec, "cuda"), decode.options(spec, "cuda")
+    assert decode.rejected(spec, "cuda", values) is None
+    assert all(value in offered[name] for name, value in values.items())
+
+
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
+def test_what_never_fits_is_not_offered(head_dim):
+    offered = decode.options(dataclasses.replace(SPEC, head_dim=head_dim), "cuda")
+    assert offered["abreast"] == ([1] if head_dim == 512 else [1, 2, 4])
+    assert max(offered["warps"]) == {256: 4, 512: 1}.get(head_dim, 8)
+
+
+@pytest.mark.parametrize("sizes", [None, {"batch": 1, "table_width": 1}])
+def test_rows_of_two_warps_have_short_tiles(sizes):
+    """At every size, in the form with clusters, too."""
+    values = decode.defaults(dataclasses.replace(SPEC, head_dim=512), "cuda", sizes)
+    assert (values["tile"], values["query_in_shared"], values["warps"]) == (32, 0, 1)
+    assert (values["cluster"] > 0) == (sizes is not None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "decisions", "reason"),
+    [
+        (CacheSpec(256, 4, 2), {"abreast": 2}, "static shared memory exceed 49152"),
+        (CacheSpec(64, 8, 8), {"warps": 8, "abreast": 4}, "1024 threads of a CTA exceed 512"),
+    ],
+    ids=lambda p: getattr(p, "label", None),
+)
+def test_infeasible_decisions(spec, decisions, reason):
+    config = {**decode.DEFAULTS["cuda"], **decisions}
+    assert reason in decode.rejected(spec, "cuda", config)
+    with pytest.raises(UnsupportedSpecError, match=reason) as error:
+        schedules.candidate(anchor(spec, "cuda", config))
+    assert str(config) in str(error.value)
+
+
+@pytest.mark.parametrize("dims", [(512, None), (128, 512), (512, 128)])
+@pytest.mark.parametrize("name", ["k4v2", "tq44", "int8", "fp8", "none", "mse3-int4-plain-norm"])
+def test_warps_that_share_tiles_are_a_cta(name, dims):
+    """Two have 512 outputs between them; with fewer each has all."""
+    spec = CacheSpec(dims[0], 4, 2, format=name, head_dim_v=dims[1])
+    config = attend.defaults(spec, "cuda")
+    assert attend.rejected(spec, "cuda", config) is None
+    offered = attend.options(spec, "cuda")
+    assert set(config) == set(offered)
+    shared = spec.value_dim == 512
+    assert offered["warps"] == ([2] if shared else attend.OPTIONS["cuda"]["warps"])
+    assert "lanes" not in config or config["lanes"] in offered["lanes"]
+    if shared:
+        assert config["warps"] == 2
+        # 16 rows of 32 x 8 outputs are half of a lane's registers.
+        reason = attend.rejected(spec, "cuda", config | {"row_tiles": 2})
+        assert "outputs exceed a lane's registers" in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "heads", "warps", "abreast", "tile"),
+    [
+        ("tq44", 128, 32, 4, 2, 32),
+        ("mse2-mse4-signed-matched", 128, 32, 4, 2, 32),
+        ("tq43", 128, 32, 2, 2, 32),
+        ("tq43", 128, 64, 4, 1, 64),
+        ("mse2-mse3-signed-matched", 128, 32, 4, 2, 64),
+        ("tq22", 128, 32, 4, 2, 64),
+        ("k4v2", 128, 32, 4, 1, 64),
+        ("k4v2", 64, 32, 2, 2, 32),
+        # Two heads of 256 values exceed shared memory.
+        ("tq44", 256, 32, 4, 1, 64),
+    ],
+)
+def test_defaults_by_codec(name, head_dim, heads, warps, abreast, tile):
+    config = decode.defaults(CacheSpec(head_dim, heads, 8, format=name), "cuda")
+    assert (config["warps"], config["abreast"], config["tile"]) == (warps, abreast, tile)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "context", "warps"),
+    [
+        ("tq43", 64, 1024, 4),
+        ("tq43", 256, 512, 2),
+        ("tq44", 256, 512, 2),
+        ("tq44", 64, 8192, 4),
+        ("k4v2", 256, 512, 4),
+    ],
+)
+def test_defaults_by_size(name, batch, context, warps):
+    sizes = {"batch": batch, "pages": batch * context // 64, "table_width": context // 64}
+    assert decode.defaults(CacheSpec(128, 32, 8, format=name), "cuda", sizes)["warps"] == warps
+
+
+def test_a_cpu_rejects_nothing():
+    points = itertools.product(*decode.OPTIONS["llvm"].values())
+    configs = [dict(zip(decode.OPTIONS["llvm"], point, strict=True)) for point in points]
+    assert [decode.rejected(SPEC, "llvm", config) for config in configs] == [None] * 36
+
+
+def sizes_of(batch, context, queries=1):
+    """Of a batch in pages of 64."""
+    pages = {"pages": batch * context // 64, "table_width": context // 64}
+    return {"tokens": batch * queries, "batch": batch, **pages}
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "sizes", "wanted"),
+    [
+        ("k4v2", 128, (64, 8192, 4), (8, 1, 64)),
+        ("k4v2", 128, (64, 1024, 4), (8, 1, 32)),
+        ("k4v2", 128, (64, 8192, 8), (8, 2, 16)),
+        ("tq42", 128, (64, 8192, 8), (8, 2, 32)),
+        ("k4v2", 256, (64, 8192, 4), (8, 1, 16)),
+        ("int8", 128, (64, 8192, 4), (4, 1, 16)),
+        ("k4v2", 96, (64, 8192, 4), (4, 1, 32)),
+    ],
+)
+def test_defaults_of_attend_by_size(name, head_dim, sizes, wanted):
+    """Warps, row tiles and tokens of a tile."""
+    spec = CacheSpec(head_dim, 32, 8, format=name)
+    config = attend.defaults(spec, "cuda", sizes_of(*sizes))
+    assert tuple(config[key] for key in ("warps", "row_tiles", "tile")) == wanted
+    assert attend.rejected(spec, "cuda", config) is None
+
+
+def test_clusters_share_rows_where_there_are_any():
+    """Sizes are given on GPUs with clusters; what is filed under the kernel is of both forms."""
+    assert prefill.defaults(SPEC, "cuda")["cluster"] == 0
+    sizes = sizes_of(1, 32768, 512)
+    config = prefill.defaults(SPEC, "cuda", sizes)
+    assert config["cluster"] == 8
+    assert prefill.options(SPEC, "cuda")["cluster"] == [0]
+    assert prefill.options(SPEC, "cuda", sizes)["cluster"] == [8]
+    assert "cluster" in prefill.launch(SPEC, "cuda", config)
+    assert list(prefill.launch(SPEC, "cuda", prefill.defaults(SPEC, "cuda"))) == ["rows"]
+    instance = schedules.instantiate("prefill", SPEC, "cuda", None, sizes)
+    assert instance.config == config and not instance.tuned
