@@ -8,11 +8,11 @@ from rows import rows
 from specs import CPU_SPECS
 
 from tq_tvm import PagedKVCache, ops, reference
-from tq_tvm.bench.cases import workloads
 from tq_tvm.bench.host import host_costs
 from tq_tvm.bench.results import Row
 from tq_tvm.bench.steps import fill_steps, rotate_steps
 from tq_tvm.bench.table import table
+from tq_tvm.bench.workloads import workloads
 from tq_tvm.spec import RotateSpec
 
 CPU = torch.device("cpu")

@@ -14,11 +14,11 @@ from specs import CPU_SPECS
 
 from tq_tvm.bench import peers
 from tq_tvm.bench.baseline import Peer
-from tq_tvm.bench.cases import Workload
 from tq_tvm.bench.results import read_rows, write_rows
 from tq_tvm.bench.roofline import draw
 from tq_tvm.bench.run import run_rows
 from tq_tvm.bench.table import all_tables, compare_tables, headline, table
+from tq_tvm.bench.workloads import Workload
 from tq_tvm.errors import ArgumentValueError
 
 SPEC = CPU_SPECS[-1]

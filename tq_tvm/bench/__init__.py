@@ -1,1 +1,1 @@
-"""Times of the calls: `timing` says how, `cases` what, `run` measures, `table` shows."""
+"""Times of calls: `workloads` and `cases` say what, `timing` how; `run` measures, `table` shows."""

@@ -1,4 +1,4 @@
-"""Time the rows of `tq_tvm.bench.cases`: tuned, default, baselines and peers in turn."""
+"""Time the rows of `tq_tvm.bench.workloads`: tuned, default, baselines and peers in turn."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from tq_tvm import env, ops
 from tq_tvm._version import __version__
 from tq_tvm.artifacts import load
 from tq_tvm.bench.baseline import Baseline
-from tq_tvm.bench.cases import Workload, make_case
+from tq_tvm.bench.cases import make_case
 from tq_tvm.bench.results import Row
 from tq_tvm.bench.timing import capture, copy_tb_per_s, time_us
+from tq_tvm.bench.workloads import Workload
 from tq_tvm.errors import ArtifactNotFoundError
 from tq_tvm.targets import cpu_threads, driver_version
 

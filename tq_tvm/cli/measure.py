@@ -62,11 +62,11 @@ def bench(
     """Time the calls beside torch on dense data; missing libraries are built where TVM is."""
     from tqdm import tqdm
 
-    from tq_tvm.bench import cases, results, run, table
+    from tq_tvm.bench import results, run, table, workloads
 
     where = as_device("bench", device)
     target = detect(where)
-    rows = [w for w in cases.workloads(target.kind) if w.kernel in (kernels or KERNELS)]
+    rows = [w for w in workloads.workloads(target.kind) if w.kernel in (kernels or KERNELS)]
     if only:
         labels = {w: table.describe(w.kernel, w.describe()) for w in rows}
         rows = [w for w in rows if any(text in labels[w] for text in only)]
@@ -76,7 +76,7 @@ def bench(
                 f"got {', '.join(only)}; name another part"
             )
     older = results.read_rows(json_path) if only and json_path and json_path.exists() else []
-    for spec in cases.specs(rows):
+    for spec in workloads.specs(rows):
         _ensure_library(spec, target, {row.kernel for row in rows if row.spec == spec})
     bar = tqdm(total=len(rows), unit="row", disable=None)
     done: list[results.Row] = []
