@@ -155,7 +155,9 @@ def paged_decode(
     of the call: all its queries read them so.
 
     On a GPU the weights of V have 15 bits, from the largest softmax weight times the largest norm
-    of V: where norms differ by less than 30 times, the error is that of rounding the output.
+    of V: where norms differ by less than 30 times, the error is that of rounding the output. Those
+    of several query tokens, and of one in a group of more than 8 heads over 2048 tokens and more,
+    are float16.
 
     Page numbers and lengths have to be inside the cache and the table, ``cu_seqlens_q`` must not
     fall, and a sequence must have as many tokens as queries, or none. On the CPU this is checked;
