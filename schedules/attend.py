@@ -33,7 +33,7 @@ overlap           the second launch begins before the first is done
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tq_tvm.schedules import decode
 from tq_tvm.schedules.anchors import annotate, end_points, hash_points
@@ -56,12 +56,20 @@ __all__ = [
     "apply",
     "defaults",
     "digest",
+    "fitted",
     "lane_options",
     "launch",
+    "limit_of",
     "options",
     "rejected",
     "unfit",
 ]
+
+_SHORTEST = 16
+"""Tokens of a tile, at least."""
+
+_STATIC_SHARED = 2048
+"""Most static shared memory of these kernels."""
 
 _OUTPUT = 2 * 256
 """Row tiles times columns: half as many registers of a lane are its output."""
@@ -100,7 +108,8 @@ DEFAULTS = {
 def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
     """The hand-picked decisions of a spec: `DEFAULTS`, but for rows and tiles of some on GPUs.
 
-    With ``sizes`` those of a batch, whose sequences may have more than 16 rows of queries.
+    With ``sizes`` those of a batch, whose sequences may have more than 16 rows of queries, on a GPU
+    whose CTAs have ``shared_bytes``.
 
     A CTA of eight warps has an SM to itself, and half as many pieces to merge as two of four have:
     43 us of 70 at 16 x 4096 of 32/8 heads, 69 of 90 at 64 x 1024, 70 of 93 at 1 x 131072 and 250 of
@@ -134,6 +143,27 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     if not _looks_up(spec):
         # Rows that are not packed much take shared memory, which so many warps wait for.
         values.update(tile=16, lanes=DIRECT_LANES)
+    return fitted(values, parts, lambda tried: rejected(spec, kind, tried, limit_of(sizes)))
+
+
+def limit_of(sizes: Mapping[str, int] | None) -> int:
+    """Shared memory of a CTA: that of a GPU which sizes are given of, or Hopper's."""
+    return SHARED_BYTES if sizes is None else sizes.get("shared_bytes", SHARED_BYTES)
+
+
+def fitted(
+    values: dict[str, int], least: int, reason: Callable[[dict[str, int]], str | None]
+) -> dict[str, int]:
+    """Decisions that there is no reason against: fewer warps, at least some, then shorter tiles."""
+    tile = values["tile"]
+    while tile >= _SHORTEST:
+        warps = values["warps"]
+        while warps >= least:
+            tried = values | {"warps": warps, "tile": tile}
+            if reason(tried) is None:
+                return tried
+            warps //= 2
+        tile //= 2
     return values
 
 
@@ -172,12 +202,14 @@ def apply(sch: Schedule, function: str, spec: CacheSpec, kind: str, decide: Deci
     annotate(sch, options(spec, kind), decide)
 
 
-def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
-    """Why a point of the space is not worth compiling, or None."""
+def rejected(
+    spec: CacheSpec, kind: str, config: dict[str, int], limit: int = SHARED_BYTES
+) -> str | None:
+    """Why a point of the space is not worth compiling, or None; CTAs have ``limit`` bytes."""
     if kind != "cuda":
         return None
     shape = AttendShape(spec, AttendConfig(**config))
-    return unfit(shape.tiles, 4 * shape.memory_words, shape.rows)
+    return unfit(shape.tiles, 4 * shape.memory_words, shape.rows, limit)
 
 
 def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:
@@ -195,10 +227,10 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
     return {"ctas_per_sm": 1, "split_tokens": 64, "block_tokens": tokens}
 
 
-def unfit(tiles: TileShape, shared_bytes: int, rows: RowShape) -> str | None:
+def unfit(tiles: TileShape, shared_bytes: int, rows: RowShape, limit: int) -> str | None:
     """Why a tensor-core kernel over decoded tiles cannot be, or None."""
-    if shared_bytes > SHARED_BYTES:
-        return f"{shared_bytes} bytes of shared memory exceed {SHARED_BYTES}"
+    if shared_bytes + _STATIC_SHARED > limit:
+        return f"{shared_bytes} bytes of shared memory exceed {limit - _STATIC_SHARED}"
     if rows.row_tiles * rows.columns >= _OUTPUT:
         return f"{rows.rows} rows of {rows.columns} outputs exceed a lane's registers"
     if tiles.tile * tiles.lanes < tiles.threads:

@@ -20,10 +20,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tq_tvm.schedules.anchors import annotate, end_points, hash_points
-from tq_tvm.schedules.attend import lane_options, unfit
+from tq_tvm.schedules.attend import fitted, lane_options, limit_of, unfit
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
+from tq_tvm.kernels.device import SHARED_BYTES
 from tq_tvm.kernels.prefill import prefill
 from tq_tvm.kernels.prefill_cuda import PrefillConfig, PrefillShape
 from tq_tvm.spec import CacheSpec
@@ -50,26 +51,33 @@ DEFAULTS = {
 
 
 def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """The hand-picked decisions of a spec; ``sizes`` stand for a GPU that has clusters."""
+    """The hand-picked decisions of a spec; ``sizes`` as of `options`."""
     values = dict(DEFAULTS[kind])
-    if sizes is not None:
-        values["cluster"] = _CLUSTER
+    values["cluster"] = _cluster_of(sizes)
     if max(spec.head_dim, spec.value_dim) > 128:
         values["row_tiles"] = 1
-    return values
+    return fitted(values, 1, lambda tried: rejected(spec, kind, tried, limit_of(sizes)))
+
+
+def _cluster_of(sizes: Mapping[str, int] | None) -> int:
+    return _CLUSTER if sizes is not None and "clusters" in sizes else 0
 
 
 def options(
     spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None
 ) -> dict[str, list[int]]:
-    """What each decision may be for a spec; ``sizes`` as of `defaults`."""
+    """What each decision may be for a spec.
+
+    ``sizes`` may say that a GPU has ``clusters``, and how many ``shared_bytes`` a CTA of it has.
+    """
     offered = {**OPTIONS[kind], "lanes": lane_options(spec, OPTIONS[kind]["lanes"])}
-    return offered if sizes is None else {**offered, "cluster": [_CLUSTER]}
+    return {**offered, "cluster": [_cluster_of(sizes)]}
 
 
 def digest(spec: CacheSpec, kind: str) -> str:
     """What the kernels of today are, see `anchors.hash_points`: with clusters and without."""
-    points = (*end_points(options(spec, kind)), *end_points(options(spec, kind, {})))
+    clustered = options(spec, kind, {"clusters": 1})
+    points = (*end_points(options(spec, kind)), *end_points(clustered))
     return hash_points(prefill, (spec, kind), points)
 
 
@@ -81,10 +89,12 @@ def apply(
     annotate(sch, options(spec, kind, sizes), decide)
 
 
-def rejected(spec: CacheSpec, kind: str, config: dict[str, int]) -> str | None:
-    """Why a point of the space is not worth compiling, or None."""
+def rejected(
+    spec: CacheSpec, kind: str, config: dict[str, int], limit: int = SHARED_BYTES
+) -> str | None:
+    """Why a point of the space is not worth compiling, or None; CTAs have ``limit`` bytes."""
     shape = PrefillShape(spec, PrefillConfig(**config))
-    return unfit(shape.tiles, 4 * shape.memory_words, shape.warp)
+    return unfit(shape.tiles, 4 * shape.memory_words, shape.warp, limit)
 
 
 def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]:

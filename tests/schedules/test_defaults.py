@@ -16,8 +16,10 @@ from tvm.s_tir import Schedule
 
 from tq_tvm import schedules
 from tq_tvm.errors import UnsupportedSpecError
-from tq_tvm.served import GPU_DECODE_DIMS
+from tq_tvm.served import GPU_DECODE_DIMS, functions_on
 from tq_tvm.spec import FUNCTIONS, CacheSpec
+from tq_tvm.targets import get_target
+from tq_tvm.tuning.workloads import decision_sizes
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -235,9 +237,9 @@ def test_defaults_of_attend_by_size(name, head_dim, sizes, wanted):
 
 
 def test_clusters_share_rows_where_there_are_any():
-    """Sizes are given on GPUs with clusters; what is filed under the kernel is of both forms."""
+    """Sizes say so; what is filed under the kernel is of both forms."""
     assert prefill.defaults(SPEC, "cuda")["cluster"] == 0
-    sizes = sizes_of(1, 32768, 512)
+    sizes = {**sizes_of(1, 32768, 512), "clusters": 1}
     config = prefill.defaults(SPEC, "cuda", sizes)
     assert config["cluster"] == 8
     assert prefill.options(SPEC, "cuda")["cluster"] == [0]
@@ -246,3 +248,29 @@ def test_clusters_share_rows_where_there_are_any():
     assert list(prefill.launch(SPEC, "cuda", prefill.defaults(SPEC, "cuda"))) == ["rows"]
     instance = schedules.instantiate("prefill", SPEC, "cuda", None, sizes)
     assert instance.config == config and not instance.tuned
+
+
+@pytest.mark.parametrize("name", ["nvidia_l4", "nvidia_a100", "nvidia_h100"])
+@pytest.mark.parametrize("dims", [(64, None), (128, None), (192, None), (256, None), (512, 128)])
+@pytest.mark.parametrize("format", ["k4v2", "tq44", "int8", "none"])
+def test_defaults_fit_the_shared_memory_of_a_gpu(name, dims, format):
+    """An L4's CTA has 99 KiB, an H100's 227."""
+    target, spec = get_target(name), CacheSpec(dims[0], 32, 8, format=format, head_dim_v=dims[1])
+    limit = target.attrs["max_shared_memory_per_block"]
+    for function, queries in (("attend", 1), ("attend", 8), ("prefill", 512)):
+        if function not in functions_on(spec, "cuda"):
+            continue
+        sizes = decision_sizes(function, sizes_of(64, 8192, queries), target)
+        config = MODULES[function].defaults(spec, "cuda", sizes)
+        assert MODULES[function].rejected(spec, "cuda", config, limit) is None
+        launch = schedules.instantiate(function, spec, "cuda", None, sizes).launch
+        assert launch.get("shared_bytes", 0) < limit
+
+
+def test_a_gpu_of_less_shared_memory_has_fewer_warps():
+    spec = CacheSpec(128, 32, 8)
+    for module, warps in ((attend, 4), (prefill, 4)):
+        sizes = sizes_of(64, 8192, 8)
+        small, large = ({**sizes, "shared_bytes": kib * 1024} for kib in (99, 227))
+        assert module.defaults(spec, "cuda", large)["warps"] == 8
+        assert module.defaults(spec, "cuda", small)["warps"] == warps

@@ -157,11 +157,13 @@ def decision_sizes(
 ) -> dict[str, int] | None:
     """Sizes that say which decisions are on offer, or which are the defaults, on GPUs.
 
-    Of ``attend`` and ``fill``, and of ``decode`` and ``prefill`` where there are clusters. None
-    elsewhere: all sizes have the same.
+    Of ``fill``, of ``decode`` where there are clusters, and of ``attend`` and ``prefill``, for
+    which they also say what the GPU has. None elsewhere: all sizes have the same.
     """
     if target.kind != "cuda":
         return None
-    sized = FUNCTIONS[function] in ("attend", "fill")
-    clustered = function in ("decode", "prefill") and target.has_clusters
-    return shape if sized or clustered else None
+    if function in ("attend", "prefill"):
+        has = {"shared_bytes": target.attrs["max_shared_memory_per_block"]}
+        return {**shape, **has, **({"clusters": 1} if target.has_clusters else {})}
+    sized = FUNCTIONS[function] == "fill" or (function == "decode" and target.has_clusters)
+    return shape if sized else None
