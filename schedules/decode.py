@@ -120,6 +120,9 @@ _YOUNGER = {"cluster": 0}
 """Decisions that older records lack, and what these had."""
 
 _STATIC_SHARED = 48 * 1024
+_LEAST_SHARED = 99 * 1024
+"""Shared memory of a CTA of any GPU here that has no clusters: of an L4, or a GeForce card."""
+
 _THREADS = 512
 
 
@@ -180,6 +183,8 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
         # Two heads of more than 4 queries, or of 256 values, exceed shared memory.
         if wanted and rejected(spec, kind, values | others) is None:
             values |= others
+    if sizes is None and sum(decode_shared_bytes(spec, DecodeConfig(**values))) > _LEAST_SHARED:
+        values["tile"] = 32
     return values
 
 

@@ -180,8 +180,8 @@ def test_warps_that_share_tiles_are_a_cta(name, dims):
         ("tq22", 128, 32, 4, 2, 64),
         ("k4v2", 128, 32, 4, 1, 64),
         ("k4v2", 64, 32, 2, 2, 32),
-        # Two heads of 256 values exceed shared memory.
-        ("tq44", 256, 32, 4, 1, 64),
+        # Two heads of 256 values exceed shared memory, and tiles of 64 that of small GPUs.
+        ("tq44", 256, 32, 4, 1, 32),
     ],
 )
 def test_defaults_by_codec(name, head_dim, heads, warps, abreast, tile):
@@ -265,6 +265,17 @@ def test_defaults_fit_the_shared_memory_of_a_gpu(name, dims, format):
         assert MODULES[function].rejected(spec, "cuda", config, limit) is None
         launch = schedules.instantiate(function, spec, "cuda", None, sizes).launch
         assert launch.get("shared_bytes", 0) < limit
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 16])
+@pytest.mark.parametrize("head_dim", GPU_DECODE_DIMS)
+@pytest.mark.parametrize("format", ["k4v2", "tq22", "tq43", "tq44", "mse2-mse4-signed-matched"])
+def test_defaults_of_decode_fit_the_smallest_gpu(format, head_dim, group):
+    """Without sizes, which GPUs with clusters are given."""
+    spec = CacheSpec(head_dim, 8 * group, 8, format=format)
+    config = decode.DecodeConfig(**decode.defaults(spec, "cuda"))
+    limit = get_target("nvidia_l4").attrs["max_shared_memory_per_block"]
+    assert sum(decode.decode_shared_bytes(spec, config)) <= limit
 
 
 def test_a_gpu_of_less_shared_memory_has_fewer_warps():
