@@ -11,7 +11,7 @@ tile              tokens decoded and attended to between two barriers, against s
 lanes             as of ``attend``
 registers         the most a thread may have: more CTAs on an SM, against spills
 cluster           0, or where there are clusters the most CTAs that share a block of rows
-                  (`tq_tvm.kernels.prefill_cluster`): one choice each, a call decides how many
+                  (`tq_tvm.kernels.prefill_merge`): one choice each, a call decides how many
 ================  ==================================================================
 """
 
@@ -26,7 +26,7 @@ from tvm.s_tir import Schedule
 
 from tq_tvm.kernels.device import SHARED_BYTES
 from tq_tvm.kernels.prefill import prefill
-from tq_tvm.kernels.prefill_cuda import PrefillConfig, PrefillShape
+from tq_tvm.kernels.prefill_shape import PrefillConfig, PrefillShape
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["DEFAULTS", "OPTIONS", "apply", "defaults", "digest", "launch", "options", "rejected"]

@@ -53,8 +53,8 @@ from collections.abc import Mapping
 
 from tvm.tirx import PrimFunc
 
-from tq_tvm.kernels.prefill_cluster import prefill_cluster
-from tq_tvm.kernels.prefill_cuda import PrefillConfig, prefill_cuda
+from tq_tvm.kernels.prefill_cuda import prefill_cuda
+from tq_tvm.kernels.prefill_shape import PrefillConfig
 from tq_tvm.served import check_target
 from tq_tvm.spec import CacheSpec
 
@@ -64,5 +64,4 @@ __all__ = ["prefill"]
 def prefill(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``prefill`` for a target kind and one value of each decision."""
     check_target("prefill", spec, kind, "prefill")
-    config = PrefillConfig(**decisions)
-    return prefill_cluster(spec, config) if config.cluster else prefill_cuda(spec, config)
+    return prefill_cuda(spec, PrefillConfig(**decisions))

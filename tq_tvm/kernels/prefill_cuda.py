@@ -5,7 +5,7 @@ the newest tokens first, since they attend to most. It walks the tokens that any
 attends to, ``tile`` at a time: codes that have arrived become rows of the model's dtype in shared
 memory, once for all warps (`attend_tiles`), while the next tile is on its way; then every warp
 attends to them. Where that leaves processors idle, the CTAs of a cluster share a block of rows
-(`prefill_cluster`).
+(`prefill_merge`).
 
 Queries are rotated, scaled by ``sm_scale log2 e / sqrt(D)`` and rounded to the model's dtype in
 shared memory at the start. At the end a warp divides its rows by their totals, rotates them back
@@ -17,9 +17,7 @@ decodes 128 values a thread.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable
+import contextlib
 
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
@@ -29,13 +27,11 @@ from tq_tvm.kernels import pages
 from tq_tvm.kernels.attend_rows import (
     Options,
     RowBlock,
-    RowShape,
     Softmax,
     attend_tile,
-    finish_row,
     load_queries,
 )
-from tq_tvm.kernels.attend_tiles import TileMemory, Tiles, TileShape
+from tq_tvm.kernels.attend_tiles import TileMemory, Tiles
 from tq_tvm.kernels.device import (
     FULL_WARP,
     barrier,
@@ -43,83 +39,18 @@ from tq_tvm.kernels.device import (
     let,
     local,
     loop,
-    ptx,
     shared_dynamic,
     shuffle,
-    shuffle_xor,
     store,
     u32,
-    warp_barrier,
     when,
 )
-from tq_tvm.kernels.warp_rows import WarpRow, exchange_words, warp_rows
+from tq_tvm.kernels.prefill_merge import leave_rows, merge_cluster, write_rows
+from tq_tvm.kernels.prefill_shape import PrefillConfig, PrefillShape
+from tq_tvm.kernels.warp_rows import exchange_words, warp_rows
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["PrefillConfig", "PrefillShape", "attend_block", "prefill_cuda", "stats_begin"]
-
-_REGISTERS = 65536
-"""Registers of an SM."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillConfig:
-    """The decisions of one kernel; ``schedules/prefill.py`` says what each one trades."""
-
-    warps: int
-    row_tiles: int
-    tile: int
-    lanes: int
-    registers: int
-    cluster: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PrefillShape:
-    """Static sizes."""
-
-    spec: CacheSpec
-    config: PrefillConfig
-
-    @property
-    def threads(self) -> int:
-        """Threads of a CTA."""
-        return 32 * self.config.warps
-
-    @property
-    def ctas_per_sm(self) -> int:
-        """CTAs that hold an SM to the decided number of registers."""
-        return max(1, _REGISTERS // (self.threads * self.config.registers))
-
-    @property
-    def warp(self) -> RowShape:
-        """A warp's rows."""
-        return RowShape(self.spec, self.config.row_tiles, self.config.tile)
-
-    @property
-    def tiles(self) -> TileShape:
-        """Tiles, a CTA's."""
-        return TileShape(self.spec, self.config.tile, self.threads, self.config.lanes)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a CTA."""
-        return self.config.warps * self.warp.rows
-
-    @property
-    def packed(self) -> int:
-        """Words in front of packed tiles: queries, and K and V of the model's dtype."""
-        return self.rows * self.warp.row_words + self.tiles.dense_words
-
-    @property
-    def memory_words(self) -> int:
-        """Words of dynamic shared memory."""
-        return self.exchange + self.config.warps * exchange_words(self.spec)
-
-    @property
-    def exchange(self) -> int:
-        """Words in front of rows that lanes exchange; at the end all are for the output."""
-        output = self.rows * (self.spec.value_dim + 2)
-        return max(self.packed + 2 * self.tiles.packed_words, output)
+__all__ = ["prefill_cuda"]
 
 
 def prefill_cuda(spec: CacheSpec, config: PrefillConfig) -> PrimFunc:
@@ -165,19 +96,30 @@ def prefill_cuda(spec: CacheSpec, config: PrefillConfig) -> PrimFunc:
         AL = T.match_buffer(alibi_slopes, (ha,), "float32", align=4)
         OUT = T.match_buffer(out, (n, heads, spec.value_dim), dtype, align=16)
         LSE = T.match_buffer(lse, (n, hl), "float32", strides=[T.int64(), T.int64(1)], align=4)
-        for by in T.thread_binding(n * group // rows + b, thread="blockIdx.y"):
-            for bx in T.thread_binding(kv_heads, thread="blockIdx.x"):
-                for tx in T.thread_binding(shape.threads, thread="threadIdx.x"):
-                    T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm})
-                    options = T.meta_var(
-                        Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens)
-                    )
-                    finish = T.meta_var(functools.partial(_finish, shape, options, OUT, LSE))
-                    attend_block(
-                        shape, Q, caches, (BT, SL, CU), options, b, bx, by, tx, 0, 1, finish
-                    )
+        options = T.meta_var(Options(SK, AL, sm_scale, soft_cap, window_left, kept_tokens))
+        tables = T.meta_var((BT, SL, CU))
+        _launch(shape, n * group // rows + b, num_parts, Q, caches, tables, options, OUT, LSE, b)
 
     return main
+
+
+def _launch(shape: PrefillShape, blocks, parts, *arguments) -> None:
+    """Bind CTAs and threads; with clusters a row of the grid is one of ``parts`` CTAs."""
+    heads, clustered = shape.spec.num_kv_heads, shape.config.cluster > 0
+    with contextlib.ExitStack() as grid:
+
+        def bind(extent, thread: str):
+            return grid.enter_context(I.thread_binding(0, extent, thread=thread))
+
+        index = bind(blocks, "blockIdx.z" if clustered else "blockIdx.y")
+        kv_head = bind(heads, "blockIdx.y" if clustered else "blockIdx.x")
+        rank, count = 0, 1
+        if clustered:
+            bind(parts, "clusterCtaIdx.x")
+            rank, count = bind(parts, "blockIdx.x"), parts
+        thread = bind(shape.threads, "threadIdx.x")
+        grid.enter_context(T.attr({"tirx.launch_bounds_min_blocks_per_sm": shape.ctas_per_sm}))
+        _attend(shape, *arguments, kv_head, index, thread, rank, count)
 
 
 def _find_block(shape: PrefillShape, starts, batch, lane, index):
@@ -214,63 +156,11 @@ def _find_block(shape: PrefillShape, starts, batch, lane, index):
     return found, block
 
 
-def stats_begin(shape: PrefillShape) -> int:
-    """Words of outputs in shared memory, behind which are a bound and a total of each row."""
-    return shape.rows * shape.spec.value_dim
-
-
-def _finish(shape: PrefillShape, options: Options, out, lse, words, output, rows, warp, lane):
-    """A CTA has its rows to itself, and a warp its own."""
-    warp_barrier()
-    _write_rows(shape, output, words, rows, options, out, lse, warp, lane)
-
-
-def _leave_rows(shape: PrefillShape, words, softmax: Softmax, warp, g, t) -> None:
-    """A warp's output in shared memory, and behind the CTA's its bounds and totals."""
-    dim, stats = shape.spec.value_dim, stats_begin(shape)
-    for at in softmax.places:
-        tile, half = at
-        for mask in (1, 2):
-            other = shuffle_xor(softmax.total[at], mask)
-            store(softmax.total, softmax.total[at] + other, *at)
-        row = let(warp * shape.warp.rows + (16 * tile + 8 * half) + g)
-        for octet in range(dim // 8):
-            for e in range(2):
-                place = row * dim + (8 * octet + e) + 2 * t
-                value = softmax.output[tile, octet, 2 * half + e]
-                ptx("st.shared.f32", words.ptr_to([place]), value)
-        with when(t == 0):
-            for n, value in enumerate((softmax.bound[at], softmax.total[at])):
-                ptx("st.shared.f32", words.ptr_to([stats + 2 * row + n]), value)
-
-
-def _write_rows(
-    shape: PrefillShape, output: WarpRow, words, rows: RowBlock, options: Options, out, lse, warp,
-    lane,
+def _attend(
+    shape: PrefillShape, q, caches, tables, options: Options, out, lse, batch, kv_head, index,
+    thread, rank, parts,
 ) -> None:  # fmt: skip
-    """Finish what `_leave_rows` left of the warp's rows."""
-    dim, count = output.dim, output.row_values
-    x, state = local(count, "float32"), local(2, "float32")
-    with I.serial(0, shape.warp.rows) as turn:
-        row = let(warp * shape.warp.rows + turn)
-        with when(rows.exists(row)):
-            for i, base, extra in output.places(lane):
-                place = row * dim + base + extra
-                ptx("ld.shared.f32", x[i], words.ptr_to([place]))
-            for n in range(2):
-                ptx("ld.shared.f32", state[n], words.ptr_to([stats_begin(shape) + 2 * row + n]))
-            place = let(rows.token(row)), let(rows.head(row))
-            finish_row(output, x, state[0], state[1], place, options, out, lse, lane)
-
-
-def attend_block(
-    shape: PrefillShape, q, caches, tables, options: Options, batch, kv_head, index, thread, rank,
-    parts, finish: Callable[..., None],
-) -> None:  # fmt: skip
-    """One CTA, number ``rank`` of ``parts`` that share a block of rows; they take tiles in turn.
-
-    ``finish`` is called when every warp has left its rows in shared memory.
-    """
+    """One CTA, number ``rank`` of ``parts`` that share a block of rows; they take tiles in turn."""
     tile, window, kept = shape.config.tile, options.window_left, options.kept_tokens
     block_table, seq_lens, starts = tables
     warp, lane = let(thread // 32), let(thread % 32)
@@ -320,5 +210,9 @@ def attend_block(
             attend_tile(shape.warp, words, 0, tiles, softmax, first_row, lane, now[0], masked)
             store(now, ahead[0])
         barrier()
-        _leave_rows(shape, words, softmax, warp, g, t)
-        finish(words, output, rows, warp, lane)
+        leave_rows(shape, words, softmax, warp, g, t)
+        left = (shape, output, words, rows, options, out, lse, warp, lane)
+        if shape.config.cluster:
+            merge_cluster(*left, rank, parts)
+        else:
+            write_rows(*left)
