@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tvm
-from tq_tvm.schedules import attend, decode, fill, flatten, mla, prefill, rotate
+from tq_tvm.schedules import decode
 from tq_tvm.schedules.decisions import sampled
 from tvm.s_tir import Schedule
 
@@ -34,15 +34,7 @@ FEATURED = "decode_featured"
 ROW_KERNELS = [name for name in FUNCTIONS if name not in (*ATTENTION, FEATURED, "mla")]
 # A GPU's fill and flatten are made by a factory, see test_factories.py.
 SCHEDULED = [*((name, "llvm") for name in ROW_KERNELS), ("rotate", "cuda")]
-MODULES = {
-    "rotate": rotate,
-    "fill": fill,
-    "flatten": flatten,
-    "decode": decode,
-    "attend": attend,
-    "prefill": prefill,
-    "mla": mla,
-}
+MODULES = schedules._SPACES
 ON_GPU = [name for name in functions_on(SPEC, "cuda") if name != FEATURED]
 ON_CPU = functions_on(SPEC, "llvm")
 ON_KIND = [*((name, "llvm") for name in ON_CPU), *((name, "cuda") for name in ON_GPU)]

@@ -19,11 +19,7 @@ NEEDED = {"tq_tvm.ops.rotate": RotateSpec(128, "float32")}
 def _modules() -> list[str]:
     """Those of the package that load without the compiler and have examples."""
     names = [info.name for info in pkgutil.walk_packages(tq_tvm.__path__, "tq_tvm.")]
-    return [n for n in names if importlib.util.find_spec(n) and ">>> " in _text(n)]
-
-
-def _text(name: str) -> str:
-    return importlib.util.find_spec(name).loader.get_source(name) or ""
+    return [n for n in names if ">>> " in importlib.util.find_spec(n).loader.get_source(n)]
 
 
 @pytest.mark.parametrize("name", _modules())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.formats import Codec
-from tq_tvm.spec import FUNCTIONS, RotateSpec, Spec
+from tq_tvm.spec import FUNCTIONS, CacheSpec, RotateSpec, Spec
 
 __all__ = [
     "GPU_DECODE_DIMS",
@@ -74,18 +74,17 @@ def gpus_decode(key: Codec, value: Codec, head_dim: int, value_dim: int) -> bool
     return dims and tables and (value.bits != 3 or head_dim >= 128)
 
 
-def attends_to_one(head_dim: int, group_size: int, context: int) -> bool:
+def attends_to_one(spec: CacheSpec, context: int) -> bool:
     """Whether GPUs give ``attend`` what ``decode`` has a kernel for: one query a sequence.
 
     ``context`` is the most tokens of a sequence, in a window if there is one. ``decode`` reads and
     decodes K and V for 8 query heads of a group at a time, of 4 where head_dim is 256; ``attend``
-    for 16 at a time, but it begins and ends later. An H100, k4v2, 16 query heads for each of 8 KV
-    heads: 338 us and 250 at 64 x 8192, 92 and 70 at 1 x 131072, 52 and 43 at 16 x 4096, 23 and 22
-    at 8 x 2048; but 69 and 68 at 64 x 1024, 188 and 219 at 256 x 512.
+    for 16 at a time, but it begins and ends later. An H100, k4v2, 8 KV heads: ``decode`` takes 338
+    us at 64 x 8192 with 16 query heads for each, ``attend`` 248; 92, 52, 23, 69 and 188 at
+    1 x 131072, 16 x 4096, 8 x 2048, 64 x 1024 and 256 x 512, where ``attend`` of as many rows, 4
+    query tokens of 4 heads, takes 70, 43, 22, 65 and 213.
     """
-    if head_dim > 256 or context < _LONG:
-        return False
-    return group_size > 8
+    return spec.group_size > 8 and spec.head_dim <= 256 and context >= _LONG and not spec.window
 
 
 def check_target(op: str, spec: Spec, kind: str, function: str | None = None) -> None:

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from tq_tvm import paged_decode
+from tq_tvm import CacheSpec, paged_decode
 
 CALLS = importlib.import_module("tq_tvm.ops.decode")
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Names of what was called."""
+    """Names of what was called: ``attend``, or the kernel of ``_decode``."""
     names = []
-    for name in ("attend", "_decode"):
-        monkeypatch.setattr(CALLS, name, lambda *args, name=name: names.append(name))
+    variant = SimpleNamespace(launch={"ctas_per_sm": 1, "split_tokens": 64})
+
+    def checked(tensors, layout, *rest):
+        """Tensors of shapes alone have no addresses to check."""
+        q, k_cache = tensors[:2]
+        heads = k_cache.shape[2 if layout == "bshd" else 1]
+        return CacheSpec(q.shape[2], q.shape[1], heads, 64, "bfloat16", layout), tensors
+
+    for name, does in {
+        "_loaded": {},
+        "_check_arguments": checked,
+        "load": lambda *args: None,
+        "choose_launch": lambda *args: (variant, 1),
+        "call_kernel": lambda *args: names.append("_decode"),
+        "attend": lambda *args: names.append("attend"),
+    }.items():
+        monkeypatch.setattr(CALLS, name, does)
     return names
 
 
@@ -29,6 +45,7 @@ def call(heads, kv_heads, pages, *, layout="bshd", dim=128, **options):
     def new(*shape, dtype=torch.bfloat16):
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
+    CALLS._loaded.clear()
     with FakeTensorMode():
         codes = [new(*rows, width, dtype=torch.uint8) for width in (dim // 2, dim // 4)]
         metas = [new(*rows, count) for count in (2, 1)]

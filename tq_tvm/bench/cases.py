@@ -258,8 +258,8 @@ def _decode(workload: Workload, device: torch.device) -> Case:
     codecs = spec.cache_format.key, spec.cache_format.value
     rings = _rings(spec, batch, device)
     dense = int(lengths.clamp(max=spec.window).sum()) * spec.num_kv_heads
-    many = not spec.window and attends_to_one(spec.head_dim, spec.group_size, workload.context)
-    decodes = gpus_decode(*codecs, spec.head_dim, spec.value_dim) and not many
+    decodes = gpus_decode(*codecs, spec.head_dim, spec.value_dim)
+    decodes = decodes and not attends_to_one(spec, workload.context)
     by_attend = device.type == "cuda" and not decodes
     return Case(
         call=lambda: cache.decode(

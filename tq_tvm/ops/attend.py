@@ -190,8 +190,8 @@ def attend(
     # before it, and no unquantised ones behind.
     one_run = window_left < 0 or (kept_tokens == 0 and not spec.window)
     seen = context if window_left < 0 else min(context, window_left + 1)
-    many = not spec.window and attends_to_one(spec.head_dim, spec.group_size, seen)
-    if cu_seqlens_q is None and one_run and not many and "decode_featured" in served:
+    alone = cu_seqlens_q is None and one_run and "decode_featured" in served
+    if alone and not attends_to_one(spec, seen):
         loaded = load("decode_featured", spec, q.device)
         variant, parts = choose_launch(loaded, spec, batch, seen)
         floats = workspace_floats(spec, batch, parts, variant.launch)

@@ -219,27 +219,13 @@ def paged_decode(
 
 
 def _attend_plainly(q: torch.Tensor, *others: Any) -> None:
-    """One token a sequence: ``decode``, or ``attend`` where a GPU has none."""
+    """One token a sequence: ``decode``, or ``attend`` where a GPU has no kernel of it."""
     codecs, out = _check.codecs_of(_OP, others[11]), others[6]
     shaped = q.is_cuda and q.ndim and out.ndim
-    if shaped and (
-        not gpus_decode(*codecs, q.shape[-1], out.shape[-1]) or _has_many_heads(q, others)
-    ):
+    if shaped and not gpus_decode(*codecs, q.shape[-1], out.shape[-1]):
         attend(q, *others, *_PLAIN)
     else:
         _decode(q, *others)
-
-
-def _has_many_heads(q: torch.Tensor, others: tuple[Any, ...]) -> bool:
-    """Whether ``attend`` is the faster one on a GPU; not where something is amiss, or windows."""
-    k_cache, table, longest, layout, window = (others[i] for i in (0, 4, 9, 10, 14))
-    if window is not None or not (q.ndim == 3 and k_cache.ndim == 4 and table.ndim == 2):
-        return False
-    size, heads = k_cache.shape[1:3] if layout == "bshd" else k_cache.shape[2:0:-1]
-    context = table.shape[1] * size
-    if longest is not None:
-        context = min(context, longest)
-    return attends_to_one(q.shape[2], q.shape[1] // max(heads, 1), context)
 
 
 def _new_result(q: torch.Tensor, v_cache: torch.Tensor, codec: Codec) -> torch.Tensor:
@@ -300,6 +286,13 @@ def _decode(
         return
     if max_seq_len is not None:
         context = max(min(context, max_seq_len), 1)
+    if q.is_cuda and attends_to_one(spec, context):
+        others: tuple[Any, ...] = (
+            workspace, sm_scale, max_seq_len, layout, policy, k_scale, v_scale,
+            k_window, v_window, window_slots,
+        )  # fmt: skip
+        attend(*arguments, *others, *_PLAIN)
+        return
     variant, parts = choose_launch(loaded, spec, shape[0], context)
     floats = workspace_floats(spec, shape[0], parts, variant.launch)
     if workspace is None:

@@ -90,7 +90,7 @@ def paged_decode_workspace_size(
         # Each sequence has a token of ``attend``.
         return 4 * _attend_floats(spec, max(batch, max_tokens or 0), max_context, device)
     most = _decode_floats("decode", spec, batch, max_context, device)
-    if kind == "cuda" and attends_to_one(spec.head_dim, spec.group_size, max_context):
+    if kind == "cuda" and attends_to_one(spec, max_context):
         most = max(most, _attend_floats(spec, batch, max_context, device))
     if max_tokens is not None:
         most = max(most, _attend_floats(spec, max_tokens, max_context, device))
