@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tq_tvm.errors import UnsupportedSpecError
-from tq_tvm.served import check_target, functions_on
+from tq_tvm.served import attends_to_one, check_target, functions_on
 from tq_tvm.spec import CacheSpec, RotateSpec
 from tq_tvm.targets import get_target
 
@@ -110,3 +110,18 @@ def test_gpus_attend_where_they_do_not_decode(dims):
     assert without == {"decode", "decode_featured"}
     with pytest.raises(UnsupportedSpecError, match=r"one head_dim of 64, 128, 256, .* for decode"):
         check_target("op", spec, "cuda", "decode")
+
+
+@pytest.mark.parametrize(
+    ("changes", "context", "attended"),
+    [
+        ({}, 1 << 20, False),
+        ({"num_q_heads": 72}, 2048, True),
+        ({"num_q_heads": 72}, 2047, False),
+        ({"num_q_heads": 72, "window": 16}, 8192, False),
+        ({"num_q_heads": 72, "head_dim": 256}, 8192, True),
+        ({"num_q_heads": 72, "head_dim": 512}, 8192, False),
+    ],
+)
+def test_one_query_of_many_heads_is_attended_to(changes, context, attended):
+    assert attends_to_one(dataclasses.replace(SPEC, **changes), context) == attended
