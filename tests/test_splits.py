@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import specs, untimed
@@ -18,6 +19,7 @@ from tq_tvm.splits import (
     num_splits,
     prefill_launch_keys,
     prefill_parts,
+    prefills,
     workspace_floats,
 )
 
@@ -190,3 +192,25 @@ def test_parts_of_known_chunks():
     assert prefill_parts(SPEC, 512, 32768, {"rows": 256}, 132) == 1
     assert set(prefill_launch_keys(PREFILL)) == set(PREFILL)
     assert prefill_launch_keys({"rows": 256}) == ("rows",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "batch", "context", "wanted"),
+    [
+        (64, 1024, 64, 8192, True),  # 419 us, attend 845 (H100, k4v2)
+        (64, 512, 64, 8192, False),  # half full
+        (64, 256, 16, 4096, True),
+        (64, 16, 1, 8192, False),  # few CTAs: 30 us, attend 27
+        (64, 16, 1, 131072, False),
+        (128, 32, 1, 131072, True),
+        (128, 128, 1, 32768, True),
+        (128, 2048, 1, 32768, True),
+        (128, 15, 1, 32768, False),
+    ],
+)
+def test_prefill_where_its_ctas_are_full_and_many(rows, tokens, batch, context, wanted):
+    launch = {**PREFILL, "rows": rows, "ctas_per_sm": 2 if rows == 64 else 1}
+    assert prefills(SPEC, tokens, context, tokens // batch, launch, 132) is wanted
+    without = {"rows": rows}
+    assert prefills(SPEC, 1 << 16, context, 1 << 16, without, 132)
+    assert not prefills(SPEC, 1, context, 1, without, 132)

@@ -278,6 +278,10 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str | None]]] = [
         _result("emulated::shift_right({0}(emulated::word({a})), emulated::word({b}))"),
     ),
     (r"mul\.lo\.[us]32", _result("emulated::word({a}) * emulated::word({b})")),
+    (
+        r"mul\.wide\.s32",
+        _result("(int64_t)(int32_t)emulated::word({a}) * (int32_t)emulated::word({b})"),
+    ),
     (r"mul\.hi\.([us]32)", _result("emulated::multiply_high<{0}>({a}, {b})")),
     (
         r"mad\.lo\.[us]32",

@@ -17,7 +17,20 @@ from tq_tvm.spec import CacheSpec
 TALL = {"warps": 4, "row_tiles": 2, "tile": 64, "lanes": 4, "registers": 255, "cluster": 0}
 FLAT = {"warps": 2, "row_tiles": 1, "tile": 32, "lanes": 8, "registers": 255, "cluster": 0}
 PARTS = {**FLAT, "cluster": 8}
+ONE = {
+    "multipliers": 1, "decoders": 4, "tile": 64, "places": 2, "lanes": 2, "registers": 168,
+    "cluster": 8,
+}  # fmt: skip
+TWO = {**ONE, "multipliers": 2, "places": 3, "registers": 184}
 CASES = {
+    "together": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), ONE),
+    "together_half": (CacheSpec(128, 6, 1, 16, "float16", "bhsd", "tq33"), TWO),
+    "together_d64": (CacheSpec(64, 71, 1, 8, "bfloat16", "bshd", "tq44"), {**TWO, "lanes": 4}),
+    "together_int8": (CacheSpec(64, 8, 2, 64, "float16", "bshd", "int8"), {**ONE, "lanes": 8}),
+    "together_d64v128": (
+        CacheSpec(64, 4, 2, 64, "bfloat16", "bhsd", "fp8-int4-plain", 128),
+        {**TWO, "multipliers": 3, "lanes": 8, "registers": 144},
+    ),
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), TALL),
     "group6_half": (CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"), FLAT),
     "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), FLAT),
@@ -63,16 +76,18 @@ def test_equals_reference(compiled, case, features):
     run(compiled(case), case, features).check()
 
 
+@pytest.mark.parametrize("case", ["group4", "together"])
 @pytest.mark.parametrize("features", [f for f in FEATURES if f not in ("plain", "all")])
-def test_each_feature(compiled, features):
-    run(compiled("group4"), "group4", features).check()
+def test_each_feature(compiled, case, features):
+    run(compiled(case), case, features).check()
 
 
+@pytest.mark.parametrize("case", ["cluster", "together"])
 @pytest.mark.parametrize("parts", [1, 4, 8])
 @pytest.mark.parametrize("features", ["plain", "kept"])
-def test_ctas_of_a_cluster_share_a_block(compiled, parts, features):
+def test_ctas_of_a_cluster_share_a_block(compiled, case, parts, features):
     """Of 200 tokens a part has one tile of 64, or none."""
-    run(compiled("cluster"), "cluster", features, parts=parts).check()
+    run(compiled(case), case, features, parts=parts).check()
 
 
 def test_large_logits(compiled):

@@ -250,6 +250,43 @@ def test_clusters_share_rows_where_there_are_any():
     assert instance.config == config and not instance.tuned
 
 
+@pytest.mark.parametrize(
+    ("spec", "sizes", "wanted"),
+    [
+        (SPEC, (1, 32768, 512), 2),
+        (CacheSpec(128, 32, 8), (64, 8192, 16), 1),
+        (CacheSpec(128, 32, 8), (64, 8192, 17), 2),
+        (CacheSpec(64, 8, 8, format="int8"), (1, 8192, 64), 1),
+        (CacheSpec(128, 32, 8, format="none"), (1, 8192, 512), None),
+        (CacheSpec(256, 32, 8), (1, 8192, 512), None),
+        (CacheSpec(96, 32, 8), (1, 8192, 512), None),
+    ],
+)
+def test_warpgroups_multiply_packed_rows_of_at_most_128_values(spec, sizes, wanted):
+    """On Hopper: one where it has all rows of a sequence."""
+    hopper = {**sizes_of(*sizes), "clusters": 1, "wgmma": 1}
+    config = prefill.defaults(spec, "cuda", hopper)
+    assert config.get("multipliers") == wanted
+    assert prefill.rejected(spec, "cuda", config) is None
+    assert set(config) == set(prefill.options(spec, "cuda", hopper))
+    others = {**sizes_of(*sizes), "clusters": 1}
+    assert "warps" in prefill.defaults(spec, "cuda", others)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"places": 7}, "bytes of shared memory"),
+        ({"decoders": 8}, "256 threads exceed 2 lanes"),
+        ({"registers": 136}, "136 registers are fewer"),
+        ({"multipliers": 3}, "threads that decode"),
+    ],
+)
+def test_what_warpgroups_cannot_have_is_rejected(changed, reason):
+    config = prefill.defaults(SPEC, "cuda", {**sizes_of(1, 32768, 512), "wgmma": 1})
+    assert reason in prefill.rejected(SPEC, "cuda", config | changed)
+
+
 @pytest.mark.parametrize("name", ["nvidia_l4", "nvidia_a100", "nvidia_h100"])
 @pytest.mark.parametrize("dims", [(64, None), (128, None), (192, None), (256, None), (512, 128)])
 @pytest.mark.parametrize("format", ["k4v2", "tq44", "int8", "none"])

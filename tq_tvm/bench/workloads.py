@@ -134,6 +134,8 @@ def workloads(kind: str) -> list[Workload]:
         Workload("attend", _SERVED, 64, 32768, feature="window of 4096"),
         Workload("prefill", _SERVED, 1, 32768, new_tokens=2048),
         Workload("prefill", _SERVED, 1, 32768, new_tokens=512),
+        Workload("prefill", _SERVED, 4, 2048, new_tokens=2048),
+        Workload("prefill", _SERVED, 64, 8192, new_tokens=16),
         Workload("prefill", mse4, 1, 32768, new_tokens=2048),
         Workload("fill", _SERVED, 64, 8192),
         Workload("fill", _SERVED, 8, 2048),

@@ -165,10 +165,14 @@ class _SharedWalk:
             self._shape.rows, query, self._words, 0, q, rows, first, count, self._lane, scale
         )
 
+    def begin(self, table, sequence, span, index, seen) -> None:
+        self._tiles.find_pages(table, sequence, span.first_token(index), seen)
+        self.ask(table, sequence, span, index, seen)
+
     def ask(self, table, sequence, span, index, seen) -> None:
         self._tiles.ask(table, sequence, span.first_token(index), seen)
-
-    begin = ask
+        after = let(span.first_token(index + self._shape.teams))
+        self._tiles.find_pages(table, sequence, after, seen)
 
     def start(self) -> None:
         """Rows have their unit."""

@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.dense_rows import dense_row_words
-from tq_tvm.kernels.device import access, let, local, ptx, store, u32, when
+from tq_tvm.kernels.device import access, i32, let, local, ptx, store, u32, when
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES, DirectRow
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
 
-__all__ = ["DirectSide", "Seen", "Side", "TileMemory", "TileShape", "as_register"]
+__all__ = ["DirectSide", "Seen", "Side", "Step", "TileMemory", "TileShape", "as_register"]
 
 _HALF = 64
 """Bytes that `DIRECT_LANES` read at a time, half of what the banks have."""
+
+_BLOCK_WORDS = 32
+"""Of 64 values, whose eight chunks are exchanged."""
 
 
 def as_register(value):
@@ -38,13 +42,15 @@ def as_register(value):
 class TileShape:
     """Static sizes: ``tile`` tokens, the threads that work on them, and lanes that decode a row.
 
-    The lanes are those of Lloyd-Max codecs; others have `DIRECT_LANES`.
+    The lanes are those of Lloyd-Max codecs; others have `DIRECT_LANES`. Rows are whole, or
+    ``blocked`` as `wgmma` reads them: 64 values of every row, then the next 64.
     """
 
     spec: CacheSpec
     tile: int
     threads: int
     lanes: int
+    blocked: bool = False
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -54,6 +60,15 @@ class TileShape:
     def row_words(self, side: int) -> int:
         """Words of a row of the model's dtype."""
         return dense_row_words(self.dims[side])
+
+    def row_step(self, side: int) -> int:
+        """Words from 64 values of a row to those of the next row."""
+        return _BLOCK_WORDS if self.blocked else self.row_words(side)
+
+    @property
+    def block_step(self) -> int:
+        """Words from 64 values of a row to its next 64."""
+        return self.tile * _BLOCK_WORDS if self.blocked else _BLOCK_WORDS
 
     @property
     def sides(self) -> tuple[Codec, Codec]:
@@ -80,6 +95,10 @@ class TileShape:
         """Words of K and V of the model's dtype, where they are decoded."""
         decoded = [side for side in range(2) if self.sides[side].packed]
         return sum(self.tile * self.row_words(side) for side in decoded)
+
+
+Step = tuple[Callable[[], None], Callable[[], None]]
+"""What reads the codes of a thread's row, and what writes their values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +150,27 @@ class Side:
             self._metas, self._meta_stride = pages.flat(meta), self._stride(meta)
             # Threads behind those that read a scale of K read one of V.
             self._own = let((thread + number * tile) % shape.threads)
-            self._meta = local(1, "uint32")
+            self._scaled = let(self._own % tile)
+            self._meta, self._wanted = local(1, "uint32"), local(1, "uint32")
+            self._short = local(1, "uint16")
+        self._place_rows()
+
+    def _place_rows(self) -> None:
+        """Which row and part of it this thread decodes first, and where its values go."""
+        lanes = self._shape.lanes
+        self._abreast = self._shape.threads // lanes
+        self._decoded = as_register(self._thread // lanes)
+        self._part = as_register(self._thread % lanes)
+        bytes_ = self.dim * self.codec.plane_bits[0] // 8 // lanes
+        self._written = self._word_of(self._decoded, self._part * bytes_)
+
+    def _word_of(self, row, coordinate):
+        """Where a coordinate of a row is, in words from the tile's first row on."""
+        shape = self._shape
+        chunk = T.truncdiv(coordinate, 8)
+        turned = T.bitwise_xor(T.truncmod(chunk, 8), T.truncmod(row, 8))
+        at = row * shape.row_step(self._number) + T.truncdiv(chunk, 8) * shape.block_step
+        return as_register(at + turned * 4 + T.truncmod(T.truncdiv(coordinate, 2), 4))
 
     @staticmethod
     def _stride(argument):
@@ -143,18 +182,20 @@ class Side:
         """First element of the row of this head at an offset of a page."""
         _, head_rows = pages.row_strides(self._shape.spec)
         inside = self._head * head_rows * elements + offset * (self._apart * elements)
-        return T.cast(page, "int64") * T.cast(stride[0], "int64") + T.cast(inside, "int64")
+        start = local(1, "int64")
+        ptx("mul.wide.s32", start[0], page, stride[0])
+        return start[0] + T.cast(inside, "int64")
 
     @property
     def _apart(self) -> int:
         """Rows from a token of a page to the next."""
         return pages.row_strides(self._shape.spec)[0]
 
-    def ask(self, table, sequence, first, seen: Seen, packed) -> None:
-        """Begin to copy the rows from token ``first`` on.
+    def ask(self, table, sequence, first, seen: Seen, packed, page) -> None:
+        """Begin to copy the rows from token ``first`` on, of ``page`` where they are of one.
 
-        Of tokens that no row of the block sees, codes are whatever is there, and scales are zeros,
-        or without scales the codes; their pages are not looked up.
+        Of tokens that no row of the block sees, codes are whatever is there, and scales will be
+        zeros, or without scales the codes; pages of such tokens alone are not looked up.
         """
         shape, tile, size = self._shape, self._shape.tile, self._shape.spec.page_size
         shift = size.bit_length() - 1
@@ -163,8 +204,7 @@ class Side:
         if count:
             strides.append((count, self._meta_stride))
         if tile <= size:
-            page = as_register(table[sequence, T.shift_right(first, shift)])
-            offset = as_register(T.bitwise_and(first, size - 1))
+            offset = as_register(T.bitwise_and(first, size - 1)) if tile < size else i32(0)
             bases = [let(self._base(page, offset, n, stride)) for n, stride in strides]
 
             def source(row, number: int):
@@ -183,15 +223,15 @@ class Side:
         self._copy(lambda row: source(row, 0), first, seen, packed)
         if not count:
             return
-        store(self._meta, u32(0))
-        with when(T.And(self._own < tile, seen.includes(first + self._own))):
-            at = self._metas.ptr_to([source(self._own, 1)])
-            if count == 2:
-                ptx("ld.global.nc.u32", self._meta[0], at)
-            else:
-                short = local(1, "uint16")
-                ptx("ld.global.nc.u16", short[0], at)
-                store(self._meta, T.cast(short[0], "uint32"))
+        # Without a branch, which all that follows would wait for: threads that have no scale read
+        # one, too.
+        token = let(first + self._scaled)
+        store(self._wanted, T.Select(seen.includes(token), u32(0xFFFFFFFF), u32(0)))
+        at = self._metas.ptr_to([source(self._scaled, 1)])
+        if count == 2:
+            ptx("ld.global.nc.u32", self._meta[0], at)
+        else:
+            ptx("ld.global.nc.u16", self._short[0], at)
 
     def _copy(self, source, first, seen: Seen, packed) -> None:
         """Begin to copy codes; ``source`` is the first element of a row."""
@@ -220,48 +260,59 @@ class Side:
         """Put the scales where `decode` reads them."""
         if not self.codec.meta:
             return
+        found = self._meta[0]
+        if len(self.codec.meta) == 1:
+            found = T.cast(self._short[0], "uint32")
         with when(self._own < self._shape.tile):
             to = self._memory.metas[self._number] + packed + self._own
-            ptx("st.shared.u32", self._memory.words.ptr_to([to]), self._meta[0])
+            place = self._memory.words.ptr_to([to])
+            ptx("st.shared.u32", place, T.bitwise_and(found, self._wanted[0]))
 
-    def decode(self, packed) -> None:
-        """Rows of the model's dtype from codes and scales."""
+    def steps(self, packed, moved) -> Iterator[Step]:
+        """What makes rows of the model's dtype of codes and scales, step by step.
+
+        The rows are ``moved`` words behind their first place. Step by step a thread's rows differ
+        by a number of rows, a power of two, so its addresses differ by a constant, and what is
+        exchanged by an exclusive or with one.
+        """
         shape, memory = self._shape, self._memory
-        words, begin = memory.words, memory.dense[self._number]
-        abreast = shape.threads // shape.lanes
-        part = as_register(self._thread % shape.lanes)
-        for turn in range(shape.tile // abreast):
-            row = as_register(turn * abreast + self._thread // shape.lanes)
+        words = memory.words
+        written = as_register(memory.dense[self._number] + self._written + moved)
+        # Words are the unit of the buffer; codes may begin inside one.
+        view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
+        for before in range(0, shape.tile, self._abreast):
             coded = CodedRow(self.dim, shape.spec.dtype, self.codec, shape.lanes, "ld.shared")
-            codes = as_register(memory.codes[self._number] + packed + row * (self._elements // 4))
-            # Words are the unit of the buffer; codes may begin inside one.
-            view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
-            coded.read_codes(
-                lambda at, codes=codes, view=view: view.ptr_to([4 * codes + T.cast(at, "int32")]),
-                part,
-            )
-            at = memory.metas[self._number] + packed + row
-            ptx("ld.shared.u32", coded.meta[0], words.ptr_to([at]))
-            for first, line in coded.lines(part):
-                self._write(begin, row, first, line)
 
-    def _write(self, begin, row, first, line) -> None:
-        """Write words of a row from coordinate ``first`` on, chunk by chunk."""
+            def read(before=before, coded=coded):
+                row = as_register(before + self._decoded)
+                codes = as_register(
+                    memory.codes[self._number] + packed + row * (self._elements // 4)
+                )
+                coded.read_codes(
+                    lambda at: view.ptr_to([4 * codes + T.cast(at, "int32")]), self._part
+                )
+                at = memory.metas[self._number] + packed + row
+                ptx("ld.shared.u32", coded.meta[0], words.ptr_to([at]))
+
+            def write(before=before, coded=coded):
+                for first, line in coded.lines(0):
+                    self._write(written, before, first, line)
+
+            yield read, write
+
+    def _write(self, written, row: int, first: int, line) -> None:
+        """Write words of two values, which lane 0 of row 0 has ``first`` coordinates later."""
         shape, words = self._shape, self._memory.words
         for i in range(0, len(line), 4):
-            count = min(4, len(line) - i)
-            word = as_register(T.truncdiv(first, 2) + i)
-            chunk = T.bitwise_xor(T.truncdiv(word, 4), T.truncmod(row, 8))
-            at = begin + row * shape.row_words(self._number) + chunk * 4 + T.truncmod(word, 4)
-            access("st.shared", line[i : i + count], words.ptr_to([as_register(at)]))
+            chunk = first // 8 + i // 4
+            turned = (chunk ^ row) % 8 * 4
+            at = T.bitwise_xor(written, turned) if turned else written
+            at = at + (row * shape.row_step(self._number) + chunk // 8 * shape.block_step)
+            access("st.shared", line[i : i + 4], words.ptr_to([at]))
 
 
 class DirectSide(Side):
-    """The same of a direct codec: what differs from thread to thread is worked out once.
-
-    Turn by turn a thread's rows differ by a number of rows, a power of two, so its addresses differ
-    by a constant, and what is exchanged by an exclusive or with one.
-    """
+    """The same of a direct codec."""
 
     def __init__(
         self, shape: TileShape, memory: TileMemory, number: int, cache, meta, head, thread
@@ -272,31 +323,36 @@ class DirectSide(Side):
             self._scale = local(1, "float32")
             store(self._scale, meta.buffer[0])
         self._row_words = self._elements * self._width // 4
-        self._exchanged = self.codec.packed and self._elements >= 2 * _HALF
         # Copying: a chunk of a row.
         chunks = self._row_words // 4
         self._copied = shape.threads // chunks
         row, chunk = thread // chunks, thread % chunks
         self._row = as_register(row)
         self._from = as_register(row * (self._apart * self._elements) + chunk * (16 // self._width))
-        if self._exchanged:
+        if self._swapped:
             chunk = T.bitwise_xor(chunk, row % 2 * (_HALF // 16))
         elif not self.codec.packed:
             chunk = T.bitwise_xor(chunk, row % 8)
         self._to = as_register(row * self._row_words + chunk * 4)
+
+    def _place_rows(self) -> None:
         if not self.codec.packed:
             return
-        # Decoding: pieces of a row, in bytes, and where their values go, in words.
-        self._abreast = shape.threads // DIRECT_LANES
-        row, part = thread // DIRECT_LANES, thread % DIRECT_LANES
+        # Pieces of a row, in bytes.
+        self._abreast = self._shape.threads // DIRECT_LANES
+        row, part = self._thread // DIRECT_LANES, self._thread % DIRECT_LANES
         self._decoded = as_register(row)
-        self._piece = min(8, self._elements // DIRECT_LANES)
-        own = row * self._elements + part * self._piece
-        turned = row % 2 * _HALF if self._exchanged else 0
+        piece = min(8, self._elements // DIRECT_LANES)
+        self._apart_pieces = DIRECT_LANES * piece
+        own = row * self._elements + part * piece
+        turned = row % 2 * _HALF if self._swapped else 0
         self._read = [as_register(own + turned), as_register(own + (_HALF - turned))]
-        word = part * (self._piece // 2)
-        chunk = T.bitwise_xor(T.truncdiv(word, 4), row % 8)
-        self._written = as_register(row * shape.row_words(number) + chunk * 4 + T.truncmod(word, 4))
+        self._written = self._word_of(row, part * piece)
+
+    @property
+    def _swapped(self) -> bool:
+        """Whether halves of codes are exchanged."""
+        return self.codec.packed and self._elements >= 2 * _HALF
 
     def _copy(self, source, first, seen: Seen, packed) -> None:
         shape, tile = self._shape, self._shape.tile
@@ -330,34 +386,33 @@ class DirectSide(Side):
                 with when(self._row + turn * self._copied < tile):
                     copy(turn)
 
-    def decode(self, packed) -> None:
-        """Rows of the model's dtype from codes and scales."""
+    def steps(self, packed, moved) -> Iterator[Step]:
+        """As of `Side`."""
         shape, memory, words = self._shape, self._memory, self._memory.words
         # Words are the unit of the buffer; codes may begin inside one.
         view = T.decl_buffer((1 << 20,), "uint8", data=words.data, scope="shared.dyn")
         codes = 4 * (memory.codes[self._number] + packed)
         reads = [as_register(codes + at) for at in self._read]
         metas = as_register(memory.metas[self._number] + packed + self._decoded)
-        written = as_register(memory.dense[self._number] + self._written)
+        written = as_register(memory.dense[self._number] + self._written + moved)
         scale = None if self._scale is None else self._scale[0]
-        for turn in range(shape.tile // self._abreast):
-            row = turn * self._abreast
+        for row in range(0, shape.tile, self._abreast):
             coded = DirectRow(
                 self.dim, shape.spec.dtype, self.codec, DIRECT_LANES, "ld.shared", scale
             )
 
             def pointer(n: int, row=row):
-                if self._exchanged:
+                if self._swapped:
                     return view.ptr_to([reads[n % 2] + (row * self._elements + n // 2 * 2 * _HALF)])
-                apart = DIRECT_LANES * self._piece
-                return view.ptr_to([reads[0] + (row * self._elements + n * apart)])
+                return view.ptr_to([reads[0] + (row * self._elements + n * self._apart_pieces)])
 
-            coded.read_pieces(pointer)
-            if self.codec.meta:
-                ptx("ld.shared.u32", coded.meta[0], words.ptr_to([metas + row]))
-            for first, line in coded.pieces_of_lines():
-                chunk = first // 8
-                turned = (chunk ^ row) % 8 * 4
-                at = T.bitwise_xor(written, turned) if turned else written
-                at = at + (row * shape.row_words(self._number) + chunk // 8 * 32)
-                access("st.shared", line, words.ptr_to([at]))
+            def read(row=row, coded=coded, pointer=pointer):
+                coded.read_pieces(pointer)
+                if self.codec.meta:
+                    ptx("ld.shared.u32", coded.meta[0], words.ptr_to([metas + row]))
+
+            def write(row=row, coded=coded):
+                for first, line in coded.pieces_of_lines():
+                    self._write(written, row, first, line)
+
+            yield read, write

@@ -8,6 +8,8 @@ lanes a row (`attend_sides`). Rows of the codec ``none`` are copied to where the
 
 from __future__ import annotations
 
+from tvm.script import tirx as T
+
 from tq_tvm.kernels.attend_sides import (
     DirectSide,
     Seen,
@@ -33,7 +35,8 @@ def _class_of(shape: TileShape, side: int) -> type[Side]:
 class Tiles:
     """K and V of one sequence and KV head, ``tile`` tokens at a time.
 
-    Of each tile in turn: `arrive`, a barrier, `ask` for the next, `decode`, a barrier, and reads.
+    Of each tile in turn: `arrive`, a barrier, `ask` for the next, `find_pages` of the one behind
+    it, `decode`, a barrier, and reads.
     A warp reads values from ``first_column`` of V's rows on, a multiple of 64.
     """
 
@@ -60,6 +63,7 @@ class Tiles:
             self._from.append(as_register(begin + row * shape.row_words(side) + moved))
         # Of two places for codes and scales: the one asked for last, and the one that is decoded.
         self._asked, self._arrived = local(1, "int32"), local(1, "int32")
+        self._page = local(1, "int32")
         self.start()
 
     def start(self) -> None:
@@ -70,11 +74,22 @@ class Tiles:
     def _turn(self, place) -> None:
         store(place, self._shape.packed_words - place[0])
 
+    def find_pages(self, table, sequence, first, seen: Seen) -> None:
+        """Look up the page of a tile ahead of `ask`, whose addresses wait for it.
+
+        Behind the last token that a row of the block sees another page is read. Tiles of several
+        pages have theirs looked up by `ask`.
+        """
+        size = self._shape.spec.page_size
+        if self._shape.tile <= size:
+            token = T.min(first, seen.last)
+            store(self._page, table[sequence, T.shift_right(token, size.bit_length() - 1)])
+
     def ask(self, table, sequence, first, seen: Seen) -> None:
-        """Begin to copy a tile."""
+        """Begin to copy a tile; `find_pages` has been there."""
         first = as_register(first)
         for side in self._sides:
-            side.ask(table, sequence, first, seen, self._asked[0])
+            side.ask(table, sequence, first, seen, self._asked[0], self._page[0])
         ptx("cp.async.commit_group")
         self._turn(self._asked)
 
@@ -85,11 +100,17 @@ class Tiles:
         for side in self._sides:
             side.leave_metas(self._arrived[0])
 
-    def decode(self) -> None:
-        """Make rows of what arrived; barriers go around this."""
-        for side in self._sides:
-            if side.codec.packed:
-                side.decode(self._arrived[0])
+    def decode(self, moved=0) -> None:
+        """Make rows of what arrived, ``moved`` words later; barriers go around this."""
+        packed = [side for side in self._sides if side.codec.packed]
+        steps = [step for side in packed for step in side.steps(self._arrived[0], moved)]
+        # The next row is on its way while one is written.
+        for number, (read, write) in enumerate(steps):
+            if number == 0:
+                read()
+            if number + 1 < len(steps):
+                steps[number + 1][0]()
+            write()
 
     def keys(self, block: int, step: int):
         """Operands of 16 tokens and 16 coordinates: ``[octet of tokens][half of coordinates]``."""

@@ -6,10 +6,12 @@ words of a row (`word_codes`), of which it may have any number.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
-from tq_tvm.kernels.attend_sides import Seen, Side, TileMemory, TileShape, as_register
+from tq_tvm.kernels.attend_sides import Seen, Side, Step, TileMemory, TileShape, as_register
 from tq_tvm.kernels.dense_rows import dense_word
 from tq_tvm.kernels.device import access, let, local, ptx, store, u32, when
 from tq_tvm.kernels.word_codes import WordCodes, code_fields, code_words, third_bits
@@ -67,8 +69,14 @@ class WordSide(Side):
         data = self._memory.words.data
         return T.decl_buffer((1 << 20,), "uint8", data=data, scope="shared.dyn")
 
-    def decode(self, packed) -> None:
-        """Rows of the model's dtype from codes and scales."""
+    def _place_rows(self) -> None:
+        """Nothing: threads find their words as they decode them."""
+
+    def steps(self, packed, moved) -> Iterator[Step]:
+        """As of `Side`, in one step."""
+        yield lambda: None, lambda: self._decode(packed, moved)
+
+    def _decode(self, packed, moved) -> None:
         shape, words, dim, codec = self._shape, self._memory.words, self.dim, self.codec
         count, fields = code_words(dim, codec), code_fields(codec)
         most = max(1, shape.threads // shape.tile)
@@ -76,7 +84,7 @@ class WordSide(Side):
         abreast = min(shape.threads // lanes, shape.tile)
         codes = as_register(self._memory.codes[self._number] + packed)
         metas = as_register(self._memory.metas[self._number] + packed)
-        dense, view = self._memory.dense[self._number], self._bytes()
+        dense, view = self._memory.dense[self._number] + moved, self._bytes()
         own, part = T.truncdiv(self._thread, lanes), T.truncmod(self._thread, lanes)
         with I.serial(0, -(-shape.tile // abreast)) as turn:
             row = as_register(turn * abreast + own)

@@ -12,11 +12,9 @@ worked out whole scores, so that K's codes were looked up, and multiplied, twice
 
 from __future__ import annotations
 
-from tvm.script import tirx as T
-
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.decode_threads import Standing
-from tq_tvm.kernels.device import access, i32, let, local, ptx, shared, store, u32
+from tq_tvm.kernels.device import access, barrier_of, i32, let, local, shared, store
 
 __all__ = ["ScoreExchange", "exchange_bytes"]
 
@@ -53,8 +51,7 @@ class ScoreExchange:
         for i, vector in enumerate(vectors):
             values = [scores[at] for at in vector]
             access("st.shared", values, self._at(self._own.slice, i), "f32")
-        # Barrier 0 is the CTA's.
-        ptx("bar.sync", T.cast(self._pair + 1, "uint32"), u32(32 * shape.slices))
+        barrier_of(self._pair + 1, 32 * shape.slices)
         other = local((self._vectors, 4), "float32")
         for i in range(self._vectors):
             registers = [other[i, e] for e in range(4)]

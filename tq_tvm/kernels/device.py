@@ -22,6 +22,7 @@ __all__ = [
     "as_bits",
     "as_float",
     "barrier",
+    "barrier_of",
     "byte_perm",
     "f32",
     "from_half",
@@ -141,6 +142,11 @@ def mma(instruction: str, result, a, b, c) -> None:
 def barrier() -> None:
     """``__syncthreads``."""
     I.evaluate(T.tvm_storage_sync("shared"))
+
+
+def barrier_of(number, threads: int) -> None:
+    """A barrier of some warps of the CTA; number 0 is all threads'."""
+    ptx("bar.sync", T.cast(number, "uint32"), u32(threads))
 
 
 def warp_barrier() -> None:

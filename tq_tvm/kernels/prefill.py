@@ -35,9 +35,9 @@ Buffers
 Static: format, D, HQ, HK, PS, dtype, layout. Dynamic: T, B, P, MB, lengths, strides.
 
 Tail
-    Tiles that no row of a CTA sees are not read; of other tokens that none sees the scales are not,
-    or without scales the rows, nor are their pages looked up. Rows of q past ``cu_seqlens_q[B]``
-    are left alone; a token that sees nothing gets zeros, and -inf or its sink.
+    Tiles that no row of a CTA sees are not read, nor are pages looked up that have no token which
+    one sees; scales of other tokens, or without scales rows, count as zeros. Rows of q past
+    ``cu_seqlens_q[B]`` are left alone; a token that sees nothing gets zeros, and -inf or its sink.
 
 Numerics
     Rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype; sums are
@@ -45,6 +45,10 @@ Numerics
 
 Cost of one query token and head over one token (D = 128): 512 operations of a tensor core. K and V
 are read and decoded once for each ``rows / G`` query tokens.
+
+Two forms: warps that decode a tile together and then multiply (`prefill_cuda`), and on Hopper, of
+packed rows of 64 or 128 values, warps that decode beside warpgroups that multiply
+(`prefill_warpgroups`).
 """
 
 from __future__ import annotations
@@ -54,14 +58,22 @@ from collections.abc import Mapping
 from tvm.tirx import PrimFunc
 
 from tq_tvm.kernels.prefill_cuda import prefill_cuda
-from tq_tvm.kernels.prefill_shape import PrefillConfig
+from tq_tvm.kernels.prefill_shape import PrefillConfig, PrefillShape
+from tq_tvm.kernels.prefill_warpgroups import WarpgroupConfig, WarpgroupShape
 from tq_tvm.served import check_target
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["prefill"]
+__all__ = ["prefill", "shape_of"]
 
 
 def prefill(spec: CacheSpec, kind: str, decisions: Mapping[str, int]) -> PrimFunc:
     """The TensorIR of ``prefill`` for a target kind and one value of each decision."""
     check_target("prefill", spec, kind, "prefill")
-    return prefill_cuda(spec, PrefillConfig(**decisions))
+    return prefill_cuda(shape_of(spec, decisions))
+
+
+def shape_of(spec: CacheSpec, decisions: Mapping[str, int]) -> PrefillShape | WarpgroupShape:
+    """The sizes of the kernel that decisions are of."""
+    if "multipliers" in decisions:
+        return WarpgroupShape(spec, WarpgroupConfig(**decisions))
+    return PrefillShape(spec, PrefillConfig(**decisions))

@@ -33,7 +33,7 @@ from tq_tvm.kernels.device import (
 from tq_tvm.kernels.prefill_shape import PrefillShape
 from tq_tvm.kernels.warp_rows import WarpRow
 
-__all__ = ["leave_rows", "merge_cluster", "write_rows"]
+__all__ = ["leave_rows", "merge_cluster", "stand_by", "write_rows"]
 
 
 def leave_rows(shape: PrefillShape, words, softmax: Softmax, warp, g, t) -> None:
@@ -114,3 +114,10 @@ def merge_cluster(
     # Nobody leaves while others read what it has.
     arrive_at_cluster(release=False)
     wait_for_cluster()
+
+
+def stand_by() -> None:
+    """Of warps without rows: wait where the others do in `merge_cluster`."""
+    for _ in range(2):
+        arrive_at_cluster(release=False)
+        wait_for_cluster()

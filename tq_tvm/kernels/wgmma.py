@@ -12,6 +12,8 @@ swizzling). A block begins at a multiple of 1024 bytes.
 
 from __future__ import annotations
 
+import itertools
+
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
@@ -91,14 +93,22 @@ def multiply(dtype: str, result, a, b, *, first: bool) -> None:
     ptx(_name(dtype, registers), *registers, a, b, T.ptx.pred(0 if first else 1), 1, 1, 0, 0)
 
 
-def multiply_registers(dtype: str, result, a: list, b) -> None:
-    """``result += a b``: ``a`` in four registers, 64 rows; ``b`` is a descriptor of 16 rows."""
+def multiply_registers(
+    dtype: str, result, a: list, b, *, first: bool = False, transposed: bool = True
+) -> None:
+    """``result (+)= a b``: ``a`` in four registers, 64 rows of 16; ``b`` is a descriptor.
+
+    ``transposed`` says that it is of 16 rows; otherwise of 16 columns: the product is ``a b^T``.
+    """
     registers = _registers(result)
-    ptx(_name(dtype, registers), *registers, *a, b, T.ptx.pred(1), 1, 1, 1)
+    flags = T.ptx.pred(0 if first else 1), 1, 1, int(transposed)
+    ptx(_name(dtype, registers), *registers, *a, b, *flags)
 
 
 def _registers(result) -> list:
-    return [result[i] for i in range(int(result.shape[0]))]
+    """All of a buffer's, whose dimensions are constants."""
+    sizes = [range(int(size)) for size in result.shape]
+    return [result[place] for place in itertools.product(*sizes)]
 
 
 def _name(dtype: str, registers: list) -> str:
@@ -121,9 +131,9 @@ def settle(*registers) -> None:
     for buffer in registers:
         kind, letter = _LETTERS[str(buffer.dtype)]
         source = _SETTLE.format(kind=kind, letter=letter)
-        for i in range(int(buffer.shape[0])):
+        for place in itertools.product(*(range(int(size)) for size in buffer.shape)):
             I.evaluate(
-                T.cuda.func_call(f"tq_settle_{kind}", buffer.ptr_to([i]), source_code=source)
+                T.cuda.func_call(f"tq_settle_{kind}", buffer.ptr_to(place), source_code=source)
             )
 
 

@@ -21,6 +21,7 @@ from tq_tvm.splits import (
     num_parts,
     prefill_launch_keys,
     prefill_parts,
+    prefills,
     workspace_floats,
 )
 from tq_tvm.targets import as_device
@@ -181,11 +182,13 @@ def choose_prefill(
 ) -> tuple[LoadedVariant, int] | None:
     """Choose the variant of ``prefill`` for a problem, and the number of parts.
 
-    None where ``attend`` serves it better: ``prefill`` decodes a tile for all rows of a CTA.
+    None where ``attend`` serves it better, see `prefills`.
     """
+    if all("rows" in variant.launch for variant in loaded.variants):
+        loaded = loaded.of_rows(longest * spec.group_size)
     variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
     _check_launch(loaded, variant, prefill_launch_keys(variant.launch))
-    if longest * spec.group_size < variant.launch["rows"]:
+    if not prefills(spec, tokens, context, longest, variant.launch, loaded.processors):
         return None
     return variant, prefill_parts(spec, tokens, context, variant.launch, loaded.processors)
 

@@ -96,6 +96,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
     ]
     if isinstance(spec, RotateSpec):
         return rotations
+    group = spec.group_size
     if target.kind == "cuda":
         prefill, append, gather = (8, 2048), 64, (16, 4096)
         decodes = [
@@ -114,6 +115,7 @@ def workloads(spec: Spec, target: TargetInfo) -> list[Workload]:
             ("attend", 1, 4, 8192, "one sequence: splits and the merge"),
             ("prefill", 1, 2048, 32768, "a chunk over a long past"),
             ("prefill", 1, 512, 32768, "fewer CTAs than fill the GPU twice"),
+            ("prefill", 64, max(1, 64 // group), 8192, "long drafts: the rows of a warpgroup"),
         ]
         chunk = {"tokens": math.prod(prefill), "pages": math.prod(prefill) // spec.page_size}
         fills = [
@@ -164,6 +166,7 @@ def decision_sizes(
         return None
     if function in ("attend", "prefill"):
         has = {"shared_bytes": target.attrs["max_shared_memory_per_block"]}
-        return {**shape, **has, **({"clusters": 1} if target.has_clusters else {})}
+        able = {"clusters": target.has_clusters, "wgmma": target.has_wgmma}
+        return {**shape, **has, **{name: 1 for name, has_it in able.items() if has_it}}
     sized = FUNCTIONS[function] == "fill" or (function == "decode" and target.has_clusters)
     return shape if sized else None
