@@ -3,7 +3,8 @@ r"""Rows of any head_dim in lanes: what ``fill``, ``flatten`` and ``rotate`` of 
 Tensor cores rotate rows whose coordinates are all bits (`hadamard_cuda`). A row of 80, 96, 112 or
 192 values has a factor of Paley's in its matrix, which takes additions: so one lane has all of a
 row, or two or four lanes have its groups of four neighbours in turn, and each factor is taken
-inside a lane, but for bits that tell lanes apart.
+inside a lane, but for bits that tell lanes apart. Of 576 values there are two such factors, and
+neighbouring groups of the inner one are in different lanes: values change places to take it.
 
 Rows are read and written 16 bytes at a time by neighbouring lanes, through shared memory, where
 they are an odd number of such chunks apart: lanes that read different rows meet different banks.
@@ -11,7 +12,11 @@ they are an odd number of such chunks apart: lanes that read different rows meet
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from tvm.script import tirx as T
+from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.formats import hadamard_factors, rotation_signs
 from tq_tvm.kernels.blocks import paley_rows
@@ -30,7 +35,15 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["GROUP", "MULTIPLIED", "LaneRow", "factor_rows", "multiplies", "padded_words"]
+__all__ = [
+    "GROUP",
+    "MULTIPLIED",
+    "LaneRow",
+    "copy_turns",
+    "factor_rows",
+    "multiplies",
+    "padded_words",
+]
 
 GROUP = 4
 """Neighbouring values that stay in one lane: a word of bytes."""
@@ -38,13 +51,27 @@ GROUP = 4
 MULTIPLIED = (64, 128, 256)
 """Dimensions of rows that tensor cores rotate, or shuffles."""
 
-_LANES = {64: 1, 80: 1, 96: 1, 112: 1, 128: 2, 192: 2, 256: 4, 512: 8}
-"""Lanes of a row: groups D/8 apart, whose signs share a byte, have to be in one of them."""
+_LANES = {64: 1, 80: 1, 96: 1, 112: 1, 128: 2, 192: 2, 256: 4, 512: 8, 576: 4}
+"""Lanes of a row: groups D/4 apart, whose codes share a byte, have to be in one of them; so are
+those D/8 apart, whose signs do, but of 576 values, where they are two lanes apart."""
+
+_KEPT = 14
+"""Most turns of a copy whose addresses a lane may keep in registers."""
 
 
 def padded_words(dim: int) -> int:
     """Words of a row of 16-bit values in shared memory: an odd number of chunks of 16 bytes."""
     return (dim // 8 | 1) * 4
+
+
+def copy_turns(dim: int, rows: int) -> Iterator[Any]:
+    """Numbers of the turns in which a warp's lanes copy 16 bytes of some rows each."""
+    count = rows * dim // (8 * 32)
+    if count <= _KEPT:
+        yield from range(count)
+        return
+    with I.serial(0, count, annotations={"disable_unroll": True}) as turn:
+        yield turn
 
 
 def multiplies(spec: CacheSpec) -> bool:
@@ -129,20 +156,50 @@ class LaneRow:
             else:
                 starts = [c for c in map(self.coordinate, range(self.values)) if not c & bit]
                 for c in starts:
-                    self._factor(value, 2, bit, c)
+                    self._factor(value, [self.slot(c), self.slot(c | bit)])
             bit *= 2
         inner = power
         for order in reversed(orders):
-            for c in map(self.coordinate, range(self.values)):
-                if c % (order * inner) < inner:
-                    self._factor(value, order, inner, c)
+            if inner < GROUP * self.lanes and self.lanes > 1:
+                self._neighbours(value, order, part)
+            else:
+                for c in map(self.coordinate, range(self.values)):
+                    if c % (order * inner) < inner:
+                        self._factor(value, [self.slot(c + i * inner) for i in range(order)])
             inner *= order
 
-    def _factor(self, value, order: int, apart: int, first: int) -> None:
-        slots = [self.slot(first + i * apart) for i in range(order)]
-        found = factor_rows(order, [let(value[slot]) for slot in slots])
+    @staticmethod
+    def _factor(value, slots: list[int]) -> None:
+        found = factor_rows(len(slots), [let(value[slot]) for slot in slots])
         for slot, result in zip(slots, found, strict=True):
             store(value, result, slot)
+
+    def _neighbours(self, value, order: int, part) -> None:
+        """A factor of runs of ``order`` neighbouring groups, which lanes have in turn.
+
+        Of as many runs as there are lanes each gets one from the others, and gives it back.
+        """
+        own = GROUP * order // self.lanes
+        for first in range(0, self.values, own * self.lanes):
+            runs = [range(at, at + own) for at in range(first, first + own * self.lanes, own)]
+            self._change_places(value, runs, part)
+            for c in range(GROUP):
+                groups = [divmod(i, self.lanes) for i in range(order)]
+                self._factor(value, [runs[lane][GROUP * n + c] for n, lane in groups])
+            self._change_places(value, runs, part)
+
+    def _change_places(self, value, runs: list[range], part) -> None:
+        """What lane i has of run j, lane j gets as run i."""
+        other = local(1, "float32")
+        for mask in self.masks:
+            upper = let(T.bitwise_and(part, mask) != 0)
+            for j in range(self.lanes):
+                if j & mask:
+                    continue
+                for low, high in zip(runs[j], runs[j | mask], strict=True):
+                    store(other, shuffle_xor(T.Select(upper, value[low], value[high]), mask))
+                    store(value, T.Select(upper, other[0], value[low]), low)
+                    store(value, T.Select(upper, value[high], other[0]), high)
 
     def _across(self, value, mask: int, part) -> None:
         """A bit that tells lanes apart."""

@@ -1,6 +1,6 @@
 """``rotate`` on GPUs of rows whose matrix has a factor of Paley's: the threads of `kernels.rotate`.
 
-A warp takes 32 rows at a time, 16 or 8 where lanes share one (`lane_rows`), in and out through
+A warp takes 32 rows at a time, fewer where lanes share one (`lane_rows`), in and out through
 shared memory. Rows past the end read the last one and write nothing.
 """
 
@@ -23,7 +23,7 @@ from tq_tvm.kernels.device import (
     warp_barrier,
     when,
 )
-from tq_tvm.kernels.lane_rows import LaneRow, padded_words
+from tq_tvm.kernels.lane_rows import LaneRow, copy_turns, padded_words
 from tq_tvm.spec import RotateSpec
 
 __all__ = ["emit_lanes"]
@@ -46,7 +46,7 @@ def emit_lanes(spec: RotateSpec, config: Any, x, y, n, block, thread) -> None:
 
     def pieces():
         """Row, element of the row and place in shared memory of what a lane copies in turn."""
-        for turn in range(abreast * chunks // 32):
+        for turn in copy_turns(dim, abreast):
             piece = let(turn * 32 + lane)
             inside, chunk = let(T.truncdiv(piece, chunks)), let(T.truncmod(piece, chunks))
             there = let(first[0] + T.cast(inside, "int64"))
