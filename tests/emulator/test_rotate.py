@@ -34,6 +34,7 @@ CASES = {
     "80": (RotateSpec(80, "bfloat16"), RotateConfig(64, 2, 2, 0, 168)),
     "112": (RotateSpec(112, "float16"), RotateConfig(64, 1, 1, 0, 168)),
     "192": (RotateSpec(192, "float16"), RotateConfig(64, 2, 1, 0, 168)),
+    "576": (RotateSpec(576, "bfloat16"), RotateConfig(64, 1, 1, 0, 255)),
     "4096_half": (RotateSpec(4096, "float16"), RotateConfig(64, 2, 4, 1, 128)),
 }
 

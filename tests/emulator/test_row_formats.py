@@ -49,6 +49,8 @@ SPECS += [
     CacheSpec(112, 2, 2, 32, "float16", "bshd", "int4-int8"),
     CacheSpec(80, 2, 2, 16, "bfloat16", "bshd", "fp8-none"),
     CacheSpec(192, 1, 1, 16, "float16", "bhsd", "none-int4-signed", 96),
+    CacheSpec(576, 1, 1, 8, "bfloat16", "bshd", "mse3-mse2-signed-unbiased"),
+    CacheSpec(576, 1, 1, 16, "float16", "bhsd", "qjl4-int8-plain-norm", 64),
 ]
 CONFIGS = {64: FillConfig(2, 2, 1, 1, 2, 96), 128: FillConfig(2, 1, 1, 1, 1, 96)}
 CONFIGS[256] = FillConfig(1, 2, 2, 2, 2, 128)

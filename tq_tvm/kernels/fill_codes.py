@@ -63,7 +63,8 @@ _MAGIC = 1.5 * 2**22
 """A float of this size has a unit of a half."""
 
 _SQUARE = 20
-"""Squares of levels are counted in units of 2^-20: those of a row of 256 values fit 32 bits."""
+"""Squares of levels are counted in units of 2^-20: those of a row fit 32 bits, since they are at
+most 2.4 times those of its values, which are D."""
 
 _UNITS = {2: 0x55555555, 4: 0x11111111}
 """The lowest bit of every field of a word."""
@@ -241,6 +242,8 @@ class Encoder:
         eighth = self._row.dim // 8
         if eighth % 4:
             return self._straddled(positive, eighth)
+        if isinstance(self._row, LaneRow) and eighth // 4 % self._row.lanes:
+            return self._shared(positive, eighth // 4, t)
         if eighth in mine:
             count = mine.index(eighth) // 4
             words = local(count, "uint32")
@@ -264,6 +267,22 @@ class Encoder:
             selector = sum((eighth % 4 + b) << 4 * b for b in range(4))
             later = byte_perm(positive[at], positive[min(at + 1, last)], selector)
             store(words, T.bitwise_or(positive[i], T.shift_left(later, u32(1))), i)
+        return words
+
+    @staticmethod
+    def _shared(positive, half: int, t):
+        """The plane of a row in four lanes that have words in turn, halves of which are two apart.
+
+        At the end two lanes have a word that is not in the plane.
+        """
+        count, last = -(-half // 4), int(positive.shape[0]) - 1
+        words = local(count, "uint32")
+        for i in range(count):
+            # Lanes of the upper two are behind the others of a turn, which need those of the next.
+            after = i + half // 4
+            sent = let(T.Select(t >= 2, positive[after], positive[min(after + 1, last)]))
+            later = T.shift_left(shuffle_xor(sent, 2), u32(1))
+            store(words, T.bitwise_or(positive[i], later), i)
         return words
 
     # --- scales

@@ -1,6 +1,6 @@
 """``fill`` on GPUs of head_dims that tensor cores do not rotate, and of K and V of different ones.
 
-A warp takes 32 rows (token, KV head) at a time, 16 or 8 where lanes share one (`lane_rows`), of K
+A warp takes 32 rows (token, KV head) at a time, fewer where lanes share one (`lane_rows`), of K
 and then of V, or of one of them. ``cp.async`` brings them to shared memory, the next ones while
 lanes rotate and encode theirs in registers (`fill_codes`, `fill_direct`); codes are written as wide
 as rows of the cache are aligned.
@@ -32,7 +32,7 @@ from tq_tvm.kernels.fill_codes import Encoded, Encoder
 from tq_tvm.kernels.fill_direct import DirectEncoder
 from tq_tvm.kernels.fill_places import FillArguments, wide_product
 from tq_tvm.kernels.hadamard_cuda import hidden_zeros
-from tq_tvm.kernels.lane_rows import GROUP, LaneRow, padded_words
+from tq_tvm.kernels.lane_rows import GROUP, LaneRow, copy_turns, padded_words
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["emit_lanes", "lane_words"]
@@ -69,7 +69,7 @@ class _Side:
         dim, heads = self.row.dim, self.spec.num_kv_heads
         chunks = dim // 8
         rows = self._arguments.rows[self.name]
-        for turn in range(self.abreast * chunks // 32):
+        for turn in copy_turns(dim, self.abreast):
             piece = let(turn * 32 + lane)
             row, chunk = let(T.truncdiv(piece, chunks)), let(T.truncmod(piece, chunks))
             index = let(T.min(first + row, total - 1))
@@ -139,9 +139,7 @@ class _Side:
             size = dim * bits // 8
             aligned = math.gcd(width, first, 16)
             if lanes > 1:
-                for n in range(size // (4 * lanes)):
-                    at = codes + T.cast((n * lanes + part) * 4 + first, "int64")
-                    ptx("st.global.u32", flat.ptr_to([at]), words[n])
+                self._write_turns(flat, codes, words, size // 4, part, first)
             elif aligned < 4:
                 for n in range(size // 2):
                     short = T.cast(T.shift_right(words[n // 2], u32(n % 2 * 16)), "uint16")
@@ -149,6 +147,20 @@ class _Side:
             else:
                 self._write_words(flat, codes + T.int64(first), words, size // 4, aligned // 4)
             first += size
+
+    def _write_turns(self, flat, codes, words, count: int, part, first: int) -> None:
+        """Words of lanes in turn, at the end of some of them alone."""
+        lanes = self.row.lanes
+
+        def write(n: int) -> None:
+            at = codes + T.cast((n * lanes + part) * 4 + first, "int64")
+            ptx("st.global.u32", flat.ptr_to([at]), words[n])
+
+        for n in range(count // lanes):
+            write(n)
+        if count % lanes:
+            with when(part < count % lanes):
+                write(count // lanes)
 
     @staticmethod
     def _write_words(flat, codes, words, count: int, most: int) -> None:

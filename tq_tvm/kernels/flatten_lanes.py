@@ -1,6 +1,6 @@
 """``flatten`` on GPUs where tensor cores do not rotate, and of K and V of different head_dims.
 
-A warp takes 32 rows at a time, 16 or 8 where lanes share one (`lane_rows`): a lane reads its codes
+A warp takes 32 rows at a time, fewer where lanes share one (`lane_rows`): a lane reads its codes
 as wide as rows are aligned, looks up or computes the values (`word_codes`) and, to rotate back,
 rotates them in registers. Rows go out through shared memory, 16 bytes of neighbouring lanes next to
 one another.
@@ -29,7 +29,7 @@ from tq_tvm.kernels.device import (
     warp_barrier,
     when,
 )
-from tq_tvm.kernels.lane_rows import GROUP, LaneRow, padded_words
+from tq_tvm.kernels.lane_rows import GROUP, LaneRow, copy_turns, padded_words
 from tq_tvm.kernels.lookup_cuda import GLOBAL, row_scale
 from tq_tvm.kernels.word_codes import WordCodes, code_fields, code_words, third_bits
 from tq_tvm.spec import CacheSpec, Codec
@@ -202,7 +202,7 @@ def emit_lanes(
         """Copy the rows from shared memory to where they belong."""
         dim = side.row.dim
         chunks, piece = dim // 8, local(4, "uint32")
-        for turn in range(side.abreast * chunks // 32):
+        for turn in copy_turns(dim, side.abreast):
             index = let(turn * 32 + lane)
             inside, chunk = let(T.truncdiv(index, chunks)), let(T.truncmod(index, chunks))
             row = let(first[0] + inside)
