@@ -16,7 +16,8 @@ lookup            as of ``decode``
 decision (CUDA)   what it trades
 ================  ==================================================================
 warps             tiles of a CTA in parallel, each with shared memory of its own, against
-                  the merge at the end of each piece; two, which share one, where V has 512 values
+                  the merge at the end of each piece; two, which share one, where V has 512 values,
+                  or three, where it has 576
 row_tiles         pairs of a query token and a head, by 16, of a block: tokens decoded less
                   often, against registers, and rows that a call does not have
 tile              tokens a warp decodes and attends to at a time: fewer votes and bounds,
@@ -87,6 +88,10 @@ OPTIONS = {
     "llvm": {"tile": [16, 32, 64], "vector": [8, 16, 32], "block": [4, 8, 16], "lookup": [0, 1]},
 }
 
+_LONG_KEYS = [1, 2, 4]
+"""Warps of a CTA where keys have more than 256 values: tiles of eight never fit shared memory, nor
+do, on GPUs with 99 KiB of it, of two in every format."""
+
 _FEW = 1 << 17
 """Tokens of a batch up to which tiles are shorter: 17.1 us of 18.4 at 1 x 8192 of 32/8 heads, 65 of
 69 at 64 x 1024, but 264 of 252 at 64 x 8192 (4 query tokens, k4v2, H100)."""
@@ -139,7 +144,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     parts = AttendShape.parts_of(spec)
     if parts > 1:
         # Its warps make the 16 rows of a tile together.
-        values.update(warps=parts, lanes=4)
+        values.update(warps=parts, lanes=4 if parts == 2 else 8)
     if not _looks_up(spec):
         # Rows that are not packed much take shared memory, which so many warps wait for.
         values.update(tile=16, lanes=DIRECT_LANES)
@@ -184,7 +189,8 @@ def options(spec: CacheSpec, kind: str) -> dict[str, list[int]]:
             return {**OPTIONS[kind], "lanes": [4]}
         lanes = lane_options(spec, OPTIONS[kind]["lanes"])
         parts = AttendShape.parts_of(spec)
-        warps = OPTIONS[kind]["warps"] if parts == 1 else [parts]
+        warps = _LONG_KEYS if spec.head_dim > 256 else OPTIONS[kind]["warps"]
+        warps = warps if parts == 1 else [parts]
         return {**OPTIONS[kind], "warps": warps, "lanes": lanes}
     shared = decode.options(spec, kind)
     return {

@@ -20,6 +20,7 @@ WIDE = AttendConfig(warps=4, row_tiles=1, tile=32, lanes=2, registers=168, reach
 TALL = AttendConfig(warps=2, row_tiles=2, tile=16, lanes=4, registers=255, reach=2, overlap=1)
 FLAT = AttendConfig(warps=2, row_tiles=1, tile=16, lanes=8, registers=255, reach=1, overlap=1)
 PAIR = AttendConfig(warps=2, row_tiles=1, tile=16, lanes=4, registers=255, reach=2, overlap=1)
+TRIO = AttendConfig(warps=3, row_tiles=1, tile=16, lanes=8, registers=255, reach=1, overlap=1)
 MSE3 = "mse3-mse2-signed-norm"
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
@@ -44,6 +45,11 @@ CASES = {
     "d512": (CacheSpec(512, 4, 1, 64, "bfloat16", "bshd", "tq42"), PAIR),
     "d128v512": (CacheSpec(128, 4, 2, 8, "float16", "bhsd", "int8-mse3-signed-norm", 512), PAIR),
     "d512v128": (CacheSpec(512, 3, 1, 16, "bfloat16", "bhsd", "none-fp8-plain", 128), FLAT),
+    # Two factors of twelve; three warps have a third of the output each.
+    "d576": (CacheSpec(576, 4, 1, 16, "bfloat16", "bshd", "mse4-mse3-signed-norm"), TRIO),
+    "d64v576": (CacheSpec(64, 3, 1, 8, "float16", "bhsd", "int8-none-plain", 576), TRIO),
+    "d576v512": (CacheSpec(576, 5, 1, 32, "float16", "bshd", "k4v2", 512), PAIR),
+    "d576v64": (CacheSpec(576, 4, 1, 64, "bfloat16", "bhsd", "none-fp8-signed", 64), FLAT),
     # Windows longer than some sequences, of one token, and of all of most sequences.
     "window": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", window=50), WIDE),
     "window_one": (CacheSpec(64, 6, 1, 8, "float16", "bhsd", MSE3, window=1), TALL),

@@ -150,20 +150,23 @@ def test_infeasible_decisions(spec, decisions, reason):
     assert str(config) in str(error.value)
 
 
-@pytest.mark.parametrize("dims", [(512, None), (128, 512), (512, 128)])
+@pytest.mark.parametrize(
+    "dims", [(512, None), (128, 512), (512, 128), (576, None), (64, 576), (576, 512), (576, 192)]
+)
 @pytest.mark.parametrize("name", ["k4v2", "tq44", "int8", "fp8", "none", "mse3-int4-plain-norm"])
 def test_warps_that_share_tiles_are_a_cta(name, dims):
-    """Two have 512 outputs between them; with fewer each has all."""
+    """Two have 512 outputs between them, three 576; with fewer each has all."""
     spec = CacheSpec(dims[0], 4, 2, format=name, head_dim_v=dims[1])
     config = attend.defaults(spec, "cuda")
     assert attend.rejected(spec, "cuda", config) is None
     offered = attend.options(spec, "cuda")
     assert set(config) == set(offered)
-    shared = spec.value_dim == 512
-    assert offered["warps"] == ([2] if shared else attend.OPTIONS["cuda"]["warps"])
+    shared = {512: 2, 576: 3}.get(spec.value_dim)
+    assert offered["warps"] == ([shared] if shared else [1, 2, 4])
     assert "lanes" not in config or config["lanes"] in offered["lanes"]
     if shared:
-        assert config["warps"] == 2
+        assert config["warps"] == shared
+    if shared == 2:
         # 16 rows of 32 x 8 outputs are half of a lane's registers.
         reason = attend.rejected(spec, "cuda", config | {"row_tiles": 2})
         assert "outputs exceed a lane's registers" in reason
@@ -288,7 +291,10 @@ def test_what_warpgroups_cannot_have_is_rejected(changed, reason):
 
 
 @pytest.mark.parametrize("name", ["nvidia_l4", "nvidia_a100", "nvidia_h100"])
-@pytest.mark.parametrize("dims", [(64, None), (128, None), (192, None), (256, None), (512, 128)])
+@pytest.mark.parametrize(
+    "dims",
+    [(64, None), (128, None), (192, None), (256, None), (512, 128), (576, None), (576, 256)],
+)
 @pytest.mark.parametrize("format", ["k4v2", "tq44", "int8", "none"])
 def test_defaults_fit_the_shared_memory_of_a_gpu(name, dims, format):
     """An L4's CTA has 99 KiB, an H100's 227."""

@@ -22,6 +22,7 @@ from tq_tvm.build.compile import tvm_target
 from tq_tvm.build.pipeline import build_module
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.kernels.fill_cuda import FillConfig, ring_words
+from tq_tvm.served import functions_on
 from tq_tvm.spec import CacheSpec, RotateSpec
 from tq_tvm.targets import get_target
 from tq_tvm.tuning.database import search_workload
@@ -192,7 +193,9 @@ def test_every_point_fits_a_gpu(head_dim):
                 assert 4 * ring_words(spec, FillConfig(**config)) <= 227 << 10
 
 
-@pytest.mark.parametrize("dims", [(80, None), (96, 112), (192, 64), (128, 64)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(80, None), (96, 112), (192, 64), (128, 64), (576, None)], ids=str
+)
 @pytest.mark.parametrize("function", FUNCTIONS[1:])
 def test_rows_in_lanes(function, dims):
     """Of dims that tensor cores do not rotate, and of two: defaults are points, registers fit."""
@@ -203,8 +206,8 @@ def test_rows_in_lanes(function, dims):
     assert list(instance.config) == list(offered)
     assert all(value in offered[name] for name, value in instance.config.items())
     assert 32 * max(offered["warps"]) * max(offered["registers"]) <= 65536
-    kinds = [schedules.attend, schedules.prefill]
-    for space in kinds:
+    for name in {"attend", "prefill"} & set(functions_on(spec, "cuda")):
+        space = getattr(schedules, name)
         values = space.defaults(spec, "cuda")
         assert space.rejected(spec, "cuda", values) is None
 

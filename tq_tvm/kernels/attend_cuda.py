@@ -10,8 +10,8 @@ takes its piece of one block after the other:
    are codes that were looked up in registers (`attend_fragments`) or, where a codec is not looked
    up or K and V have not one head_dim of 64, 128 or 256, rows of the model's dtype in shared memory
    (`attend_tiles`). Nothing in that loop synchronises warps, unless V has more values than a warp
-   has registers for outputs: then a CTA is a team of two, which make the rows of a tile together,
-   and each has half of the columns, with scores of its own;
+   has registers for outputs: then a CTA is a team of two, of three at 576, which make the rows of a
+   tile together, and each has its part of the columns, with scores of its own;
 3. lets them attend to the newest tokens, of a spec with a window, as they are (`attend_window`):
    to a sequence's tiles of packed rows are added those of its window;
 4. merges the teams. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
@@ -284,7 +284,11 @@ def _attend(
                 with when(last[0] > until[0]):
                     window.prefetch(sequence, thread, shape.threads)
             turns = -(-shape.rows.rows // config.warps)
-            walk.load_queries(query, q, rows, let(warp * turns), turns)
+            own = warp * turns
+            if shape.rows.rows % config.warps:
+                # Three warps: some rows twice.
+                own = T.min(own, shape.rows.rows - turns)
+            walk.load_queries(query, q, rows, let(own), turns)
             softmax.start(rows, i32(0))
             walk.start()
             barrier()

@@ -90,7 +90,10 @@ def finish_block(
     top, total = local(1, "float32"), local(1, "float32")
     with I.serial(0, -(-shape.rows.rows // warps)) as turn:
         row = let(turn * warps + warp)
-        with when(rows.exists(row)):
+        exists = rows.exists(row)
+        if shape.rows.rows % warps:
+            exists = T.And(row < shape.rows.rows, exists)
+        with when(exists):
             store(top, f32(LOWEST))
             for team in range(shape.teams):
                 store(top, T.max(top[0], memory.bound[team, row]))

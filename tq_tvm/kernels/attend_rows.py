@@ -64,7 +64,7 @@ __all__ = [
 SLACK = 6.0
 """Powers of two by which a logit may exceed its row's bound."""
 
-_READ = 16
+_READ = 18
 """Most values of queries that a lane reads at once."""
 
 _MINUS_INFINITY = 0xFF800000

@@ -27,7 +27,7 @@ __all__ = ["Seen", "TileMemory", "TileShape", "Tiles"]
 
 
 def _class_of(shape: TileShape, side: int) -> type[Side]:
-    if shape.dims[side] not in MULTIPLIED:
+    if shape.dims[side] not in MULTIPLIED or shape.threads & (shape.threads - 1):
         return WordSide
     return Side if shape.sides[side].family == "lloyd_max" else DirectSide
 

@@ -1,7 +1,8 @@
-"""K or V of a tile of ``attend`` and ``prefill`` on GPUs at head_dims that are no power of two.
+"""K or V of a tile of ``attend`` and ``prefill`` on GPUs at head_dims but 64, 128 and 256.
 
 What `attend_sides` has for others: rows are copied as wide as they are aligned, and threads decode
-words of a row (`word_codes`), of which it may have any number.
+words of a row (`word_codes`), of which it may have any number; so may there be of threads, where
+three warps share a tile.
 """
 
 from __future__ import annotations
