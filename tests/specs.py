@@ -56,6 +56,7 @@ DIMS = [
     CacheSpec(80, 6, 2, 8, "float16", "bshd", "fp8-none", 112),
     CacheSpec(64, 4, 1, 16, "float16", "bhsd", "int8-mse3-signed-matched", 256),
     CacheSpec(512, 8, 2, 64, "bfloat16", "bshd", "tq42"),
+    CacheSpec(576, 4, 1, 32, "bfloat16", "bshd", "tq43"),
 ]
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300]

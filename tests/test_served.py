@@ -17,13 +17,11 @@ SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
 @pytest.mark.parametrize(
     "spec",
     [
-        dataclasses.replace(SPEC, format="int8", head_dim=576),
-        dataclasses.replace(SPEC, head_dim_v=576),
         dataclasses.replace(SPEC, dtype="float32"),
         dataclasses.replace(SPEC, head_dim=96, window=16),
         dataclasses.replace(SPEC, head_dim=512, window=16),
         dataclasses.replace(SPEC, head_dim_v=64, window=16),
-        RotateSpec(576),
+        RotateSpec(576, "float32"),
     ],
     ids=lambda s: s.label,
 )
@@ -31,18 +29,28 @@ def test_gpus_refuse_what_they_have_no_kernel_of(spec):
     with pytest.raises(UnsupportedSpecError, match=f"op: spec must be one that .*{spec.label}"):
         check_target("op", spec, "cuda")
     check_target("op", spec, "llvm")
-    for served in (SPEC, dataclasses.replace(SPEC, head_dim=256), RotateSpec(4096)):
+    for served in (
+        SPEC, dataclasses.replace(SPEC, head_dim=256), RotateSpec(576), RotateSpec(4096)
+    ):  # fmt: skip
         check_target("op", served, "cuda")
         assert functions_on(served, "cuda") == served.functions
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "format", "decodes"),
-    [(128, "k4v2", False), (512, "k4v2", True), (512, "int8", False)],
+    ("dims", "format", "decodes"),
+    [
+        ((128, 512), "k4v2", False),
+        ((512, 512), "k4v2", True),
+        ((512, 512), "int8", False),
+        ((576, 576), "k4v2", False),
+        ((576, 64), "int4", False),
+        ((64, 576), "fp8", False),
+    ],
+    ids=str,
 )
-def test_values_that_warps_share_are_attended_to_without_prefill(head_dim, format, decodes):
-    """By decode, too, where K and V have that many values."""
-    spec = dataclasses.replace(SPEC, head_dim=head_dim, head_dim_v=512, format=format)
+def test_long_rows_are_attended_to_without_prefill(dims, format, decodes):
+    """By decode, too, where K and V have 512 values."""
+    spec = dataclasses.replace(SPEC, head_dim=dims[0], head_dim_v=dims[1], format=format)
     missing = {"prefill"} if decodes else {"decode", "decode_featured", "prefill"}
     assert set(functions_on(spec, "cuda")) == set(SPEC.functions) - missing
 

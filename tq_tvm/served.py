@@ -14,7 +14,6 @@ __all__ = [
     "gpus_decode",
 ]
 
-GPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256, 512)
 GPU_WINDOW_DIMS = (64, 128, 256)
 GPU_DECODE_DIMS = (*GPU_WINDOW_DIMS, 512)
 
@@ -48,20 +47,17 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     if kind != "cuda":
         # CPUs attend to chunks, and with features, as to a few tokens.
         return tuple(name for name in spec.functions if name not in GPU_FUNCTIONS)
-    dim = spec.rotation.dim
     if spec.dtype == "float32":
         return ()
     if isinstance(spec, RotateSpec):
-        return spec.functions if dim in GPU_HEAD_DIMS or dim & (dim - 1) == 0 else ()
+        return spec.functions
     fmt = spec.cache_format
     if spec.is_latent:
         return LATENT_FUNCTIONS
-    if not {spec.head_dim, spec.value_dim} <= set(GPU_HEAD_DIMS):
-        return ()
     if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_WINDOW_DIMS):
         return ()
-    # Long chunks over a window, or of V that two warps share, are ``attend``'s, too.
-    chunks = not spec.window and spec.value_dim <= 256
+    # Long chunks over a window, of V that warps share, or of longer K are ``attend``'s, too.
+    chunks = not spec.window and spec.value_dim <= 256 and spec.head_dim <= 512
     served = tuple(name for name in spec.functions if name != "prefill" or chunks)
     decodes = gpus_decode(fmt.key, fmt.value, spec.head_dim, spec.value_dim)
     return tuple(name for name in served if decodes or FUNCTIONS[name] != "decode")
@@ -111,13 +107,13 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
             f"residual signs, head_dim_v 64 in the codec none, no window), got {spec.label}; "
             "use another call"
         )
-    every = GPU_HEAD_DIMS, GPU_DECODE_DIMS, GPU_WINDOW_DIMS
-    dims, decoded, windowed = (", ".join(map(str, some)) for some in every)
+    every = GPU_DECODE_DIMS, GPU_WINDOW_DIMS
+    decoded, windowed = (", ".join(map(str, some)) for some in every)
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
-        f"{op}: spec must be one that GPUs have kernels of (a cache of head_dim {dims} for K and "
-        f"V, for decode of Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V "
-        f"at head_dim 64, with a window of one head_dim of {windowed}; a latent cache; or a "
-        f"rotation of {dims} or a power of two; float16 or bfloat16), "
+        f"{op}: spec must be one that GPUs have kernels of (float16 or bfloat16; for decode of "
+        f"Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V at head_dim 64; "
+        f"for prefill of head_dim 512 for K and 256 for V at most, without a window; with a window "
+        f"of one head_dim of {windowed}; for attention to a latent cache mla alone), "
         f"got {wanted}; use the CPU or another spec"
     )

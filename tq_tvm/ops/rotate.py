@@ -28,8 +28,8 @@ def hadamard_rotate(x: Any, *, out: Any = None) -> Any:
     ----------
     x
         ``[..., D]``, contiguous, float16 or bfloat16 (on the CPU also float32), D a power of two
-        from 64 to 4096, or 80, 96, 112 or 192, on the CPU also 576. A torch tensor, or any object
-        with ``__dlpack__``.
+        from 64 to 4096, or 80, 96, 112, 192 or 576. A torch tensor, or any object with
+        ``__dlpack__``.
     out
         Where the result goes: shape, dtype and device of ``x``. It may be ``x`` itself, not a
         tensor that overlaps it otherwise.
