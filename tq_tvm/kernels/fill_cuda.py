@@ -56,6 +56,7 @@ from tq_tvm.kernels.fill_places import (
     GivenSlots,
     TableSlots,
     fill_arguments,
+    ring_place,
     wide_product,
 )
 from tq_tvm.kernels.hadamard_cuda import (
@@ -249,7 +250,7 @@ def _emit(
                     keep = None
                     if arguments.rings:
                         newest = T.And(exists, slots.is_newest(token))
-                        at = functools.partial(_ring_place, spec, slots, token, head)
+                        at = functools.partial(ring_place, spec, slots, token, head, spec.head_dim)
                         keep = _keeper(row, arguments.rings[one_side.name], at, t, newest)
                     encoded = one_side.encode(ones, g, t, keep)
                     where = (page, offset, head, exists)
@@ -275,13 +276,6 @@ def _keeper(row: RowBits, flat, place: Callable[[], Any], t, newest) -> Callable
             _write_plane(row, flat, let(place()), t, 0, 16, words)
 
     return keep
-
-
-def _ring_place(spec: CacheSpec, slots, token, head):
-    """First element of a row in the rings."""
-    dim = spec.head_dim
-    row = wide_product(slots.ring_row(token), i32(spec.num_kv_heads * dim))
-    return row + T.cast(head * dim, "int64")
 
 
 def _write(

@@ -3,12 +3,15 @@
 A warp takes 32 rows (token, KV head) at a time, fewer where lanes share one (`lane_rows`), of K
 and then of V, or of one of them. ``cp.async`` brings them to shared memory, the next ones while
 lanes rotate and encode theirs in registers (`fill_codes`, `fill_direct`); codes are written as wide
-as rows of the cache are aligned.
+as rows of the cache are aligned, and with a window of the spec the rotated rows of the newest
+tokens into their rings.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -16,6 +19,7 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
+    PAIR,
     access,
     f32,
     let,
@@ -30,7 +34,7 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.kernels.fill_codes import Encoded, Encoder
 from tq_tvm.kernels.fill_direct import DirectEncoder
-from tq_tvm.kernels.fill_places import FillArguments, wide_product
+from tq_tvm.kernels.fill_places import FillArguments, ring_place, wide_product
 from tq_tvm.kernels.hadamard_cuda import hidden_zeros
 from tq_tvm.kernels.lane_rows import GROUP, LaneRow, copy_turns, padded_words
 from tq_tvm.spec import CacheSpec, Codec
@@ -85,14 +89,20 @@ class _Side:
         start = let(begin + own * padded_words(self.row.dim))
         self.row.read(self.words, lambda at: ring.ptr_to([start + at]), part)
 
-    def encode(self, part) -> Encoded:
-        """Codes and scales of the row that was read."""
+    def encode(self, part, keep: Callable[[Callable[[int], Any]], None] | None) -> Encoded:
+        """Codes and scales of the row that was read.
+
+        ``keep`` is called with what makes a word of the rotated row in the model's dtype.
+        """
         row, value, rotation = self.row, self._value, self.spec.cache_format.rotation
+        unit, dtype = row.dim**-0.5, self.spec.dtype
+        if rotation == "none" and keep is not None:
+            keep(lambda i: self.words[i])
         if self.codec.family == "none" and rotation == "none":
             return Encoded([self.words], [])
         if rotation == "signed_hadamard":
             row.turn_signs(self.words, part)
-        row.widen(self.spec.dtype, self.words, value)
+        row.widen(dtype, self.words, value)
         if self.codec.family == "lloyd_max":
             squared = local(1, "float32")
             store(squared, f32(0))
@@ -101,12 +111,23 @@ class _Side:
             row.add_up(squared)
             row.rotate(value, part)
             row.negate(value)
+            if keep is not None:
+                keep(functools.partial(self._round, -unit))
             return self._encoder.encode(value, part, squared[0])
         if rotation != "none":
             row.rotate(value, part)
             for i in range(row.values):
-                store(value, value[i] * f32(row.dim**-0.5), i)
+                store(value, value[i] * f32(unit), i)
+            if keep is not None:
+                keep(functools.partial(self._round, 1.0))
         return self._encoder.encode(value)
+
+    def _round(self, unit: float, i: int):
+        """A word of values times ``unit`` in the model's dtype."""
+        word = local(1, "uint32")
+        pair = [self._value[2 * i + e] * f32(unit) for e in (1, 0)]
+        ptx(PAIR[self.spec.dtype], word[0], *pair)
+        return word[0]
 
     def write(self, where, part, encoded: Encoded) -> None:
         """Codes of a lane, and by one lane of a row the scales."""
@@ -128,11 +149,7 @@ class _Side:
     def _write_codes(self, codes, width: int, part, encoded: Encoded) -> None:
         flat, lanes, dim = self._arguments.codes[self.name], self.row.lanes, self.row.dim
         if not self.codec.packed:
-            (words,) = encoded.planes
-            step = 4 if lanes == 1 else 2
-            for n in range(0, self.row.values // 2, step):
-                at = codes + T.cast((n // 2 * lanes + part) * GROUP, "int64")
-                access("st.global", [words[n + i] for i in range(step)], flat.ptr_to([at]))
+            self._write_values(flat, codes, part, lambda i: encoded.planes[0][i])
             return
         first = 0
         for bits, words in zip(self.codec.plane_bits, encoded.planes, strict=True):
@@ -147,6 +164,18 @@ class _Side:
             else:
                 self._write_words(flat, codes + T.int64(first), words, size // 4, aligned // 4)
             first += size
+
+    def keep(self, newest, place: Callable[[], Any], part, word: Callable[[int], Any]) -> None:
+        """Write the row to its place in a ring, if the token is among the newest."""
+        with when(newest):
+            self._write_values(self._arguments.rings[self.name], let(place()), part, word)
+
+    def _write_values(self, flat, first, part, word: Callable[[int], Any]) -> None:
+        """Words of a lane, of two values each, of the row at ``first``."""
+        step = 4 if self.row.lanes == 1 else 2
+        for n in range(0, self.row.values // 2, step):
+            at = first + T.cast((n // 2 * self.row.lanes + part) * GROUP, "int64")
+            access("st.global", [word(n + i) for i in range(step)], flat.ptr_to([at]))
 
     def _write_turns(self, flat, codes, words, count: int, part, first: int) -> None:
         """Words of lanes in turn, at the end of some of them alone."""
@@ -212,8 +241,14 @@ def emit_lanes(
                 following = let(first[0] + one.abreast)
                 with when(following < last):
                     one.ask(ring, begin, following, total, lane)
-                encoded = one.encode(part)
-                with when(T.And(wanted, first[0] + own < last)):
+                exists = T.And(wanted, first[0] + own < last)
+                keep = None
+                if arguments.rings:
+                    newest = let(T.And(exists, slots.is_newest(token)))
+                    place = functools.partial(ring_place, spec, slots, token, head, one.row.dim)
+                    keep = functools.partial(one.keep, newest, place, part)
+                encoded = one.encode(part, keep)
+                with when(exists):
                     one.write((page, offset, head), part, encoded)
                 store(first, following)
 

@@ -11,7 +11,14 @@ from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import i32, let, local, loop, store, when
 from tq_tvm.spec import CacheSpec
 
-__all__ = ["FillArguments", "GivenSlots", "TableSlots", "fill_arguments", "wide_product"]
+__all__ = [
+    "FillArguments",
+    "GivenSlots",
+    "TableSlots",
+    "fill_arguments",
+    "ring_place",
+    "wide_product",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,12 @@ def fill_arguments(
 def wide_product(a, b):
     """Of int32, in int64: one multiplication."""
     return T.cast(a, "int64") * T.cast(b, "int64")
+
+
+def ring_place(spec: CacheSpec, slots: TableSlots, token, head, dim: int):
+    """First element of a row of ``dim`` values in the rings of one side."""
+    row = wide_product(slots.ring_row(token), i32(spec.num_kv_heads * dim))
+    return row + T.cast(head * dim, "int64")
 
 
 class GivenSlots:
