@@ -33,8 +33,9 @@ def new_rings(spec, sequences):
     """Rings of another order, with two more, full of what is no number; none without a window."""
     if not spec.window:
         return ()
-    shape = (sequences + 2, spec.window, spec.num_kv_heads, spec.head_dim)
-    rings = (torch.full(shape, float("nan"), dtype=getattr(torch, spec.dtype)) for _ in range(2))
+    shape, dtype = (sequences + 2, spec.window, spec.num_kv_heads), getattr(torch, spec.dtype)
+    dims = (spec.head_dim, spec.value_dim)
+    rings = (torch.full((*shape, dim), float("nan"), dtype=dtype) for dim in dims)
     slots = torch.arange(sequences, dtype=torch.int32).flip(0)
     slots[0] += 2
     return (*rings, slots)

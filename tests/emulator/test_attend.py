@@ -53,6 +53,8 @@ CASES = {
     # Windows longer than some sequences, of one token, and of all of most sequences.
     "window": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", window=50), WIDE),
     "window_one": (CacheSpec(64, 6, 1, 8, "float16", "bhsd", MSE3, window=1), TALL),
+    "window_d512": (CacheSpec(512, 4, 1, 16, "bfloat16", "bshd", "tq42", window=50), PAIR),
+    "window_d80v576": (CacheSpec(80, 3, 1, 8, "float16", "bhsd", "int8", 576, window=40), TRIO),
     "window_none": (CacheSpec(64, 4, 1, 16, "bfloat16", "bhsd", "fp8-none", window=128), TALL),
 }
 FEW = {"lengths": [300, 3, 200, 0, 65, 40, 0], "queries": [4, 1, 8, 0, 2, 0, 1]}

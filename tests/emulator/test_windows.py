@@ -30,14 +30,17 @@ FILLED = [
     CacheSpec(128, 4, 2, 16, "bfloat16", "bshd", "tq42", window=40),
     CacheSpec(64, 3, 3, 8, "float16", "bhsd", "fp8-none", window=3),
     CacheSpec(256, 2, 1, 16, "bfloat16", "bshd", "int4-none-signed", window=16),
+    CacheSpec(512, 1, 1, 16, "bfloat16", "bshd", "tq42", window=30),
+    CacheSpec(80, 2, 2, 8, "float16", "bhsd", "none-mse3-signed-unbiased", 64, window=5),
 ]
 LENGTHS = [70, 3, 16, 0, 40, 41]
 
 
 def guarded_rings(spec):
     """Rings of another order, with two more, full of what is no number."""
-    shape = (len(LENGTHS) + 2, spec.window, spec.num_kv_heads, spec.head_dim)
-    guards = [Guarded(shape, getattr(torch, spec.dtype)) for _ in range(2)]
+    shape = (len(LENGTHS) + 2, spec.window, spec.num_kv_heads)
+    dims = (spec.head_dim, spec.value_dim)
+    guards = [Guarded((*shape, dim), getattr(torch, spec.dtype)) for dim in dims]
     slots = torch.tensor([6, 2, 0, 3, 1, 7], dtype=torch.int32)
     return guards, (*(guard.tensor for guard in guards), slots)
 
@@ -82,6 +85,7 @@ DECODED = {
     "group6": CacheSpec(64, 6, 1, 16, "float16", "bhsd", window=1),
     "cluster": CacheSpec(64, 6, 1, 16, "float16", "bhsd", window=70),
     "head256": CacheSpec(256, 2, 1, 32, "float16", "bshd", "tq44", window=136),
+    "head512": CacheSpec(512, 2, 1, 32, "bfloat16", "bshd", "tq42", window=45),
 }
 
 
@@ -93,7 +97,9 @@ def decode_of(tmp_path_factory):
     @functools.cache
     def function(case):
         cluster = 8 if case == "cluster" else 0
-        own = {"warps": 2, "tile": 32, "cluster": cluster}
+        # Two warps share a row of 512 values, and a CTA has no more.
+        warps = 1 if DECODED[case].head_dim == 512 else 2
+        own = {"warps": warps, "tile": 32, "cluster": cluster}
         config = space.defaults(DECODED[case], "cuda") | own
         func = decode(DECODED[case], "cuda", config)
         return compile_functions({"decode": func}, directory)["decode"], config

@@ -255,7 +255,8 @@ def _attend(
     now, ahead, last = (local(1, "int32") for _ in range(3))
     window, until = None, last
     if rings is not None:
-        window = WindowRows(shape, words, rings, kv_head, lane, options.sm_scale)
+        column = shape.first_column(warp)
+        window = WindowRows(shape, words, rings, kv_head, lane, options.sm_scale, column)
         until = local(1, "int32")
     with loop(place.tile[0] < place.end[0]):
         sequence = place.sequence[0]

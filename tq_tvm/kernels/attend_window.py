@@ -46,12 +46,17 @@ _OCTETS = WINDOW_TILE // 8
 _ABREAST = 4
 """Pairs of octets of V that are on their way together."""
 
+_STEPS = 16
+"""Most steps of 16 values whose words of K are. Longer rows leave registers for half as many."""
+
 
 class WindowRows:
-    """K and V of a KV head in the rings, for a lane."""
+    """K and V of a KV head in the rings, for a lane; V's columns from ``first_column`` on."""
 
-    def __init__(self, shape: AttendShape, words, rings: pages.Rings, head, lane, sm_scale) -> None:
-        self._shape, self._words = shape, words
+    def __init__(
+        self, shape: AttendShape, words, rings: pages.Rings, head, lane, sm_scale, first_column
+    ) -> None:
+        self._shape, self._words, self._column = shape, words, first_column
         self._slots = rings.slots
         self._k, self._v = pages.flat_buffer(rings.k), pages.flat_buffer(rings.v)
         self._head, self._lane, self._sm_scale = head, lane, sm_scale
@@ -70,16 +75,21 @@ class WindowRows:
         ring = let(self._slots[sequence])
         scores = local((rows.row_tiles, _OCTETS, 4), "float32")
         # Of tokens past the last one, rows of others: their logits are masked.
-        keys = [self._keys(self._base(ring, first + (8 * i + self._g))) for i in range(_OCTETS)]
+        dim, keys = shape.spec.head_dim, []
+        together = _STEPS if dim <= 16 * _STEPS else _STEPS // 2
+        tokens = [first + (8 * i + self._g) for i in range(_OCTETS)]
         queries = self._arranged_queries
         if not shape.in_registers:
             queries = QueryOperands(rows, self._words, 0, i32(0), self._lane).read
-        for step in range(shape.spec.head_dim // 16):
+        for step in range(dim // 16):
+            if step % together == 0:
+                chosen = range(step, min(step + together, dim // 16))
+                keys = [self._keys(self._base(ring, token, dim), chosen) for token in tokens]
             a = [queries(m, step) for m in range(rows.row_tiles)]
             for octet, m in itertools.product(range(_OCTETS), range(rows.row_tiles)):
                 result = [scores[m, octet, e] for e in range(4)]
                 start = result if step else [f32(0)] * 4
-                mma(product, result, a[m], keys[octet][step], start)
+                mma(product, result, a[m], keys[octet][step % together], start)
         if shape.in_registers:
             factor = let(self._sm_scale * f32(LOG2E))
             for index in itertools.product(*(range(int(n)) for n in scores.shape)):
@@ -91,24 +101,25 @@ class WindowRows:
             ptx(PAIR[dtype], weights[m, i], *pair)
         self._add_values(softmax, weights, ring, first, seen)
 
-    def _base(self, ring, token):
-        """First element of a token's row."""
+    def _base(self, ring, token, dim: int):
+        """First element of a token's row of ``dim`` values."""
         spec = self._shape.spec
         row = let(ring * spec.window + T.truncmod(token, spec.window))
-        inside = T.cast(self._head * spec.head_dim, "int64")
-        wide = T.cast(row, "int64") * T.int64(spec.num_kv_heads * spec.head_dim)
+        inside = T.cast(self._head * dim, "int64")
+        wide = T.cast(row, "int64") * T.int64(spec.num_kv_heads * dim)
         return let(wide + inside)
 
-    def _keys(self, base) -> list[list[Any]]:
-        """The lane's words of a row of K: an operand of each step."""
+    def _keys(self, base, steps: range) -> list[list[Any]]:
+        """The lane's words of a row of K: an operand of each of some steps, all in registers."""
         shape = self._shape
-        steps = shape.spec.head_dim // 16
-        words = local((steps, 2), "uint32")
+        words = local((len(steps), 2), "uint32")
+        every = [[words[n, half] for half in range(2)] for n in range(len(steps))]
         if not shape.in_registers:
-            for step, half in itertools.product(range(steps), range(2)):
-                at = base + T.cast(2 * self._t + (16 * step + 8 * half), "int64")
-                ptx("ld.global.nc.u32", words[step, half], self._k.ptr_to([at]))
-            return [[words[step, half] for half in range(2)] for step in range(steps)]
+            for step, operand in zip(steps, every, strict=True):
+                for half in range(2):
+                    at = base + T.cast(2 * self._t + (16 * step + 8 * half), "int64")
+                    ptx("ld.global.nc.u32", operand[half], self._k.ptr_to([at]))
+            return every
         # Codes of a lane follow each other in a row of each field, and a word of them is a step.
         fragments = shape.fragments
         own, plane = 4 * fragments.key_words, shape.spec.head_dim // fragments.key_fields
@@ -119,7 +130,7 @@ class WindowRows:
                 at = base + T.cast(self._t * own + (field * plane + 4 * word), "int64")
                 registers = [words[first + n, half] for n in range(abreast) for half in range(2)]
                 access("ld.global.nc", registers, self._k.ptr_to([at]))
-        return [[words[step, half] for half in range(2)] for step in range(steps)]
+        return every
 
     def _arranged_queries(self, m: int, step: int) -> list[Any]:
         """What `QueryOperands` read, of queries as `Fragments` have them, in the model's dtype."""
@@ -139,9 +150,9 @@ class WindowRows:
         product = PRODUCTS[shape.spec.dtype]
         # Tokens of the lane's weights. Where nobody sees one, zeros: 0 times nan is nan.
         tokens = [let(first + (8 * (i // 2) + i % 2) + 2 * self._t) for i in range(2 * _OCTETS)]
-        bases = [self._base(ring, token) for token in tokens]
+        bases = [self._base(ring, token, shape.spec.value_dim) for token in tokens]
         used = [let(T.Select(seen.includes(x), u32(0xFFFFFFFF), u32(0))) for x in tokens]
-        pairs = range(shape.spec.head_dim // 16)
+        pairs = range(shape.rows.columns // 16)
         for begin in pairs[::_ABREAST]:
             chosen = pairs[begin : begin + _ABREAST]
             read = [self._values(pair, bases, used) for pair in chosen]
@@ -154,6 +165,8 @@ class WindowRows:
         """Operands of two octets of coordinates of V, ``[octet][octet of tokens]``."""
         shape = self._shape
         columns = [shape.output_coordinate(2 * pair + byte, self._g) for byte in range(2)]
+        if shape.parts > 1:
+            columns = [self._column + column for column in columns]
         if shape.in_registers:
             # Columns of the two octets are neighbours.
             words = local(len(bases), "uint32")

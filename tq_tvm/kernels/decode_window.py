@@ -3,7 +3,8 @@
 They are in the sequence's ring, rotated and of the model's dtype, as ``fill`` leaves them. The
 kernel attends to the packed tokens before them; who finishes a query head's row, a warp, adds the
 ring's to it in float32: without positions their order does not matter, so that they are rows 0, 1,
-and so on. A warp has `_ABREAST` rows on their way together, each lane with a piece of them all.
+and so on. A warp has 16 rows on their way together, of 512 values 8, each lane with a piece of them
+all.
 
 Of a token a lane converts and multiplies D / 32 values of K and as many of V, beside some ten
 instructions for addresses, loads, and its part of the sums over lanes.
@@ -42,7 +43,9 @@ from tq_tvm.spec import CacheSpec
 
 __all__ = ["Window", "find_window", "packed_lengths", "prefetch_ring"]
 
-_ABREAST = 16
+_READ = 64
+"""Words of rows on their way together that a lane has, at most."""
+
 _LINE = 128
 """Bytes of a line of memory."""
 
@@ -52,16 +55,19 @@ def prefetch_ring(spec: CacheSpec, rings, ring, kv_head, thread, threads: int) -
 
     ``rings`` are all of K's as one axis, and V's.
     """
-    dim, stride = spec.head_dim, spec.num_kv_heads * spec.head_dim
-    lines = 2 * dim // _LINE
-    first = let(T.cast(ring, "int64") * T.int64(spec.window * stride))
-    for turn in range(-(-spec.window * lines // threads)):
-        piece = let(turn * threads + thread)
-        inside = T.truncdiv(piece, lines) * stride + T.truncmod(piece, lines) * (_LINE // 2)
-        at = let(first + T.cast(kv_head * dim + inside, "int64"))
-        with when(piece < spec.window * lines):
-            for rows in rings:
-                ptx("prefetch.global.L2", rows.ptr_to([at]))
+    sides = [(spec.head_dim, rings)]
+    if spec.value_dim != spec.head_dim:
+        sides = [(spec.head_dim, rings[:1]), (spec.value_dim, rings[1:])]
+    for dim, alike in sides:
+        stride, lines = spec.num_kv_heads * dim, -(-2 * dim // _LINE)
+        first = let(T.cast(ring, "int64") * T.int64(spec.window * stride))
+        for turn in range(-(-spec.window * lines // threads)):
+            piece = let(turn * threads + thread)
+            inside = T.truncdiv(piece, lines) * stride + T.truncmod(piece, lines) * (_LINE // 2)
+            at = let(first + T.cast(kv_head * dim + inside, "int64"))
+            with when(piece < spec.window * lines):
+                for rows in alike:
+                    ptx("prefetch.global.L2", rows.ptr_to([at]))
 
 
 class _PackedLengths:
@@ -89,6 +95,7 @@ class Window:
         self._slots = rings.slots
         self._shape, self._q, self._seq_lens, self._sm_scale = shape, q, seq_lens, sm_scale
         self._k, self._v = pages.flat_buffer(rings.k), pages.flat_buffer(rings.v)
+        self._abreast = min(16, 2 * _READ // shape.row_values)
 
     def prefetch(self, sequence, kv_head, thread, threads: int) -> None:
         """`prefetch_ring` of a sequence."""
@@ -131,10 +138,10 @@ class Window:
             store(at, i32(32 * i))
             with loop(at[0] < T.min(tokens, i32(32 * (i + 1)))):
                 found = self._dots(query, base, at[0], lane)
-                token = let(T.bitwise_and(lane, -_ABREAST) + 32 * i)
-                own = T.And(token == at[0], at[0] + lane % _ABREAST < tokens)
+                token = let(T.bitwise_and(lane, -self._abreast) + 32 * i)
+                own = T.And(token == at[0], at[0] + lane % self._abreast < tokens)
                 store(logits, T.Select(own, found, logits[i]), i)
-                store(at, at[0] + _ABREAST)
+                store(at, at[0] + self._abreast)
             if bend is not None:
                 row = let(lane + 32 * i)
                 age = T.truncmod(length - 1 - row, window)
@@ -156,7 +163,7 @@ class Window:
             store(at, i32(32 * i))
             with loop(at[0] < T.min(tokens, i32(32 * (i + 1)))):
                 self._add(x, logits[i], base, at[0], tokens)
-                store(at, at[0] + _ABREAST)
+                store(at, at[0] + self._abreast)
         reduce_lanes(sum_, 0, lambda a, b: a + b)
         return bound[0], let(sum_[0] + total * shrink)
 
@@ -179,13 +186,16 @@ class Window:
         return query
 
     def _read(self, ring, base, first, last=None):
-        """Words of a lane's pieces of `_ABREAST` rows, none after ``last``."""
+        """Words of a lane's pieces of the rows from ``first`` on, none after ``last``."""
         words = self._shape.row_values // 2
-        read = local((_ABREAST, words), "uint32")
-        for n in range(_ABREAST):
+        read = local((self._abreast, words), "uint32")
+        for n in range(self._abreast):
             row = first + n if last is None else T.min(first + n, last)
             at = base + T.cast(row * self._stride, "int64")
-            access("ld.global.nc", [read[n, w] for w in range(words)], ring.ptr_to([at]))
+            for begin in range(0, words, 4):
+                four = [read[n, w] for w in range(begin, min(begin + 4, words))]
+                place = at + T.int64(2 * begin) if begin else at
+                access("ld.global.nc", four, ring.ptr_to([place]))
         return read
 
     def _values(self, read, n: int):
@@ -195,27 +205,29 @@ class Window:
         return [half(dtype, word) for word in words for half in (low_half, high_half)]
 
     def _dots(self, query, base, first, lane):
-        """Logit of row ``first + lane % 16``; while there are several sums, lanes halve them."""
+        """Logit of a row, by the lane; while there are several sums, lanes halve them."""
         # Rows past the last token are others of the ring, whose logits nobody takes.
         read = self._read(self._k, base, first, i32(self._shape.spec.window - 1))
-        sums = local(_ABREAST, "float32")
-        for n in range(_ABREAST):
+        sums = local(self._abreast, "float32")
+        for n in range(self._abreast):
             values = self._values(read, n)
             store(sums, query[0] * values[0], n)
             for i in range(1, len(values)):
                 store(sums, sums[n] + query[i] * values[i], n)
-        for mask in (8, 4, 2, 1):
+        for mask in (m for m in (8, 4, 2, 1) if m < self._abreast):
             upper = let(T.bitwise_and(lane, mask) != 0)
             for n in range(mask):
                 kept = T.Select(upper, sums[n + mask], sums[n])
                 given = T.Select(upper, sums[n], sums[n + mask])
                 store(sums, kept + shuffle_xor(given, mask), n)
-        return let(sums[0] + shuffle_xor(sums[0], _ABREAST))
+        if self._abreast < 16:
+            store(sums, sums[0] + shuffle_xor(sums[0], 8), 0)
+        return let(sums[0] + shuffle_xor(sums[0], 16))
 
     def _add(self, x, weights, base, first, tokens) -> None:
-        """Add `_ABREAST` rows of V by the weights that lanes have."""
+        """Add the rows of V from ``first`` on by the weights that lanes have."""
         read = self._read(self._v, base, first, tokens - 1)
-        for n in range(_ABREAST):
+        for n in range(self._abreast):
             # Of rows past the last token, which is read for them, it is zero.
             weight = let(shuffle(weights, first % 32 + n))
             for i, value in enumerate(self._values(read, n)):
