@@ -18,9 +18,7 @@ SPEC = CacheSpec(head_dim=128, num_q_heads=32, num_kv_heads=8)
     "spec",
     [
         dataclasses.replace(SPEC, dtype="float32"),
-        dataclasses.replace(SPEC, head_dim=96, window=16),
-        dataclasses.replace(SPEC, head_dim=512, window=16),
-        dataclasses.replace(SPEC, head_dim_v=64, window=16),
+        dataclasses.replace(SPEC, head_dim_v=64, dtype="float32", window=16),
         RotateSpec(576, "float32"),
     ],
     ids=lambda s: s.label,
@@ -102,9 +100,16 @@ def test_gpus_have_some_functions_of_other_formats(name):
     check_target("op", dataclasses.replace(SPEC, format="tq44", head_dim=64), "cuda", "decode")
 
 
-def test_gpus_read_a_window_by_decode_and_attend():
-    spec = dataclasses.replace(SPEC, window=16)
-    assert set(spec.functions) - set(functions_on(spec, "cuda")) == {"prefill"}
+@pytest.mark.parametrize(
+    ("dims", "decodes"),
+    [((128, None), True), ((512, None), True), ((96, None), False), ((512, 64), False)],
+    ids=str,
+)
+def test_gpus_read_a_window_by_decode_and_attend(dims, decodes):
+    """By attend alone where it does what decode does."""
+    spec = dataclasses.replace(SPEC, head_dim=dims[0], head_dim_v=dims[1], window=16)
+    missing = {"prefill"} if decodes else {"decode", "decode_featured", "prefill"}
+    assert set(spec.functions) - set(functions_on(spec, "cuda")) == missing
     with pytest.raises(UnsupportedSpecError, match=f"got {spec.label} for prefill; use"):
         check_target("op", spec, "cuda", "prefill")
 

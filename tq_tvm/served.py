@@ -14,8 +14,7 @@ __all__ = [
     "gpus_decode",
 ]
 
-GPU_WINDOW_DIMS = (64, 128, 256)
-GPU_DECODE_DIMS = (*GPU_WINDOW_DIMS, 512)
+GPU_DECODE_DIMS = (64, 128, 256, 512)
 
 _LONG = 2048
 """Tokens of a context from which on `attends_to_one` can be."""
@@ -54,8 +53,6 @@ def functions_on(spec: Spec, kind: str) -> tuple[str, ...]:
     fmt = spec.cache_format
     if spec.is_latent:
         return LATENT_FUNCTIONS
-    if spec.window and (spec.head_dim_v is not None or spec.head_dim not in GPU_WINDOW_DIMS):
-        return ()
     # Long chunks over a window, of V that warps share, or of longer K are ``attend``'s, too.
     chunks = not spec.window and spec.value_dim <= 256 and spec.head_dim <= 512
     served = tuple(name for name in spec.functions if name != "prefill" or chunks)
@@ -107,13 +104,12 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
             f"residual signs, head_dim_v 64 in the codec none, no window), got {spec.label}; "
             "use another call"
         )
-    every = GPU_DECODE_DIMS, GPU_WINDOW_DIMS
-    decoded, windowed = (", ".join(map(str, some)) for some in every)
+    decoded = ", ".join(map(str, GPU_DECODE_DIMS))
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
         f"{op}: spec must be one that GPUs have kernels of (float16 or bfloat16; for decode of "
         f"Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V at head_dim 64; "
-        f"for prefill of head_dim 512 for K and 256 for V at most, without a window; with a window "
-        f"of one head_dim of {windowed}; for attention to a latent cache mla alone), "
+        f"for prefill of head_dim 512 for K and 256 for V at most, without a window; for attention "
+        f"to a latent cache mla alone), "
         f"got {wanted}; use the CPU or another spec"
     )
