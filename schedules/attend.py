@@ -215,6 +215,8 @@ def rejected(
     if kind != "cuda":
         return None
     shape = AttendShape(spec, AttendConfig(**config))
+    if not shape.in_registers and config["tile"] > shape.tiles.threads:
+        return f"{config['tile']} tokens of a tile exceed {shape.tiles.threads} threads"
     return unfit(shape.tiles, 4 * shape.memory_words, shape.rows, limit)
 
 

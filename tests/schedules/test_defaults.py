@@ -172,6 +172,16 @@ def test_warps_that_share_tiles_are_a_cta(name, dims):
         assert "outputs exceed a lane's registers" in reason
 
 
+@pytest.mark.parametrize("dims", [(96, None), (128, 64), (512, None)])
+def test_a_thread_has_the_scales_of_one_token(dims):
+    """Where a warp, or two, make a tile's rows in shared memory."""
+    spec = CacheSpec(dims[0], 32, 8, head_dim_v=dims[1])
+    config = attend.defaults(spec, "cuda") | {"tile": 64}
+    reason = attend.rejected(spec, "cuda", config)
+    assert (reason is None) == (dims[0] == 512)
+    assert reason is None or reason == "64 tokens of a tile exceed 32 threads"
+
+
 @pytest.mark.parametrize(
     ("name", "head_dim", "heads", "warps", "abreast", "tile"),
     [
