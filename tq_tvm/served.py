@@ -107,9 +107,8 @@ def check_target(op: str, spec: Spec, kind: str, function: str | None = None) ->
     decoded = ", ".join(map(str, GPU_DECODE_DIMS))
     wanted = spec.label if function is None else f"{spec.label} for {FUNCTIONS[function]}"
     raise UnsupportedSpecError(
-        f"{op}: spec must be one that GPUs have kernels of (float16 or bfloat16; for decode of "
-        f"Lloyd-Max codecs and one head_dim of {decoded}, but not of mse3 for V at head_dim 64; "
-        f"for prefill of head_dim 512 for K and 256 for V at most, without a window; for attention "
-        f"to a latent cache mla alone), "
-        f"got {wanted}; use the CPU or another spec"
+        f"{op}: spec must be one that GPUs have kernels of (for decode of Lloyd-Max codecs and one "
+        f"head_dim of {decoded}, but not of mse3 for V at head_dim 64; for prefill of head_dim 512 "
+        f"for K and 256 for V at most, without a window; for attention to a latent cache mla "
+        f"alone; float16 or bfloat16), got {wanted}; use the CPU or another spec"
     )
