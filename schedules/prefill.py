@@ -45,9 +45,9 @@ __all__ = ["DEFAULTS", "OPTIONS", "apply", "defaults", "digest", "launch", "opti
 
 OPTIONS = {
     "cuda": {
-        "warps": [4, 8],
+        "warps": [1, 2, 4, 8],
         "row_tiles": [1, 2],
-        "tile": [32, 64],
+        "tile": [16, 32, 64],
         "lanes": [2, 4, 8],
         "registers": [128, 168, 255],
         "cluster": [0],
@@ -142,6 +142,8 @@ def rejected(
     if "multipliers" in config:
         return WarpgroupShape(spec, WarpgroupConfig(**config)).unfit
     shape = PrefillShape(spec, PrefillConfig(**config))
+    if config["tile"] > shape.threads:
+        return f"{config['tile']} tokens of a tile exceed {shape.threads} threads"
     return unfit(shape.tiles, 4 * shape.memory_words, shape.warp, limit)
 
 

@@ -303,7 +303,10 @@ def test_what_warpgroups_cannot_have_is_rejected(changed, reason):
 @pytest.mark.parametrize("name", ["nvidia_l4", "nvidia_a100", "nvidia_h100"])
 @pytest.mark.parametrize(
     "dims",
-    [(64, None), (128, None), (192, None), (256, None), (512, 128), (576, None), (576, 256)],
+    [
+        *((64, None), (128, None), (192, None), (256, None), (512, 128), (512, 256), (576, None)),
+        (576, 256),
+    ],
 )
 @pytest.mark.parametrize("format", ["k4v2", "tq44", "int8", "none"])
 def test_defaults_fit_the_shared_memory_of_a_gpu(name, dims, format):
@@ -316,8 +319,9 @@ def test_defaults_fit_the_shared_memory_of_a_gpu(name, dims, format):
         sizes = decision_sizes(function, sizes_of(64, 8192, queries), target)
         config = MODULES[function].defaults(spec, "cuda", sizes)
         assert MODULES[function].rejected(spec, "cuda", config, limit) is None
-        launch = schedules.instantiate(function, spec, "cuda", None, sizes).launch
-        assert launch.get("shared_bytes", 0) < limit
+        instance = schedules.instantiate(function, spec, "cuda", None, sizes)
+        assert instance.config == config
+        assert instance.launch.get("shared_bytes", 0) < limit
 
 
 @pytest.mark.parametrize("group", [1, 4, 5, 16])
