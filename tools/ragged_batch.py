@@ -1,8 +1,11 @@
 """A small ragged batch through every operation: what ``compute-sanitizer`` runs."""
 
+from unittest import mock
+
 import torch
 
 from tq_tvm import CacheSpec, PagedKVCache, hadamard_rotate, mla_decode
+from tq_tvm.ops import workspace
 
 _LENGTHS = (0, 1, 63, 200)
 _FORMATS = ("k4v2", "tq42", "tq33", "int8", "fp8", "none")
@@ -49,15 +52,17 @@ def _run(spec: CacheSpec) -> None:
         cache.decode(q, table, lens, window_left=40, **rings),
         cache.decode(q, table, lens, return_lse=True, **features, **rings)[0],
     ]
-    # All that a sequence has is new, and then its last token: prefill and attend.
-    for new in (lens, lens.clamp_max(1)):
+    # All that a sequence has is new, and then its last token: prefill, for which it is too little
+    # to be chosen, and attend.
+    for new, chunk in ((lens, True), (lens.clamp_max(1), False)):
         query_starts = torch.cat([new.new_zeros(1), new.cumsum(0)]).int()
         tokens = int(new.sum())
         q = torch.randn(tokens, spec.num_q_heads, spec.head_dim, device="cuda").bfloat16()
-        outs += cache.decode(
-            q, table, lens, cu_seqlens_q=query_starts, max_seqlen_q=int(new.max()),
-            window_left=40, kept_tokens=3, return_lse=True, **features, **rings,
-        )[:1]  # fmt: skip
+        with mock.patch.object(workspace, "prefills", lambda *sizes, chunk=chunk: chunk):
+            outs += cache.decode(
+                q, table, lens, cu_seqlens_q=query_starts, max_seqlen_q=int(new.max()),
+                window_left=40, kept_tokens=3, return_lse=True, **features, **rings,
+            )[:1]  # fmt: skip
     hadamard_rotate(k)
     torch.cuda.synchronize()
     print(f"{spec.label} finite:", all(bool(out.isfinite().all()) for out in outs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -20,6 +21,7 @@ from tq_tvm import (
     reference,
 )
 from tq_tvm.ops import attend as attend_ops
+from tq_tvm.ops import workspace
 from tq_tvm.served import functions_on
 from tq_tvm.spec import CacheSpec
 
@@ -135,6 +137,15 @@ class Batch:
         assert not off.numel() or off.max() <= self.lse_limit
 
 
+@contextlib.contextmanager
+def chunks_are_of(kernel):
+    """Have a GPU give several tokens a sequence to one of two kernels, however few they are."""
+    with mock.patch.object(workspace, "prefills", lambda *sizes: kernel == "prefill"):
+        workspace.choose_prefill.cache_clear()
+        yield
+    workspace.choose_prefill.cache_clear()
+
+
 def features_of(spec):
     """Every feature that is a tensor a head."""
     heads = spec.num_q_heads
@@ -185,7 +196,11 @@ def test_combinations(served, device, data):
         if data.draw(st.booleans(), label=name):
             options[name] = value
     parts = data.draw(st.sampled_from([None, 2, 7]), label="parts")
-    if device.type == "cuda" or parts is None:
+    if device.type == "cuda":
+        with chunks_are_of(data.draw(st.sampled_from(["attend", "prefill"]), label="kernel")):
+            batch.check(**options)
+        return
+    if parts is None:
         batch.check(**options)
         return
     choose = attend_ops.choose_attend_launch
@@ -243,8 +258,10 @@ def test_a_chunk_of_prefill_and_a_reused_prefix(served, device):
     batch = Batch(spec, device, [170, 170], [70, 70])
     page = spec.page_size
     batch.cpu.block_table[1, : 64 // page] = batch.cpu.block_table[0, : 64 // page]
-    out, lse = batch.call(max_seqlen_q=70, max_seq_len=170)
-    batch.compare(out, lse, *batch.want())
+    for kernel in ("attend", "prefill"):
+        with chunks_are_of(kernel):
+            out, lse = batch.call(max_seqlen_q=70, max_seq_len=170)
+        batch.compare(out, lse, *batch.want())
     # Token by token it is the same.
     for i in (0, 31, 69):
         for b in (0, 1):
