@@ -104,11 +104,13 @@ class Tiles:
         """Make rows of what arrived, ``moved`` words later; barriers go around this."""
         packed = [side for side in self._sides if side.codec.packed]
         steps = [step for side in packed for step in side.steps(self._arrived[0], moved)]
-        # The next row is on its way while one is written.
+        # The next row is on its way while one is written, by warps that only decode: others have
+        # outputs in the registers that it takes.
+        ahead = self._shape.blocked
         for number, (read, write) in enumerate(steps):
-            if number == 0:
+            if number == 0 or not ahead:
                 read()
-            if number + 1 < len(steps):
+            if ahead and number + 1 < len(steps):
                 steps[number + 1][0]()
             write()
 

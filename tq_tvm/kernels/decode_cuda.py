@@ -33,8 +33,8 @@ D = 128, bfloat16, as compiled for sm_90a with 200 registers: 1018 instructions,
 only where a bound moves. Of the other 836, 485 are on the integer pipe (0.030 a value): masks 256,
 look-ups and byte moves 100, selections 44, shifts 39; tensor core 64.
 
-On an H200, 64 x 8192 of 32/8 heads, bshd: 144 us, 147 by default (``bench.json``). It is arithmetic
-that bounds it: with all tables naming the same 64 pages, which L2 keeps, the default takes 137 us
+On an H200, 64 x 8192 of 32/8 heads, bshd: 140 us, 142 by default (``bench.json``). It is arithmetic
+that bounds it: with all tables naming the same 64 pages, which L2 keeps, an older form took 137 us
 of 148. ncu of the first launch then: 236 thousand cycles at 1.76 GHz, 110 thousand instructions a
 scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a scheduler wait 3.9
 cycles an instruction: 0.8 for results of fixed latency, 0.4 for shared memory and shuffles, 0.4 for

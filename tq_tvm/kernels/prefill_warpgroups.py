@@ -87,16 +87,11 @@ WARPGROUP_ROWS = 64
 _WARPGROUP = 128
 """Its threads."""
 
-_WARPS = _WARPGROUP // 32
-
 _STEP = 16
 """Values, or tokens, that a product adds up."""
 
 _BLOCK = 64
 """Values of a row of a block of an operand."""
-
-_COLUMNS = 128
-"""Columns of outputs that are multiplied at a time."""
 
 _DECODER_REGISTERS = 72
 """Registers that a thread needs which decodes, at least."""
