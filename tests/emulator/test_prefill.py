@@ -71,9 +71,10 @@ def run(module, case, features, *, parts=None, descending=False, **options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("features", ["plain", "all"])
-def test_equals_reference(compiled, case, features):
-    run(compiled(case), case, features).check()
+def test_equals_reference(compiled, case):
+    """Both in one test: workers that run tests side by side compile for themselves."""
+    for features in ("plain", "all"):
+        run(compiled(case), case, features).check()
 
 
 @pytest.mark.parametrize("case", ["group4", "together"])
