@@ -64,6 +64,7 @@ __all__ = [
     "options",
     "rejected",
     "unfit",
+    "unscaled",
 ]
 
 _SHORTEST = 16
@@ -215,8 +216,8 @@ def rejected(
     if kind != "cuda":
         return None
     shape = AttendShape(spec, AttendConfig(**config))
-    if not shape.in_registers and config["tile"] > shape.tiles.threads:
-        return f"{config['tile']} tokens of a tile exceed {shape.tiles.threads} threads"
+    if not shape.in_registers and (reason := unscaled(shape.tiles)):
+        return reason
     return unfit(shape.tiles, 4 * shape.memory_words, shape.rows, limit)
 
 
@@ -233,6 +234,13 @@ def launch(spec: CacheSpec, kind: str, config: dict[str, int]) -> dict[str, int]
         }
     tokens = block_tokens(spec, AttendCpuConfig(**config))
     return {"ctas_per_sm": 1, "split_tokens": 64, "block_tokens": tokens}
+
+
+def unscaled(tiles: TileShape) -> str | None:
+    """Why not every token of a tile has a thread that reads its scales, or None."""
+    if tiles.tile > tiles.threads:
+        return f"{tiles.tile} tokens of a tile exceed {tiles.threads} threads"
+    return None
 
 
 def unfit(tiles: TileShape, shared_bytes: int, rows: RowShape, limit: int) -> str | None:

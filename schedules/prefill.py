@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tq_tvm.schedules.anchors import annotate, end_points, hash_points
-from tq_tvm.schedules.attend import fitted, lane_options, limit_of, unfit
+from tq_tvm.schedules.attend import fitted, lane_options, limit_of, unfit, unscaled
 from tq_tvm.schedules.decisions import Decide
 from tvm.s_tir import Schedule
 
@@ -142,8 +142,8 @@ def rejected(
     if "multipliers" in config:
         return WarpgroupShape(spec, WarpgroupConfig(**config)).unfit
     shape = PrefillShape(spec, PrefillConfig(**config))
-    if config["tile"] > shape.threads:
-        return f"{config['tile']} tokens of a tile exceed {shape.threads} threads"
+    if reason := unscaled(shape.tiles):
+        return reason
     return unfit(shape.tiles, 4 * shape.memory_words, shape.warp, limit)
 
 

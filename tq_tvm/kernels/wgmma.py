@@ -105,10 +105,13 @@ def multiply_registers(
     ptx(_name(dtype, registers), *registers, *a, b, *flags)
 
 
+def _places(buffer):
+    """Every index of a buffer of registers, whose dimensions are constants."""
+    return itertools.product(*(range(int(size)) for size in buffer.shape))
+
+
 def _registers(result) -> list:
-    """All of a buffer's, whose dimensions are constants."""
-    sizes = [range(int(size)) for size in result.shape]
-    return [result[place] for place in itertools.product(*sizes)]
+    return [result[place] for place in _places(result)]
 
 
 def _name(dtype: str, registers: list) -> str:
@@ -131,7 +134,7 @@ def settle(*registers) -> None:
     for buffer in registers:
         kind, letter = _LETTERS[str(buffer.dtype)]
         source = _SETTLE.format(kind=kind, letter=letter)
-        for place in itertools.product(*(range(int(size)) for size in buffer.shape)):
+        for place in _places(buffer):
             I.evaluate(
                 T.cuda.func_call(f"tq_settle_{kind}", buffer.ptr_to(place), source_code=source)
             )
