@@ -247,8 +247,9 @@ def prefills(
     """Whether ``prefill`` takes less time than ``attend``.
 
     Its CTAs have to be more than half full, and many enough: ``attend`` shares out work equally.
-    1 x 64 query tokens over 8192 take 63 us of ``attend``, 77 of ``prefill``, 16 x 16 over 4096 122
-    and 66, 1 x 128 over 32768 384 and 346 (32/8 heads, H100).
+    16 x 16 query tokens over 4096 take 122 us of ``attend`` and 66 of ``prefill``, 1 x 128 over
+    32768 384 and 346 (32/8 heads, H100). It errs at 1 x 64 over 8192, 63 and 77, where clusters of
+    8 CTAs come in two waves.
 
     Parameters
     ----------
