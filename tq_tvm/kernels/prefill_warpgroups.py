@@ -323,11 +323,17 @@ class _Multiplier:
         value = pointer(words, shape.config.tile * shape.tiles.row_words(0))
         self._key = Operand(pointer(words, 0), _BLOCK)
         self._value = Operand(value, _BLOCK, leading=self._leading)
-        steps = shape.spec.head_dim // _STEP
-        self._queries = [queries.read(0, step) for step in range(steps)]
+        self._queries = queries
+        # With values of one block they are read again for every tile: ptxas 13.0 took the registers
+        # that they were kept in for others, and scores from the second tile on were wrong.
+        self._kept = self._read_queries() if shape.spec.value_dim > _BLOCK else None
         tile = shape.config.tile
         self.scores = local((1, tile // 8, 4), "float32")
         self.weights = local(tile // 4, "uint32")
+
+    def _read_queries(self) -> list[list]:
+        """The operands of all steps."""
+        return [self._queries.read(0, i) for i in range(self._shape.spec.head_dim // _STEP)]
 
     def _moved(self, operand: Operand, place) -> Operand:
         """That of a place, in all lanes the same: descriptors are of a warp."""
@@ -337,8 +343,9 @@ class _Multiplier:
     def multiply_scores(self, place: Turn) -> None:
         """Begin to multiply queries with the keys of a place."""
         keys = self._moved(self._key, place)
+        operands = self._kept or self._read_queries()
         start_products()
-        for step, operand in enumerate(self._queries):
+        for step, operand in enumerate(operands):
             columns = step * _STEP
             at = keys.at(columns // _BLOCK * self._leading + columns % _BLOCK * 2)
             multiply_registers(
