@@ -282,6 +282,7 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str | None]]] = [
         r"mul\.wide\.s32",
         _result("(int64_t)(int32_t)emulated::word({a}) * (int32_t)emulated::word({b})"),
     ),
+    (r"mul\.wide\.u32", _result("(uint64_t)emulated::word({a}) * emulated::word({b})")),
     (r"mul\.hi\.([us]32)", _result("emulated::multiply_high<{0}>({a}, {b})")),
     (
         r"mad\.lo\.[us]32",

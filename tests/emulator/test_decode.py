@@ -194,6 +194,16 @@ def test_shares_cross_sequences(compiled, case, parts):
             assert bool((got == 0).all())
 
 
+@pytest.mark.parametrize("case", ["head64", "group4_half"])
+def test_a_sequence_of_many_pieces(compiled, case):
+    """A CTA of the second launch has one query head then, and all of its warps."""
+    spec, _ = CASES[case]
+    q, batch, want = problem(spec, [900, 0])
+    out = run(compiled(case), case, q, batch, 9)
+    assert relative(out[0], want[0]) <= LIMIT[q.dtype]
+    assert bool((out[1] == 0).all())
+
+
 @pytest.mark.parametrize("parts", [2, 8, 16])
 def test_clusters_of_every_size(compiled, parts):
     """More CTAs than tiles, and sequences that go around the cluster several times."""

@@ -121,15 +121,16 @@ def module(tmp_path_factory):
         register_kernel(name, instruction, "f", "f" * count)
         for name, (instruction, count, _) in FLOAT.items()
     ]
-    kernels.append(
-        kernel(
-            "mul_wide",
-            "  int64_t d;\n"
-            '  asm volatile("mul.wide.s32 %0, %1, %2;"\n'
-            '    : "=l"(d) : "r"((int)in[row * 2]), "r"((int)in[row * 2 + 1]));\n'
-            "  out[row] = (uint32_t)(d >> 16);",
+    for kind, c_type in (("s32", "int"), ("u32", "unsigned")):
+        kernels.append(
+            kernel(
+                f"mul_wide_{kind}",
+                "  int64_t d;\n"
+                f'  asm volatile("mul.wide.{kind} %0, %1, %2;"\n'
+                f'    : "=l"(d) : "r"(({c_type})in[row * 2]), "r"(({c_type})in[row * 2 + 1]));\n'
+                "  out[row] = (uint32_t)(d >> 16);",
+            )
         )
-    )
     guard = "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p xor.b32 %0, %0, %1; }"
     kernels.append(
         kernel(
@@ -176,10 +177,11 @@ def test_byte_perm_ignores_the_sign_bit_of_a_selector(module):
     np.testing.assert_array_equal(run(module, "byte_perm", inputs), want)
 
 
-def test_product_of_64_bits(module):
+@pytest.mark.parametrize(("kind", "read"), [("s32", signed), ("u32", np.uint64)])
+def test_product_of_64_bits(module, kind, read):
     inputs = random_words(1024, 2)
-    want = (signed(inputs[:, 0]) * signed(inputs[:, 1]) >> 16).astype(np.uint32)
-    np.testing.assert_array_equal(run(module, "mul_wide", inputs), want)
+    want = (read(inputs[:, 0]) * read(inputs[:, 1]) >> 16).astype(np.uint32)
+    np.testing.assert_array_equal(run(module, f"mul_wide_{kind}", inputs), want)
 
 
 def test_guarded_instruction(module):

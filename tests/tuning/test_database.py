@@ -26,6 +26,7 @@ from tq_tvm.tuning.database import (
     Environment,
     entries,
     find_records,
+    refile,
     save_record,
     search_workload,
 )
@@ -406,6 +407,38 @@ def test_a_record_of_a_decode_that_was_rewritten(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "decode", rewritten)
     with pytest.raises(TuningLogError, match=f"{entry.workload}, got none for the kernel as it is"):
         find_records("decode", SPEC, TARGET, tmp_path)
+
+
+def test_decisions_outlive_a_change_of_their_kernel(tmp_path, monkeypatch):
+    """Filed again, they are found; times are not, and a new record takes their place."""
+    entry = save(tmp_path, "decode")
+    factory = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *point: factory(*point).with_attr("rewritten", 1))
+    (refiled,) = refile("decode", TARGET, tmp_path)
+    assert refiled == msgspec.structs.replace(entry, refiled=True)
+    assert entries("decode", TARGET, tmp_path) == [refiled]
+    (record,) = find_records("decode", SPEC, TARGET, tmp_path)
+    assert config_of("decode", record.trace) == entry.config and record.us is None
+    assert refile("decode", TARGET, tmp_path) == []
+    newer = save(tmp_path, "decode", seed=2)
+    assert entries("decode", TARGET, tmp_path) == [newer] and not newer.refiled
+
+
+def test_decisions_that_do_not_replay_are_not_filed_again(tmp_path, monkeypatch):
+    """Those that the summary tells are not those of any trace."""
+    entry = save(tmp_path, "decode")
+    factory = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *point: factory(*point).with_attr("rewritten", 1))
+    path = tmp_path / TARGET.name / "decode" / "summary.json"
+    damage(path, lambda items: [{**i, "config": {**i["config"], "tile": 7}} for i in items])
+    before = path.read_bytes()
+    with pytest.raises(TuningLogError, match=f"decisions of {entry.workload} must replay"):
+        refile("decode", TARGET, tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_nothing_is_filed_again_where_there_is_no_log(tmp_path):
+    assert refile("decode", TARGET, tmp_path) == []
 
 
 def test_a_stale_record_of_another_workload_is_dropped(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""The command ``tq-tvm``: tune, build, list, verify, bench, quality, show-config.
+"""The command ``tq-tvm``: tune, refile, build, list, verify, bench, quality, show-config.
 
 Exit codes: 0 all is well, 1 an operation failed (the message says what to do), 2 wrong usage,
 130 interrupted.
@@ -14,7 +14,7 @@ import click
 from tq_tvm import env
 from tq_tvm._version import __version__
 from tq_tvm.cli.installed import list_, show_config, verify
-from tq_tvm.cli.libraries import build, tune
+from tq_tvm.cli.libraries import build, refile, tune
 from tq_tvm.cli.measure import bench, quality
 from tq_tvm.cli.options import reported
 
@@ -30,5 +30,5 @@ def main() -> None:
     logging.getLogger("tq_tvm").setLevel(env.log_level())
 
 
-for _command in (tune, build, list_, verify, bench, quality, show_config):
+for _command in (tune, refile, build, list_, verify, bench, quality, show_config):
     main.add_command(_command)

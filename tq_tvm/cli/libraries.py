@@ -1,4 +1,4 @@
-"""``tq-tvm tune`` and ``build``: from a search to libraries."""
+"""``tq-tvm tune``, ``refile`` and ``build``: from a search to libraries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tq_tvm.model_config import specs_of_model
 from tq_tvm.spec import LAYOUTS, Spec
 from tq_tvm.targets import TargetInfo
 
-__all__ = ["build", "tune"]
+__all__ = ["build", "refile", "tune"]
 
 
 @click.command()
@@ -115,6 +115,25 @@ def tune(
         click.echo(tabulate(cells, headers=headers))
     if failed:
         sys.exit(130 if failed[-1] == "interrupted" else 1)
+
+
+@click.command()
+@target_option
+@kernel_option
+@click.option(
+    "--logs",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Directory of tuning logs, instead of the package's or this user's.",
+)
+@reported
+def refile(target: TargetInfo, kernels: tuple[str, ...], logs: Path | None) -> None:
+    """Keep decisions of records whose kernel has changed, until it is searched again."""
+    require_compiler("refile")
+    from tq_tvm.tuning import database
+
+    for kernel in kernels or KERNELS:
+        for entry in database.refile(kernel, target, logs):
+            click.echo(f"{entry.workload} {_decided(entry)}")
 
 
 def _decided(entry: Any) -> str:

@@ -54,7 +54,7 @@ from tq_tvm.kernels.attend_rows import (
 from tq_tvm.kernels.attend_shape import WINDOW_TILE, AttendConfig, AttendShape, Extent
 from tq_tvm.kernels.attend_tiles import TileMemory, Tiles
 from tq_tvm.kernels.attend_window import WindowRows
-from tq_tvm.kernels.decode_work import find_place, share_out, unknown_zero
+from tq_tvm.kernels.decode_work import find_share, unknown_zero
 from tq_tvm.kernels.device import (
     barrier,
     i32,
@@ -242,8 +242,7 @@ def _attend(
     config, options = shape.config, extent.options
     warp, lane = let(thread // 32), let(thread % 32)
     g, t = let(lane // 4), let(lane % 4)
-    shares = share_out(shape, extent.tiles, batch, lane, groups)
-    place = find_place(shares, extent.tiles, batch, lane, group)
+    shares, place = find_share(shape, extent.tiles, batch, lane, groups, group)
     if config.overlap:
         let_next_launch_begin()
     words = shared_dynamic(shape.memory_words, "uint32")

@@ -67,7 +67,6 @@ from tq_tvm.kernels.device import (
 from tq_tvm.kernels.fragment_shape import FragmentShape
 from tq_tvm.kernels.hadamard_cuda import PRODUCTS
 from tq_tvm.kernels.lookup_cuda import (
-    SIGN_BITS,
     Chain,
     HighTable,
     LevelTable,
@@ -171,7 +170,6 @@ class Fragments:
         count = len(looked_up(shape.key))
         self._key_table = None if shape.key.residual_sign else LevelTable(self._key_pairs, count)
         self._value_table = self._table_of_values(unknown_zero)
-        self._sign_bits = let(T.bitwise_or(u32(SIGN_BITS), unknown_zero))
         # The tile of V that is copied to; the other one is read.
         self._tile = local(1, "int32")
         store(self._tile, begin)
@@ -406,7 +404,7 @@ class Fragments:
         """Values of a word of K's codes, ``[field, half]``."""
         shape, codes = self._shape, self._codes
         if shape.key_fields == 2:
-            return find_mirrored(table, codes[octet, word], self._sign_bits)
+            return find_mirrored(table, codes[octet, word])
         third = None
         if shape.key_planes > 1:
             third = let(T.shift_right(codes[octet, shape.key_words + word], self._later))
@@ -467,7 +465,7 @@ class Fragments:
         """Values of an octet of tokens and a chunk of V, ``[field, byte]``: of two tokens each."""
         shape = self._shape
         if shape.value_fields == 2:
-            return find_mirrored(self._value_table, codes[chunk], self._sign_bits)
+            return find_mirrored(self._value_table, codes[chunk])
         third = None
         if shape.third_chunks:
             # A byte has the bits of two bytes of pairs: a half of the chunks, then the other.

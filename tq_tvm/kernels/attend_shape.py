@@ -104,6 +104,11 @@ class AttendShape:
         return 8 * octet + column
 
     @property
+    def lengths_at_once(self) -> int:
+        """Sequences whose lengths a lane asks for together; each takes 25 instructions."""
+        return 2
+
+    @property
     def least_tiles(self) -> int:
         """Tiles of a group, at least."""
         return self.teams * self.config.reach

@@ -114,15 +114,16 @@ def _attend(
     seq_len, now, ahead, last = (local(1, "int32") for _ in range(4))
     step = let(ctas * warps)
     store(now, rank * warps + own.warp)
-    ring = ValueRing(shape, let(thread // 32), lane)
+    ring = ValueRing(shape, let(thread // 32), own)
     reader = PageReader(shape, caches, block_table, own, ring)
+    reader.begin(sequence)
     query = Query(shape, query_memory, own)
     # None of these waits for another.
     ptx("ld.global.nc.s32", seq_len[0], seq_lens.ptr_to([sequence]))
     reader.find_first_pages(sequence, now[0], T.cast(table_width, "int32"), reader.page)
     query.load(q, sequence)
     zero = let(T.cast(shuffle_xor(T.shift_right(ctas, 31), 1), "uint32"))
-    table = key_table(shape, zero)
+    table = key_table(shape, zero, lane)
     values = Values(shape, query, sum_memory, own, let(thread // 32))
     values.find_metas(reader, own.kv_head)
     values.hold_table(zero)
@@ -135,13 +136,13 @@ def _attend(
         reader.keep_existing(now[0], seq_len[0])
         reader.load_k(tile, now[0])
         reader.copy_v(now[0])
-        reader.find_pages(sequence, now[0] + step, seq_len[0])
+        reader.find_pages(now[0] + step, seq_len[0])
     ring.turn()
     if window is not None:
         window.prefetch(sequence, own.kv_head, own.inside, 32 * shape.part_warps)
     query.quantise()
     barrier()
-    query.prepare(sm_scale, zero)
+    query.prepare(sm_scale)
     # Scores that are exchanged may lie where the codes of queries were.
     if shape.config.query_in_shared or shape.slices > 1:
         barrier()
@@ -152,7 +153,7 @@ def _attend(
         with when(ahead[0] < last[0]):
             reader.load_k(tile, ahead[0])
             reader.copy_v(ahead[0])
-            reader.find_pages(sequence, ahead[0] + step, seq_len[0])
+            reader.find_pages(ahead[0] + step, seq_len[0])
         ring.turn()
         ring.wait()
         values.add(ring, now[0] * shape.config.tile, seq_len[0])

@@ -16,7 +16,7 @@ after the other:
 4. merges the warps of a column (`decode_merge`). A sequence that the CTA has to itself is rotated
    back and done; of a piece, (sum of w v, bound, sum of w) goes to the workspace.
 
-The second launch, a CTA a query head and sequence, merges pieces and rotates back. With
+The second launch, a warp or a CTA a query head and sequence, merges pieces and rotates back. With
 ``overlap`` it begins before the first is done, and waits for it where it needs its results.
 
 Rows of 512 values are two warps', which exchange their halves of a tile's scores (`decode_slices`);
@@ -29,16 +29,25 @@ The workspace is ``2 groups HQ (D + 2)`` floats: only the first and the last pie
 parts of a sequence.
 
 A token and KV head (k4v2, D = 128) takes 102 bytes. Main loop of 64 tokens and 4 query heads,
-D = 128, bfloat16, as compiled for sm_90a with 200 registers: 1018 instructions, 182 of which run
-only where a bound moves. Of the other 836, 485 are on the integer pipe (0.030 a value): masks 256,
-look-ups and byte moves 100, selections 44, shifts 39; tensor core 64.
+D = 128, bfloat16, as compiled for sm_90a with 216 registers: 937 instructions, 204 of which run
+only where a bound moves. Of the other 733, 427 are on the integer pipe (0.026 a value): masks and
+other logic 219, look-ups and byte moves 100, selections 40, shifts 33; tensor core 64. Of 8 query
+heads 976 of 1270, 455 of them on the integer pipe, tensor core 128; up to 255 registers, 72 bytes
+of them spilled outside this loop.
 
-On an H200, 64 x 8192 of 32/8 heads, bshd: 140 us, 142 by default (``bench.json``). It is arithmetic
-that bounds it: with all tables naming the same 64 pages, which L2 keeps, an older form took 137 us
-of 148. ncu of the first launch then: 236 thousand cycles at 1.76 GHz, 110 thousand instructions a
-scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a scheduler wait 3.9
-cycles an instruction: 0.8 for results of fixed latency, 0.4 for shared memory and shuffles, 0.4 for
-a pipe, 0.4 for one another, 0.2 for K (0.5 from memory).
+On an H200, 64 x 8192 of 32/8 heads, bshd, by default (a script, as ``bench.json`` times): 143.5 us
+of the form whose lanes worked out their addresses for every tile (828 instructions where no bound
+moves), 135.0 with what `device.held` keeps in registers, 133.6 with V's codes unmasked where they
+may be (`decode_planes`). 128 x 4096 of 64/8 heads took 197.9, 188.2 and 187.7. Not measured is what
+is younger: one scan for shares (`decode_work`), and fewer CTAs in the second launch. It is
+arithmetic that bounds it: with all tables naming the same 64 pages, which L2 keeps, an older form
+took 137 us of 148. ncu of the first launch then: 236 thousand cycles at 1.76 GHz, 110 thousand
+instructions a scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a
+scheduler wait 3.9 cycles an instruction: 0.8 for results of fixed latency, 0.4 for shared memory
+and shuffles, 0.4 for a pipe, 0.4 for one another, 0.2 for K (0.5 from memory). 128 x 4096 of 64/8
+heads, before addresses were kept: 77 % of the samples are of what every tile runs, 6 % of bounds
+that move, in 38 % of the tiles (headroom 1), 14 % of what a piece begins and ends with; 3.8 cycles
+an instruction, of which 1.0 for results of fixed latency, 0.4 for a pipe, 0.4 for operands.
 
 On an H100 memory counts as much: 173 us of the call, 134 from L2, and torch's maximum of as many
 bytes 149. Of the first launch, 167 us, ncu says 432 MB of DRAM (78 % of its peak; L2 77 % of its
@@ -57,11 +66,13 @@ MB of DRAM) or each CTA's own (178 and 139 of 172 and 134, L2 clean as in the re
 134 of 171 and 128); three warps a scheduler (168 registers, bshd 212 and 135; with four heads a CTA
 198 and 139, and 483 MB: CTAs of a group drift apart, and fetch again what they share; bhsd 172 and
 124); CTAs of four heads whose warps wait for one another before each tile (173 to 185, and 157).
+On an H200 again: shifts of K's selectors by multiplication (135.7 of 133.6), bytes of 8 heads'
+queries added up as integers, which one conversion makes a float (188.9 of 188.2).
 
-A third of the time of short rows is before the first score: share 800 cycles, place 750, query 400,
-pages 300, asking for K 700 and for V 900 (1 x 8192). Of many short sequences a CTA has one piece
-after another: 256 x 512 took 84 us when a piece was asked for after the one before was merged, and
-takes 77 (H100; 66 with two warps a CTA, of which more are resident).
+A third of the time of short rows is before the first score: share 800 cycles, place 750 (now one
+scan), query 400, pages 300, asking for K 700 and for V 900 (1 x 8192). Of many short sequences a
+CTA has one piece after another: 256 x 512 took 84 us when a piece was asked for after the one
+before was merged, and 77 since (H100; 66 with two warps a CTA, of which more are resident).
 """
 
 from __future__ import annotations
@@ -78,6 +89,7 @@ from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_merge import (
     MERGE_THREADS,
     MergedMemory,
+    merge_blocks,
     merge_pieces,
     merge_warps,
     piece_slot,
@@ -93,8 +105,7 @@ from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.decode_values import SumMemory, Values
 from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
 from tq_tvm.kernels.decode_work import (
-    find_place,
-    share_out,
+    find_share,
     shared_lengths,
     tiles_by_length,
     tiles_of,
@@ -177,7 +188,7 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         sm_scale, window,
                     )  # fmt: skip
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
-            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+            for bx2 in T.thread_binding(merge_blocks(shape, b, num_groups), thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
                     merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, window)
 
@@ -210,13 +221,12 @@ def attend_share(
     merged = MergedMemory.allocate(shape)
     sliding = None if features is None else features.sliding
     tiles = tiles_by_length(shape, shared_lengths(seq_lens, features))
-    shares = share_out(shape, tiles, batch, lane, groups)
-    place = find_place(shares, tiles, batch, lane, group)
+    shares, place = find_share(shape, tiles, batch, lane, groups, group)
     zero = let(unknown_zero(shares))
-    table = key_table(shape, zero)
+    table = key_table(shape, zero, lane)
     if shape.config.overlap:
         let_next_launch_begin()
-    ring = ValueRing(shape, let(thread // 32), lane)
+    ring = ValueRing(shape, let(thread // 32), own)
     reader = PageReader(shape, caches, block_table, own, ring)
     query = Query(shape, query_memory, own)
     values = Values(shape, query, sum_memory, own, let(thread // 32))
@@ -249,15 +259,16 @@ def attend_share(
         with when(count[0] > 0):
             query.load(q, sequence)
         with when(now[0] < last[0]):
+            reader.begin(sequence)
             if pages_found:
                 for i in range(shape.pages):
                     store(reader.page, next_pages[i], i)
                 reader.keep_existing(now[0], seq_len[0])
             else:
-                reader.find_pages(sequence, now[0], seq_len[0], low(seq_len[0]))
+                reader.find_pages(now[0], seq_len[0], low(seq_len[0]))
             reader.load_k(tile, now[0])
             reader.copy_v(now[0])
-            reader.find_pages(sequence, now[0] + warps, seq_len[0])
+            reader.find_pages(now[0] + warps, seq_len[0])
         ring.turn()
 
     with when(place.tile[0] < place.end[0]):
@@ -277,7 +288,7 @@ def attend_share(
                 features.prefetch(sequence, own.kv_head, own.inside, 32 * shape.part_warps)
             query.quantise()
             barrier()
-            query.prepare(sm_scale, zero)
+            query.prepare(sm_scale)
             values.start()
             if shape.config.query_in_shared:
                 barrier()
@@ -291,7 +302,7 @@ def attend_share(
                 with when(ahead[0] < last[0]):
                     reader.load_k(tile, ahead[0])
                     reader.copy_v(ahead[0])
-                    reader.find_pages(sequence, ahead[0] + warps, seq_len[0])
+                    reader.find_pages(ahead[0] + warps, seq_len[0])
                 ring.turn()
                 ring.wait()
                 values.add(ring, now[0] * shape.config.tile, seq_len[0], low(seq_len[0]))
@@ -315,4 +326,4 @@ def attend_share(
                     later = begin > group * shares.size[0]
                     slot = let(piece_slot(group, later))
                     write_piece(shape, merged, own, workspace, groups, slot)
-            barrier()
+            # What was merged is read until the barrier behind the next piece's queries.

@@ -30,7 +30,7 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.attend_rows import Options, finish_row, soft_capped
 from tq_tvm.kernels.decode_cuda import attend_share
-from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_pieces
+from tq_tvm.kernels.decode_merge import MERGE_THREADS, merge_blocks, merge_pieces
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_window import Window, find_window, packed_lengths
@@ -98,7 +98,7 @@ class Featured:
 
     def bend(self, query: Query, scores, own_token, first, seq_len) -> None:
         """Soft cap and ALiBi of the scores of a tile, which stay in their unit."""
-        shape, apart = self._shape, 16 if self._shape.packed else 8
+        shape, apart = self._shape, self._shape.own_apart
         value = local(1, "float32")
         with when(self._bent):
             for j in range(2):
@@ -203,7 +203,7 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         sm_scale, features,
                     )  # fmt: skip
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
-            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+            for bx2 in T.thread_binding(merge_blocks(shape, b, num_groups), thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
                     merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, features)
 

@@ -45,6 +45,7 @@ __all__ = [
     "MERGE_THREADS",
     "MergedMemory",
     "finish_row",
+    "merge_blocks",
     "merge_cluster",
     "merge_pieces",
     "merge_warps",
@@ -197,13 +198,25 @@ def write_piece(shape: Shape, merged: MergedMemory, at: Standing, workspace, gro
         store(workspace, merged.total[at.part, thread], to + 1)
 
 
+def merge_blocks(shape: Shape, batch, groups):
+    """CTAs of the second launch for each sequence.
+
+    One a query head where sequences are in many pieces; otherwise one for as many heads as it has
+    warps, or a large batch would have thousands of CTAs that have nothing to do.
+    """
+    heads = shape.spec.num_q_heads
+    many = groups > T.cast(batch, "int32") * (_AHEAD - 1)
+    return T.Select(many, i32(heads), i32(-(-heads // _WARPS)))
+
+
 def merge_pieces(
-    shape: Shape, seq_lens, workspace, out, batch, head, sequence, thread, groups,
+    shape: Shape, seq_lens, workspace, out, batch, block, sequence, thread, groups,
     features: Featured | Window | None = None,
 ):  # fmt: skip
-    """One CTA of the second launch: merge a sequence's pieces of a query head and rotate back.
+    """One CTA of the second launch: merge a sequence's pieces of its heads and rotate back.
 
-    A sequence in one piece is finished; one of no tokens gets zeros.
+    A head's pieces are shared among the warps; of a few pieces a warp has a head to itself, if the
+    CTA has as many. A sequence in one piece is finished; one of no tokens gets zeros.
     """
     count, dim, heads = shape.row_values, shape.spec.head_dim, shape.spec.num_q_heads
     warp, lane = let(thread // 32), let(thread % 32)
@@ -216,10 +229,18 @@ def merge_pieces(
     past = T.truncdiv(shares.before[0] + own - 1, shares.size[0]) + 1
     store(last, T.Select(own > 0, past, first[0]))
     begins_later = let(shares.before[0] > first[0] * shares.size[0])
+    pieces = let(last[0] - first[0])
+    several = let(merge_blocks(shape, batch, groups) < heads)
+    alone = let(T.And(several, pieces <= _AHEAD))
+    head, end = local(1, "int32"), local(1, "int32")
+    begin = let(T.Select(several, block * _WARPS, block))
+    store(head, begin + T.Select(alone, warp, i32(0)))
+    store(end, T.min(T.Select(several, begin + _WARPS, begin + 1), i32(heads)))
+    store(end, T.Select(alone, T.min(end[0], head[0] + 1), end[0]))
 
     def row(group):
         slot = piece_slot(group, T.And(group == first[0], begins_later))
-        return T.cast(slot * heads + head, "int64")
+        return T.cast(slot * heads + head[0], "int64")
 
     # All CTAs wait: the launch is not done before the one that it overlaps.
     if shape.config.overlap:
@@ -228,7 +249,8 @@ def merge_pieces(
     top, total, at = local(1, "float32"), local(1, "float32"), local(1, "int32")
     x = local(count, "float32")
     weight, piece = local(_AHEAD, "float32"), local((_AHEAD, count), "float32")
-    with when(T.Or(own == 0, last[0] - first[0] > 1)):
+    step = let(T.Select(alone, i32(1), i32(_WARPS)))
+    with when(T.Or(own == 0, pieces > 1)), loop(head[0] < end[0]):
         store(top, f32(LOWEST))
         store(at, first[0] + lane)
         with loop(at[0] < last[0]):
@@ -238,33 +260,38 @@ def merge_pieces(
         for i in range(count):
             store(x, f32(0), i)
         store(total, f32(0))
-        store(at, first[0] + warp)
+        store(at, first[0] + T.Select(alone, i32(0), warp))
         with loop(at[0] < last[0]):
             for n in range(_AHEAD):
-                group = let(T.min(at[0] + n * _WARPS, last[0] - 1))
+                group = let(T.min(at[0] + n * step, last[0] - 1))
                 raised = T.exp2(workspace[stats + row(group) * 2] - top[0])
-                store(weight, T.Select(at[0] + n * _WARPS < last[0], raised, f32(0)), n)
+                store(weight, T.Select(at[0] + n * step < last[0], raised, f32(0)), n)
                 store(total, total[0] + weight[n] * workspace[stats + row(group) * 2 + 1])
                 for i in range(count):
                     store(piece, workspace[row(group) * dim + lane * count + i], n, i)
             for n in range(_AHEAD):
                 for i in range(count):
                     store(x, x[i] + weight[n] * piece[n, i], i)
-            store(at, at[0] + _AHEAD * _WARPS)
-        for i in range(count):
-            store(partial, x[i], warp, lane * count + i)
-        with when(lane == 0):
-            store(totals, total[0], warp)
-        barrier()
-        with when(warp == 0):
-            for w in range(1, _WARPS):
-                store(total, total[0] + totals[w])
-                for i in range(count):
-                    store(x, x[i] + partial[w, lane * count + i], i)
+            store(at, at[0] + _AHEAD * step)
+        with when(T.Not(alone)):
+            for i in range(count):
+                store(partial, x[i], warp, lane * count + i)
+            with when(lane == 0):
+                store(totals, total[0], warp)
+            barrier()
+            with when(warp == 0):
+                for w in range(1, _WARPS):
+                    store(total, total[0] + totals[w])
+                    for i in range(count):
+                        store(x, x[i] + partial[w, lane * count + i], i)
+            barrier()
+        with when(T.Or(alone, warp == 0)):
+            place = (sequence, head[0])
             if features is None:
-                finish_row(shape, x, total[0], out, (sequence, head), lane)
+                finish_row(shape, x, total[0], out, place, lane)
             else:
-                features.finish(x, top[0], total[0], out, (sequence, head), lane)
+                features.finish(x, top[0], total[0], out, place, lane)
+        store(head, head[0] + 1)
 
 
 def merge_cluster(

@@ -20,7 +20,6 @@ import dataclasses
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_shape import Shape
@@ -28,12 +27,15 @@ from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.device import (
     access,
     byte_perm,
+    held,
     i32,
     let,
     local,
     ptx,
+    shared_address,
     shared_dynamic,
     store,
+    u32,
     warp_barrier,
     when,
 )
@@ -58,20 +60,29 @@ class KeyTile:
 
 
 class ValueRing:
-    """A warp's two tiles of V in shared memory: one is read while the other is filled."""
+    """A warp's two tiles of V in shared memory: one is read while the other is filled.
 
-    def __init__(self, shape: Shape, warp, lane) -> None:
-        self._shape, self._lane = shape, lane
+    The tile in turn is a byte address, and so is everything that a lane adds to it.
+    """
+
+    def __init__(self, shape: Shape, warp, own: Standing) -> None:
+        self._shape = shape
+        lane, sharing = own.lane, shape.sharing_lanes
         warps = shape.config.warps * shape.columns
-        self._words = shared_dynamic(warps * 2 * shape.value_words, "uint32")
-        begin = let(warp * (2 * shape.value_words))
-        self._both = let(2 * begin + shape.value_words)
-        self._tile = local(1, "int32")
+        words = shared_dynamic(warps * 2 * shape.value_words, "uint32")
+        begin = let(shared_address(words.ptr_to([warp * (2 * shape.value_words)])))
+        self._both = held("uint32", 2 * begin + u32(4 * shape.value_words), lane)
+        self._tile = local(1, "uint32")
         store(self._tile, begin)
+        apart = shape.own_apart
 
-    def at(self, word):
-        """Pointer to a word of the tile in turn."""
-        return self._words.ptr_to([self._tile[0] + word])
+        def place(word):
+            return held("uint32", T.cast(word * 4, "uint32"), lane)
+
+        self._rows = place(lane * 4)
+        self._copied = place(lane % sharing * shape.value_plane + lane // sharing * 4)
+        self._own_metas = place(own.token * shape.own_tokens)
+        self._copied_metas = place(lane % apart * shape.own_tokens + lane // apart)
 
     def turn(self) -> None:
         """All copies to the tile in turn, or none, are under way: go to the other one."""
@@ -83,14 +94,22 @@ class ValueRing:
         ptx("cp.async.wait_group", 1)
         warp_barrier()
 
-    def metas(self, into, own_token) -> None:
+    def copy_to(self, token: int):
+        """Where the lane's piece of V of the tokens from ``token`` on goes."""
+        return self._tile[0] + self._copied + u32(16 * token)
+
+    def copy_meta_to(self, token: int):
+        """The same of V's metas, of 32 tokens."""
+        first = self._shape.value_meta_at + token // self._shape.own_apart
+        return self._tile[0] + self._copied_metas + u32(4 * first)
+
+    def metas(self, into) -> None:
         """Words that hold V's metas of the lane's own tokens."""
         count = self._shape.own_tokens
-        first = self._tile[0] + self._shape.value_meta_at + own_token * count
+        first = let(self._tile[0] + self._own_metas + u32(4 * self._shape.value_meta_at))
         width = min(count, 4)
         for j in range(0, count, width):
-            with I.vectorized(0, width) as e:
-                store(into, self._words[first + j + e], j + e)
+            access("ld.shared", [into[j + e] for e in range(width)], first + u32(4 * j))
 
     def codes(self, step: int):
         """V of 32 tokens: bytes 2 g, 2 g + 1 of two tokens, ``[chunk of 16 bytes, octet]``."""
@@ -98,8 +117,9 @@ class ValueRing:
         chunks = shape.value_chunks + shape.third_chunks
         rows = local((chunks, 4), "uint32")
         for chunk in range(chunks):
-            first = chunk * shape.value_plane + 128 * step
-            ptx(_TRANSPOSED, *[rows[chunk, i] for i in range(4)], self.at(first + 4 * self._lane))
+            first = u32(4 * (chunk * shape.value_plane + 128 * step))
+            registers = [rows[chunk, i] for i in range(4)]
+            ptx(_TRANSPOSED, *registers, self._tile[0] + self._rows + first)
         return rows
 
 
@@ -122,14 +142,15 @@ def value_bytes(shape: Shape, rows, first: int = 0, chunks: int | None = None):
 class PageReader:
     """Addresses of one lane in the four cache tensors, and its share of every copy.
 
-    One multiplication a page and tensor: everything inside a page is a constant offset, or belongs
-    to the lane. Page strides have to fit 31 bits, in elements.
+    One multiplication a page and tensor: everything inside a page is a constant offset, or in the
+    lane's own address. Page strides have to fit 31 bits, in elements.
     """
 
     def __init__(self, shape: Shape, matched, block_table, own: Standing, ring: ValueRing) -> None:
         spec, head, lane = shape.spec, own.kv_head, own.lane
         self._shape, self._ring, self._table = shape, ring, block_table
         self.page = local(shape.pages, "int32")
+        self._row = local(1, "uint64")
         fmt = spec.cache_format
         width = {
             "k": fmt.key.packed_bytes(spec.head_dim),
@@ -137,8 +158,7 @@ class PageReader:
             "k_meta": len(fmt.key.meta),
             "v_meta": len(fmt.value.meta),
         }
-        # Lanes that share a row of V: as many as it has chunks, or the next power of two.
-        chunks = self._sharing = 1 << (shape.value_chunks + shape.third_chunks - 1).bit_length()
+        chunks = shape.sharing_lanes
         # Tokens of a load or copy that lanes differ in, and which of them is a lane's.
         self._span = {"k": 8, "v": 32 // chunks, "k_meta": 8, "v_meta": 32}
         g = let(lane // 4)
@@ -152,43 +172,50 @@ class PageReader:
             last = i32(shape.slices - 1)
             before = T.Select(lane % chunks < shape.value_chunks, own.slice, last)
             column["v"] = column["v"] + before * (16 * shape.value_chunks)
-        self._flat, self._lane, self._page_stride, self._row_stride = {}, {}, {}, {}
+        self._lane, self._page_stride, self._row_stride = {}, {}, {}
         token_rows, head_rows = pages.row_strides(spec)
         for name, argument in zip(width, matched, strict=True):
-            self._flat[name] = pages.flat(argument)
+            size = 2 if name.endswith("meta") else 1
             stride = width[name] * token_rows
             first = head * (width[name] * head_rows)
-            self._row_stride[name] = stride
             inside = self._token[name] % spec.page_size
             at = let(first + inside * stride + column.get(name, 0))
             if name == "v_meta":
                 # The word around a meta: heads in pairs, or tokens, come with one another.
                 at = T.bitwise_and(at, -2)
-            self._lane[name] = local(1, "int64")
-            store(self._lane[name], T.cast(at, "int64"))
-            self._page_stride[name] = local(1, "int32")
-            store(self._page_stride[name], T.cast(argument.strides[0], "int32"))
+            address = pages.flat(argument).ptr_to([T.cast(at, "int64")])
+            self._lane[name] = held("uint64", T.reinterpret("uint64", address), lane)
+            self._row_stride[name] = size * stride
+            self._page_stride[name] = local(1, "uint32")
+            store(self._page_stride[name], T.cast(argument.strides[0] * size, "uint32"))
         self._lane_index = lane
         if len(shape.key_planes) > 1:
             # The plane of the third bits: lanes that are two apart read the same bits.
             t, quarter = let(lane % 4), 4 * shape.key_plane_words * shape.slices
-            self._third = let(T.cast(spec.head_dim // 4 + (t % 2 - t) * quarter, "int64"))
+            third = T.cast(spec.head_dim // 4 + (t % 2 - t) * quarter, "uint64")
+            self._third = held("uint64", third, lane)
 
     def odd_meta(self, head, own_token):
         """Whether V's meta of a token is the upper half of its word; all the lane's are alike."""
-        stride = self._row_stride["v_meta"]
-        _, head_rows = pages.row_strides(self._shape.spec)
-        return T.bitwise_and(head * head_rows + own_token * stride, 1) == 1
+        token_rows, head_rows = pages.row_strides(self._shape.spec)
+        return T.bitwise_and(head * head_rows + own_token * token_rows, 1) == 1
 
-    def find_pages(self, sequence, tile, seq_len, low=None) -> None:
+    def begin(self, sequence) -> None:
+        """Go to a sequence's row of the table, before `find_pages`."""
+        address = self._table.ptr_to([sequence, 0])
+        store(self._row, T.reinterpret("uint64", address))
+
+    def find_pages(self, tile, seq_len, low=None) -> None:
         """Look up the pages of a tile: ahead of its copies, whose addresses wait for them.
 
         Pages past the end read the last one, and those before position ``low`` the one that has it;
         the mask drops them.
         """
-        last = T.truncdiv(seq_len - 1, self._shape.spec.page_size)
+        last = T.shift_right(seq_len - 1, self._shape.spec.page_size.bit_length() - 1)
         for i in range(self._shape.pages):
-            store(self.page, self._table[sequence, T.min(self._page(tile, i, low), last)], i)
+            page = T.min(self._page(tile, i, low), last)
+            address = self._row[0] + T.cast(page, "uint64") * T.uint64(4)
+            ptx("ld.global.nc.s32", self.page[i], T.reinterpret("handle", address))
 
     def find_first_pages(self, sequence, tile, width, into, low=None) -> None:
         """Look up the pages of a tile that may not be there, before its sequence's length is known.
@@ -214,19 +241,22 @@ class PageReader:
         return page if low is None or self._shape.pages == 1 else T.max(page, T.truncdiv(low, size))
 
     def _bases(self, name: str, tile):
+        """The lane's address in each page of a tile."""
         size, tokens = self._shape.spec.page_size, self._shape.config.tile
-        stride = T.cast(self._page_stride[name][0], "int64")
-        base = local(self._shape.pages, "int64")
+        bases = local(self._shape.pages, "uint64")
         for i in range(self._shape.pages):
-            at = T.cast(self.page[i], "int64") * stride + self._lane[name][0]
+            # By instruction: a product of 64 bits would be four.
+            page = T.cast(self.page[i], "uint32")
+            ptx("mul.wide.u32", bases[i], page, self._page_stride[name][0])
+            base = self._lane[name] + bases[i]
             if size > tokens:
                 inside = T.truncmod(tile, size // tokens) * (tokens * self._row_stride[name])
-                at = at + T.cast(inside, "int64")
-            store(base, at, i)
-        return base
+                base = base + T.cast(inside, "uint64")
+            store(bases, base, i)
+        return bases
 
     def _from(self, name: str, bases, token: int, column: int = 0):
-        """Pointer to a lane's token of a load or copy whose first one is ``token``."""
+        """Address of a lane's token of a load or copy whose first one is ``token``."""
         size, span = self._shape.spec.page_size, self._span[name]
         page, offset = (token // size, token % size) if self._shape.pages > 1 else (0, token)
         base = bases[page]
@@ -234,8 +264,8 @@ class PageReader:
             # Small pages: lanes of one copy are in several.
             own = self._token[name] // size >= other
             base = T.Select(own, bases[page + other], base)
-        at = base + T.int64(offset * self._row_stride[name] + column)
-        return self._flat[name].ptr_to([at])
+        at = base + T.uint64(offset * self._row_stride[name] + column)
+        return T.reinterpret("handle", at)
 
     def load_k(self, into: KeyTile, tile) -> None:
         """Read K's codes and metas; `find_pages` has been there."""
@@ -262,24 +292,21 @@ class PageReader:
 
     def copy_v(self, tile) -> None:
         """Begin to copy V's codes and metas; `find_pages` has been there."""
-        shape, ring, lane = self._shape, self._ring, self._lane_index
-        chunks, span = self._sharing, self._span["v"]
+        shape, ring = self._shape, self._ring
+        chunks, span = shape.sharing_lanes, self._span["v"]
         codes, metas = self._bases("v", tile), self._bases("v_meta", tile)
-        to = let(lane % chunks * shape.value_plane + self._token["v"] * 4)
 
         def copy_codes() -> None:
-            for n in range(shape.config.tile // span):
-                source = self._from("v", codes, span * n)
-                place = ring.at(to + 4 * span * n)
-                ptx(f"cp.async.cg.shared.global{shape.promoted}", place, source, 16)
+            for token in range(0, shape.config.tile, span):
+                source = self._from("v", codes, token)
+                to = ring.copy_to(token)
+                ptx(f"cp.async.cg.shared.global{shape.promoted}", to, source, 16)
 
         if shape.third_chunks:
-            with when(lane % chunks < shape.value_chunks + shape.third_chunks):
+            with when(self._lane_index % chunks < shape.value_chunks + shape.third_chunks):
                 copy_codes()
         else:
             copy_codes()
-        apart = 16 if shape.packed else 8
-        to = let(shape.value_meta_at + lane % apart * shape.own_tokens + lane // apart)
-        for n in range(shape.config.tile // 32):
-            source = self._from("v_meta", metas, 32 * n)
-            ptx("cp.async.ca.shared.global", ring.at(to + 32 // apart * n), source, 4)
+        for token in range(0, shape.config.tile, 32):
+            source = self._from("v_meta", metas, token)
+            ptx("cp.async.ca.shared.global", ring.copy_meta_to(token), source, 4)

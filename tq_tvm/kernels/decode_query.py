@@ -7,7 +7,6 @@ import math
 from typing import Any, Protocol
 
 from tvm.script import tirx as T
-from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.formats import rotation_signs
 from tq_tvm.kernels.decode_shape import Shape
@@ -19,6 +18,7 @@ from tq_tvm.kernels.device import (
     as_float,
     byte_perm,
     f32,
+    held,
     high_half,
     i32,
     let,
@@ -26,6 +26,7 @@ from tq_tvm.kernels.device import (
     low_half,
     ptx,
     shared,
+    shared_address,
     shuffle_xor,
     store,
     u32,
@@ -131,13 +132,17 @@ class Query:
         self.scale = local(2, "float32")
         self.row_weight = local(1, "float32")
         self.other_weight = local(1, "float32")
+        if shape.packed:
+            factor = T.Select(self.low_bytes, f32(256), f32(1 / 256))
+            store(self.other_weight, held("float32", factor, own.lane))
         self.code_start = local((shape.code_sums, 4), "uint32")
         self.sign_start = local((shape.parts, 4), "uint32")
-        self._fragments = (
-            None
-            if shape.config.query_in_shared
-            else local((shape.key_words, shape.parts, 4), "uint32")
-        )
+        self._fragments = None
+        if shape.config.query_in_shared:
+            first = memory.fragments.ptr_to([own.column, 0, 0, own.lane, 0])
+            self._fragments_at = held("uint32", shared_address(first), own.lane)
+        else:
+            self._fragments = local((shape.key_words, shape.parts, 4), "uint32")
 
     def load(self, q, sequence) -> None:
         """Read the queries, a warp a head, which `quantise` waits for.
@@ -216,7 +221,7 @@ class Query:
             for j in range(count // 4):
                 store(codes, word[part, j], at, part, head, lane * (count // 4) + j)
 
-    def prepare(self, sm_scale, unknown_zero) -> None:
+    def prepare(self, sm_scale) -> None:
         """Fragments and factors, after the barrier behind `quantise`.
 
         Where fragments go to shared memory, the caller puts another barrier behind this.
@@ -231,12 +236,11 @@ class Query:
                 else:
                     self._arrange(i, part)
         for j in range(2):
-            self._prepare_column(j, sm_scale, unknown_zero)
+            self._prepare_column(j, sm_scale)
         sign = let(T.Select(sm_scale < f32(0), f32(-shape.centroid), f32(shape.centroid)))
         if shape.packed:
             # A lane adds its neighbour's bytes to its own, in units of its own.
             store(self.row_weight, sign * T.Select(self.low_bytes, f32(1), f32(256)))
-            store(self.other_weight, T.Select(self.low_bytes, f32(256), f32(1 / 256)))
         else:
             store(self.row_weight, sign)
 
@@ -273,7 +277,7 @@ class Query:
         # Pairs of bits: first those that are low nibbles once they are apart, then the others.
         return first + i // 2 + n * (shape.spec.head_dim // 16)
 
-    def _prepare_column(self, j: int, sm_scale, unknown_zero) -> None:
+    def _prepare_column(self, j: int, sm_scale) -> None:
         """Scale of a column's logits, and the constants of its score, as first sums.
 
         Codes lie ``key.offset`` off the centroids, signs are 0 or 128 for -1 and 1: both make a
@@ -301,7 +305,7 @@ class Query:
             for n, value in enumerate(values):
                 store(start, T.cast(i32(MAGIC_BITS) + value, "uint32"), n, j)
                 # Words that are known to be equal would be kept once, and copied for every product.
-                store(start, T.bitwise_or(start[n, j], unknown_zero), n, 2 + j)
+                store(start, held("uint32", start[n, j], self._lane), n, 2 + j)
 
     def fetch(self):
         """The fragments as registers ``[word of K, part, 4]``: of two words, bytes then nibbles."""
@@ -311,12 +315,6 @@ class Query:
         fragments = local((shape.key_words, shape.parts, 4), "uint32")
         for i in range(0, shape.key_words, 1 if shape.residual else 2):
             for part in range(shape.parts):
-                with I.vectorized(0, 4) as e:
-                    store(
-                        fragments,
-                        self._memory.fragments[self._own.column, i, part, self._lane, e],
-                        i,
-                        part,
-                        e,
-                    )
+                at = self._fragments_at + u32(512 * (i * shape.parts + part))
+                access("ld.shared", [fragments[i, part, e] for e in range(4)], at)
         return fragments

@@ -17,6 +17,8 @@ look-ups each (`decode_tables.double_tables`); codes of 2 and 3 bits become nibb
 
 from __future__ import annotations
 
+import functools
+
 from tvm.script import tirx as T
 
 from tq_tvm.kernels.decode_pages import KeyTile
@@ -25,6 +27,7 @@ from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
     as_float,
     f32,
+    held,
     high_half,
     let,
     local,
@@ -46,16 +49,16 @@ _PAIRS = 0x33333333
 _SIGN_MASKS = (0x08080808, 0x80808080)
 
 
-def key_table(shape: Shape, unknown_zero):
-    """The table's words in registers that the compiler cannot know.
+def key_table(shape: Shape, unknown_zero, lane):
+    """The table's words in registers.
 
-    It would keep known ones in uniform registers, and copy them for every look-up.
+    Of words that it knows the compiler keeps uniform registers, and copies them for every look-up.
     """
     key = shape.key
     words = [word for table in (*key.tables, *key.upper) for word in table]
     table = local(len(words), "uint32")
     for i, word in enumerate(words):
-        store(table, T.bitwise_or(u32(word), unknown_zero), i)
+        store(table, held("uint32", T.bitwise_or(u32(word), unknown_zero), lane), i)
     return table
 
 
@@ -155,6 +158,12 @@ def _add_signs(shape: Shape, tile: KeyTile, m: int, word: int, fragments, sums: 
             )
 
 
+def _number(sums: list):
+    """The float of sums in steps of 256, which start from `MAGIC`."""
+    values = [as_float(value) - f32(MAGIC) for value in sums]
+    return functools.reduce(lambda high, low: high * f32(256) + low, values)
+
+
 def _combine(shape: Shape, query: Query, tile: KeyTile, m: int, codes, signs, scores) -> None:
     """Apply the scales of a token; see the head of this file."""
     dtype = shape.spec.dtype
@@ -166,18 +175,14 @@ def _combine(shape: Shape, query: Query, tile: KeyTile, m: int, codes, signs, sc
             weight = let(residual * f32(1 / (64 * shape.centroid)))
         for j in range(2):
             e = 2 * r + j
-            code = as_float(codes[0, e]) - f32(MAGIC)
-            if shape.code_sums == 2:
-                code = code * f32(256) + (as_float(codes[1, e]) - f32(MAGIC))
+            code = _number([codes[n, e] for n in range(shape.code_sums)])
             if weight is None:
                 store(row, code, r, j)
                 continue
-            sign = None
-            for part in range(shape.parts):
-                both = signs[2 * part + 1, e] + signs[2 * part, e] * u32(16)
-                value = as_float(both) - f32(MAGIC)
-                sign = value if sign is None else sign * f32(256) + value
-            store(row, weight * sign + code, r, j)
+            both = [
+                signs[2 * part + 1, e] + signs[2 * part, e] * u32(16) for part in range(shape.parts)
+            ]
+            store(row, weight * _number(both) + code, r, j)
     if not shape.packed:
         for r in range(2):
             norm = let(low_half(dtype, tile.metas[2 * m + r]) * query.row_weight[0])

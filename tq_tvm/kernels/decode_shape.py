@@ -137,6 +137,11 @@ class Shape:
         return self.score_tiles if self.packed else self.octets
 
     @property
+    def own_apart(self) -> int:
+        """Tokens from one of a lane's own to the next."""
+        return 16 if self.packed else 8
+
+    @property
     def key_words(self) -> int:
         """Words of a slice of K, eight codes each; where they are shorter, once they are apart."""
         return self.slice_dim // 32
@@ -165,6 +170,11 @@ class Shape:
     def third_chunks(self) -> int:
         """Copies of 16 bytes that the third bits of a row of V take; all slices need all."""
         return self.spec.head_dim // 128 if self.spec.cache_format.value.bits == 3 else 0
+
+    @property
+    def sharing_lanes(self) -> int:
+        """Lanes that share a row of V: as many as it has chunks, or the next power of two."""
+        return 1 << (self.value_chunks + self.third_chunks - 1).bit_length()
 
     @property
     def value_plane(self) -> int:
@@ -200,6 +210,11 @@ class Shape:
     def pages(self) -> int:
         """Pages that a tile touches."""
         return max(1, self.config.tile // self.spec.page_size)
+
+    @property
+    def lengths_at_once(self) -> int:
+        """Sequences whose lengths a lane asks for together."""
+        return 4
 
     @property
     def least_tiles(self) -> int:

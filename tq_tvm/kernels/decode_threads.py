@@ -22,10 +22,10 @@ __all__ = ["Standing"]
 class Standing:
     """Numbers of a thread's warp, and of the thread, in what they are parts of.
 
-    ``g`` and ``t`` are ``lane / 4`` and ``lane % 4``, as fragments of ``mma`` have them.
-    ``inside`` counts the threads of a part of query heads and ``part_warp`` its warps; ``warp`` and
-    ``column_thread`` count those of a column. ``kv_head``, ``first_head`` and ``heads`` say which
-    query heads the part has.
+    ``g`` and ``t`` are ``lane / 4`` and ``lane % 4``, as fragments of ``mma`` have them, ``token``
+    is the first of a tile's tokens that the lane weighs. ``inside`` counts the threads of a part of
+    query heads and ``part_warp`` its warps; ``warp`` and ``column_thread`` count those of a column.
+    ``kv_head``, ``first_head`` and ``heads`` say which query heads the part has.
     """
 
     part: Any
@@ -36,6 +36,7 @@ class Standing:
     lane: Any
     g: Any
     t: Any
+    token: Any
     inside: Any
     column_thread: Any
     kv_head: Any
@@ -49,6 +50,7 @@ class Standing:
         part, inside = let(thread // (32 * shape.part_warps)), let(thread % (32 * shape.part_warps))
         part_warp, lane = let(inside // 32), let(inside % 32)
         g, t = let(lane // 4), let(lane % 4)
+        token = let(g + 8 * (t // 2)) if shape.packed else g
         slice_, column, warp, column_thread = i32(0), part, part_warp, inside
         if shape.slices > 1:
             slice_, warp = let(part_warp // warps), let(part_warp % warps)
@@ -58,6 +60,6 @@ class Standing:
         first_head = let(kv_head * spec.group_size + head_tile * shape.heads)
         heads = let(T.min(i32(shape.heads), i32(spec.group_size) - head_tile * shape.heads))
         return cls(
-            part, slice_, column, warp, part_warp, lane, g, t, inside, column_thread, kv_head,
-            first_head, heads,
+            part, slice_, column, warp, part_warp, lane, g, t, token, inside, column_thread,
+            kv_head, first_head, heads,
         )  # fmt: skip

@@ -1,10 +1,11 @@
 """Softmax and weighted sums of V of a tile in ``decode_cuda``, in integers.
 
 V's levels of two and three bits are affine in the bits of a code and their parity
-(`decode_planes`): no look-up is needed, one AND leaves the bits of four tokens as bytes of 2^i, and
-each plane of bits has weights of its own in the same unit, which add up in one integer sum. The
-constant is a sum of weights. A field (pair of bits) has sums 4^field too large, which is put right
-at the end. Levels of four bits are looked up as two signed bytes.
+(`decode_planes`): no look-up is needed, one AND leaves bits of four tokens as bytes, and each plane
+of bits has weights of its own in the same unit, which add up in one integer sum. The constant is a
+sum of weights. A field (pair of bits) has sums 4^field too large, which is put right at the end,
+and of nested planes the last one has the other fields' sums in its own. Levels of four bits are
+looked up as two signed bytes.
 
 Weights are 15-bit integers, high and low byte apart: one column each in packed kernels, else a
 product each. They are cut off, not rounded, after a constant in [0, 1) was added that differs from
@@ -24,6 +25,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tq_tvm.kernels.decode_pages import PageReader, ValueRing, value_bytes
+from tq_tvm.kernels.decode_planes import Plane
 from tq_tvm.kernels.decode_query import Query
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.decode_threads import Standing
@@ -37,6 +39,7 @@ from tq_tvm.kernels.device import (
     byte_perm,
     f32,
     from_half,
+    held,
     i32,
     let,
     local,
@@ -110,7 +113,7 @@ class Values:
         )
         self._norm, self._unit = local(1, "float32"), local(1, "float32")
         self._tiles = local(1, "int32")
-        self.own = let(g + 8 * (t // 2)) if shape.packed else g
+        self.own = own.token
         self._meta_half = local(1, "uint32")
         self._low_columns = let(g >= 4)
         self._dither = local(2, "float32")
@@ -125,21 +128,23 @@ class Values:
         # Selectors of the byte that a lane's column wants, and of the one that its partner's wants.
         self._select = local(2, "uint32")
         for i, (high, low) in enumerate(((0x7531, 0x6420), (0x6420, 0x7531))):
-            store(self._select, T.Select(g < 4, u32(high), u32(low)), i)
+            store(self._select, held("uint32", T.Select(g < 4, u32(high), u32(low)), own.lane), i)
 
     def hold_table(self, unknown_zero) -> None:
-        """Look-ups of values, if there are any, in registers that the compiler cannot know."""
+        """Look-ups of values, if there are any, in registers, as `decode_score.key_table`'s."""
         words = [word for pair in self._shape.value.tables for word in pair]
         if words:
             self._table = local(len(words), "uint32")
             for i, word in enumerate(words):
-                store(self._table, T.bitwise_or(u32(word), unknown_zero), i)
+                hidden = T.bitwise_or(u32(word), unknown_zero)
+                store(self._table, held("uint32", hidden, self._lane), i)
 
     def find_metas(self, reader: PageReader, kv_head) -> None:
         """Work out which half of its word is V's meta of the lane's own tokens."""
         selectors = (0x1044, 0x3244) if self._shape.spec.dtype == "bfloat16" else (0x4410, 0x4432)
         odd = reader.odd_meta(kv_head, self.own)
-        store(self._meta_half, T.Select(odd, u32(selectors[1]), u32(selectors[0])))
+        selector = T.Select(odd, u32(selectors[1]), u32(selectors[0]))
+        store(self._meta_half, held("uint32", selector, self._lane))
 
     def start(self) -> None:
         """No tokens yet."""
@@ -168,7 +173,7 @@ class Values:
     def add(self, ring: ValueRing, first_token, seq_len, low=None) -> None:
         """Add the tokens of a tile, whose scores are in ``scores``: none before ``low``."""
         metas = local(self._shape.own_tokens, "uint32")
-        ring.metas(metas, self.own)
+        ring.metas(metas)
         self._mask(metas, first_token, seq_len, low)
         self._move_bound()
         # Ahead of the weights, whose making hides how long it takes.
@@ -180,7 +185,7 @@ class Values:
     def _mask(self, metas, first_token, seq_len, low) -> None:
         """Widen V's norms; drop tokens past the end or before ``low``, whatever their metas are."""
         shape, norms = self._shape, self._norms
-        apart = 16 if shape.packed else 8
+        apart = shape.own_apart
         for n in range(shape.own_tokens):
             # bfloat16 becomes the upper half of a float, float16 is widened.
             ptx("prmt.b32", metas[n], metas[n], u32(0), self._meta_half[0])
@@ -248,14 +253,25 @@ class Values:
             access("ld.shared", [floats[e] for e in range(4)], address, "f32")
             for e in range(4):
                 field = 2 * (quad % (shape.value.fields // 2)) + e // 2
-                value = T.cast(T.cast(self.sums[0, quad, e], "int32"), "float32")
+                value = self._sum(0, quad, e)
                 if not shape.packed:
-                    low = T.cast(T.cast(self.sums[1, quad, e], "int32"), "float32")
-                    value = value * f32(256) + low
+                    value = value * f32(256) + self._sum(1, quad, e)
                 value = value * f32(float(shape.value.step) ** -field) + floats[e]
                 store(floats, value if factor is None else value * factor[e % 2], e)
             access("st.shared", [floats[e] for e in range(4)], address, "f32")
         self._clear()
+
+    def _sum(self, part: int, quad: int, e: int):
+        """A field's sum as a float."""
+        value, sums = self._shape.value, self.sums
+        of_byte = value.fields // 2
+        own = sums[part, quad, e]
+        if value.nested and e // 2 and quad % of_byte == of_byte - 1:
+            first = quad - quad % of_byte
+            others = [(q, e % 2 + 2 * half) for q in range(first, quad + 1) for half in range(2)]
+            for place in others[:-1]:
+                own = own - sums[(part, *place)]
+        return T.cast(T.cast(own, "int32"), "float32")
 
     def _weigh(self):
         """Weights of own tokens, moved to where the columns' lanes want them: ``[plane, n]``.
@@ -322,9 +338,8 @@ class Values:
             byte, first_field = quad // 2, 2 * (quad % 2)
             for number, plane in enumerate(shape.value.planes):
                 for e in range(4):
-                    mask = (1 << (2 * (first_field + e % 2) + plane.bit)) * 0x01010101
-                    source = sources[plane.source]
-                    store(bits, T.bitwise_and(source[e // 2, byte], u32(mask)), e)
+                    source = sources[plane.source][e // 2, byte]
+                    store(bits, self._masked(plane, source, first_field + e % 2), e)
                 for part in range(shape.parts):
                     result = [self.sums[part, quad, e] for e in range(4)]
                     mma(
@@ -334,6 +349,15 @@ class Values:
                         [operands[number, part, 0], operands[number, part, 1]],
                         result,
                     )
+
+    def _masked(self, plane: Plane, source, field: int):
+        """A plane's bits of a field, in bytes of four tokens."""
+        value, mask = self._shape.value, plane.bits << 2 * field
+        if value.nested and field == value.fields - 1:
+            mask = sum(plane.bits << 2 * f for f in range(value.fields))
+        if plane.inverted:
+            source = T.bitwise_not(source)
+        return source if mask == 0xFF else T.bitwise_and(source, u32(mask * 0x01010101))
 
     def _multiply_levels(self, codes, operands) -> None:
         """Two codes a byte: looked up twice, see `decode_tables.double_bytes`."""

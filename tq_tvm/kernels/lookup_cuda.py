@@ -33,7 +33,6 @@ from tq_tvm.kernels.device import (
 from tq_tvm.spec import Codec
 
 __all__ = [
-    "SIGN_BITS",
     "CodedRow",
     "HighTable",
     "LevelTable",
@@ -159,29 +158,23 @@ class HighTable:
         return words
 
 
-SIGN_BITS = 0x80808080
-
-
-def find_mirrored(table: LevelTable, word, sign_bits=None) -> Chain:
-    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each.
-
-    ``sign_bits`` is `SIGN_BITS` in a register that the compiler does not know, or None: it copies
-    what it knows for every ``prmt``.
-    """
-    sign_bits = u32(SIGN_BITS) if sign_bits is None else sign_bits
+def find_mirrored(table: LevelTable, word) -> Chain:
+    """Values of a word of 4-bit codes: ``[nibble, half]``, two neighbouring coordinates each."""
     turned, selector, signs = (local(n, "uint32") for n in (1, 2, 2))
     found = local((2, 2), "uint32")
     # The top bit of every nibble that has none, and seven below it.
     store(turned, T.bitwise_and(T.bitwise_not(word), u32(0x88888888)))
     yield
-    sevens = turned[0] - T.shift_right(turned[0], u32(3))
+    sevens = let(turned[0] - T.shift_right(turned[0], u32(3)))
+    fifteens = let(turned[0] + sevens)
     store(selector, T.bitwise_and(T.bitwise_xor(word, sevens), u32(0x77777777)), 0)
     store(selector, T.shift_right(selector[0], u32(16)), 1)
     for half in range(2):
-        nibbles = turned[0] if half == 0 else T.shift_right(turned[0], u32(16))
-        # 0x80 for a nibble of 0, 0xFF for 8: its copy of the top bit.
-        ptx("prmt.b32", signs[half], sign_bits, sign_bits, nibbles)
-        store(signs, T.bitwise_and(T.shift_left(signs[half], u32(1)), u32(SIGN_BITS)), half)
+        nibbles = fifteens if half == 0 else T.shift_right(fifteens, u32(16))
+        # 0 for a nibble of 0, and for 15 eight times the sign of the top byte. Both words are
+        # operands as they are: the compiler copies other ones that it knows for every ``prmt``.
+        ptx("prmt.b32", signs[half], u32(0), u32(0x80000000), nibbles)
+        store(signs, T.bitwise_and(signs[half], u32(0x80808080)), half)
         yield
         words = yield from table.find(selector[half], signs[half])
         for nibble in range(2):

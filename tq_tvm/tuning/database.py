@@ -8,6 +8,7 @@ names it, and is checked here.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import json
 import logging
@@ -32,6 +33,7 @@ from tq_tvm.build.compile import tvm_target
 from tq_tvm.errors import TuningLogError
 from tq_tvm.spec import FUNCTIONS, RotateSpec, Spec, parse_spec
 from tq_tvm.targets import TargetInfo
+from tq_tvm.tuning.workloads import decision_sizes
 
 __all__ = [
     "Entry",
@@ -44,6 +46,7 @@ __all__ = [
     "logs_root",
     "open_database",
     "own_logs",
+    "refile",
     "save_record",
     "search_workload",
 ]
@@ -63,8 +66,12 @@ class Environment(msgspec.Struct, frozen=True):
     seed: int
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """One kept record, as ``summary.json`` tells it."""
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One kept record, as ``summary.json`` tells it.
+
+    Of a ``refiled`` one the kernel has changed since: it has the decisions, but its times, error
+    and environment are those of the kernel before.
+    """
 
     workload: str
     function: str
@@ -79,6 +86,7 @@ class Entry(msgspec.Struct, frozen=True):
     max_error: float
     config: dict[str, int]
     environment: Environment
+    refiled: bool = False
 
 
 class Metadata(msgspec.Struct, frozen=True):
@@ -89,12 +97,12 @@ class Metadata(msgspec.Struct, frozen=True):
 
 
 class TunedRecord(msgspec.Struct, frozen=True):
-    """A record to build a variant from."""
+    """A record to build a variant from; ``us`` is None if the kernel has changed since."""
 
     workload: str
     shape: dict[str, int]
     size: int
-    us: float
+    us: float | None
     trace: Any
 
 
@@ -271,7 +279,8 @@ def find_records(
                 f"{entry.workload}, got none for the kernel as it is now; run `tq-tvm tune "
                 f"--target {target.name} --kernel {kernel} --spec {entry.spec}`"
             )
-        records.append(TunedRecord(entry.workload, entry.shape, entry.size, entry.us, trace))
+        us = None if entry.refiled else entry.us
+        records.append(TunedRecord(entry.workload, entry.shape, entry.size, us, trace))
     return records
 
 
@@ -302,15 +311,69 @@ def save_record(entry: Entry, trace: Trace, target: TargetInfo, logs: Path | Non
                 )
             else:
                 kept.append((old, old_trace))
-        kept.sort(key=lambda pair: pair[0].workload)
-        fresh = Path(scratch) / kernel
-        _write(fresh, kept, target)
-        directory = root / kernel
-        if directory.exists():
-            shutil.move(directory, Path(scratch) / "old")
-        shutil.move(fresh, directory)
+        _replace(root, kernel, kept, target, Path(scratch))
         (root / _METADATA).write_bytes(_json(Metadata(target.name, target.arch)))
-    return directory
+    return root / kernel
+
+
+def refile(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[Entry]:
+    """File records whose kernel has changed for the kernel as it is now; return these.
+
+    A new search, which takes the hardware, replaces them; until then their decisions, which have to
+    replay, are better than none. See `Entry.refiled` for what is not theirs any more.
+
+    Raises
+    ------
+    TuningLogError
+        The log is malformed or for another target, or decisions do not replay: nothing is written.
+    """
+    logs = logs or own_logs()
+    check_log(kernel, target, logs)
+    root = logs / target.name
+    directory = root / kernel
+    if not directory.exists():
+        return []
+    kept, changed = [], []
+    with FileLock(root / ".lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
+        records = open_database(directory, _repair(directory)).get_all_tuning_records()
+        for entry, trace in _stored(kernel, target, logs):
+            if trace is not None:
+                kept.append((entry, trace))
+                continue
+            changed.append(msgspec.structs.replace(entry, refiled=True))
+            kept.append((changed[-1], _former_trace(entry, records, target)))
+        if changed:
+            _replace(root, kernel, kept, target, Path(scratch))
+    return changed
+
+
+def _former_trace(entry: Entry, records: list[Any], target: TargetInfo) -> Trace:
+    """The trace of a record that was made for another kernel: the one that replays as it tells."""
+    spec = parse_spec(entry.spec)
+    sizes = decision_sizes(entry.function, entry.shape, target)
+    for record in records:
+        if [float(seconds) for seconds in record.run_secs] != [entry.us * 1e-6]:
+            continue
+        # A trace of other instructions, or of decisions that are no more, fails in TVM, in any way.
+        with contextlib.suppress(Exception):
+            instance = schedules.instantiate(entry.function, spec, target.kind, record.trace, sizes)
+            if instance.config == entry.config:
+                return record.trace
+    raise TuningLogError(
+        f"refile: decisions of {entry.workload} must replay on the kernel as it is now, got no "
+        f"trace that does; run `tq-tvm tune --target {target.name} --kernel "
+        f"{FUNCTIONS[entry.function]} --spec {entry.spec}`"
+    )
+
+
+def _replace(
+    root: Path, kernel: str, kept: list[tuple[Entry, Trace]], target: TargetInfo, scratch: Path
+) -> None:
+    """Put a kernel's records in place of those that there are, in one step."""
+    _write(scratch / kernel, sorted(kept, key=lambda pair: pair[0].workload), target)
+    if (root / kernel).exists():
+        shutil.move(root / kernel, scratch / "old")
+    shutil.move(scratch / kernel, root / kernel)
 
 
 def _write(directory: Path, kept: list[tuple[Entry, Trace]], target: TargetInfo) -> None:
