@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tvm
@@ -45,6 +45,7 @@ __all__ = [
     "has_factory",
     "instantiate",
     "is_feasible",
+    "point",
     "search_module",
     "space",
     "unscheduled",
@@ -198,18 +199,32 @@ def default(
 
     With ``shape``, see `space`, those of a size.
     """
-    made = _only_a_factory(function, spec, kind)
     if function in _SIZED:
         values = _SPACES[function].defaults(spec, kind, shape)
     elif function in _ANCHORED:
         values = _SPACES[function].defaults(spec, kind)
-    elif made:
+    elif _only_a_factory(function, spec, kind):
         values = factories.defaults(function, spec, shape)
     else:
         values = _SPACES[FUNCTIONS[function]].DEFAULTS[kind]
+    return point(function, spec, kind, values, shape)
+
+
+def point(
+    function: str,
+    spec: Spec,
+    kind: str,
+    values: Mapping[str, int],
+    shape: dict[str, int] | None = None,
+) -> Callable[[Schedule], None]:
+    """The point of the space with some decisions; of what is not on offer, the next one below."""
 
     def apply(sch: Schedule) -> None:
-        _apply_first(sch, function, spec, kind, sampled(sch, values), shape)
+        decide = sampled(sch, values)
+        if "factory" in values:
+            factories.apply(sch, function, spec, decide)
+        else:
+            _apply_first(sch, function, spec, kind, decide, shape)
 
     return apply
 

@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from tq_tvm.spec import CacheSpec
+from tq_tvm.served import functions_on
+from tq_tvm.spec import ROTATE_DIMS, CacheSpec, RotateSpec
 
 # Every head_dim, dtype, layout and page size, and groups of 1, 4, 8 and 16.
 SPECS = [
@@ -58,6 +59,33 @@ DIMS = [
     CacheSpec(512, 8, 2, 64, "bfloat16", "bshd", "tq42"),
     CacheSpec(576, 4, 1, 32, "bfloat16", "bshd", "tq43"),
 ]
+
+# One KV head and few pages, whose workspace is tested.
+NARROW = CacheSpec(128, 8, 1, 64, "float16", "bshd")
+LATENTS = [
+    # The last task has fewer heads than the first.
+    CacheSpec(512, 20, 1, 64, "bfloat16", "bshd", "mse4-none-signed-matched", 64),
+    CacheSpec(512, 16, 1, 16, "float16", "bhsd", "mse3-none-plain-unbiased", 64),
+    CacheSpec(512, 2, 1, 32, "float32", "bshd", "int8-none", 64),
+    CacheSpec(512, 4, 1, 8, "bfloat16", "bhsd", "fp8-none-signed", 64),
+]
+# Of a dtype that numpy has.
+LATENT = CacheSpec(512, 8, 1, 16, "float16", "bhsd", "mse4-none-signed-matched", 64)
+# Rotations of rows that no cache of `CPU_SPECS` has.
+ROTATIONS = [
+    RotateSpec(dim, dtype)
+    for dim in ROTATE_DIMS
+    if dim not in {spec.head_dim for spec in CPU_SPECS}
+    for dtype in (("float16", "bfloat16") if dim == 4096 else ("bfloat16",))
+]
+
+
+def gpu_specs() -> list[CacheSpec | RotateSpec]:
+    """Every spec that tests of a GPU call kernels of."""
+    caches = [*SPECS, *FORMAT_SPECS, *SERVED, *DIRECT, *DIMS, NARROW, *LATENTS, LATENT]
+    every = dict.fromkeys([*caches, *ROTATIONS])
+    return [s for s in every if s.dtype != "float32" and functions_on(s, "cuda")]
+
 
 LENGTHS = [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300]
 """Empty, one token, and both sides of page boundaries."""
@@ -139,3 +167,8 @@ def by_slot(spec: CacheSpec, tensor: torch.Tensor) -> torch.Tensor:
     if spec.layout == "bhsd":
         tensor = tensor.transpose(1, 2)
     return tensor.flatten(0, 1)
+
+
+if __name__ == "__main__":
+    # Arguments of `tq-tvm build`.
+    print(*(f"--spec {spec.label}" for spec in gpu_specs()))

@@ -176,18 +176,22 @@ def test_parts_of_a_block_of_rows_have_processors_and_tokens(spec, tokens, conte
     launch = {**PREFILL, "rows": rows, "units": spec.num_kv_heads}
     parts = prefill_parts(spec, tokens, context, launch, count)
     blocks = max(1, tokens * spec.group_size // rows)
+
+    def fits(parts):
+        # Clusters of 4 and 8 do not find all slots of a chip side by side.
+        slots = count if parts <= 2 else count * 10 // 11
+        return parts * blocks * spec.num_kv_heads <= slots and context >= parts * 8 * 64
+
     assert parts in (1, 2, 4, 8)
-    assert parts == 1 or parts * blocks * spec.num_kv_heads <= count
-    assert parts == 1 or context >= parts * 8 * 64
-    # Twice as many would not.
-    twice = 2 * parts
-    fits = twice * blocks * spec.num_kv_heads <= count and context >= twice * 8 * 64
-    assert parts == 8 or not fits
+    assert parts == 1 or fits(parts)
+    assert parts == 8 or not fits(2 * parts), "twice as many would not fit"
 
 
 def test_parts_of_known_chunks():
     parts = [prefill_parts(SPEC, n, 32768, PREFILL, 132) for n in (64, 256, 512, 1024, 2048)]
-    assert parts == [8, 4, 2, 1, 1]
+    assert parts == [8, 2, 2, 1, 1]
+    # 16 clusters of 8 on 132 processors would be two waves.
+    assert prefill_parts(SPEC, 64, 32768, {**PREFILL, "rows": 128}, 132) == 4
     assert prefill_parts(SPEC, 512, 1000, PREFILL, 132) == 1
     assert prefill_parts(SPEC, 512, 32768, {"rows": 256}, 132) == 1
     assert set(prefill_launch_keys(PREFILL)) == set(PREFILL)

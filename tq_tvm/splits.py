@@ -39,6 +39,13 @@ _PREFILL_ROWS = 53
 An H100, k4v2, 128 values: 1.5 us a tile of 64 tokens, 0.45 us for each 16 rows.
 """
 
+_CLUSTERED = (10, 11)
+"""Of a GPU's slots for CTAs, those that clusters of 4 or 8 find in one part of the chip.
+
+``cudaOccupancyMaxActiveClusters`` of an H100: of 132 slots clusters of 2 take all, those of 4 and 8
+120; of 264 they take all, 248 and 240.
+"""
+
 WORKSPACE_BYTES = 2 << 20
 """What the workspace of groups may take beside a hundredth of the cache.
 
@@ -227,13 +234,19 @@ def prefill_parts(
 
     Each has eight tiles at least. ``tokens`` is T, ``context`` an upper bound of the lengths.
     """
+    parts = 1
     if "cluster" not in launch:
-        return 1
+        return parts
     blocks = max(1, tokens * spec.group_size // launch["rows"])
-    alone = launch["ctas_per_sm"] * processors // (blocks * launch["units"])
-    useful = context // (8 * launch["cta_tokens"])
-    most = max(1, min(launch["cluster"], alone, useful))
-    return 1 << (most.bit_length() - 1)
+    slots = launch["ctas_per_sm"] * processors
+    while 2 * parts <= launch["cluster"]:
+        more = 2 * parts
+        # 16 clusters of 8 were two waves: 73 us at 1 x 64 over 8192, 40 at half of the rows (H100).
+        fitting = slots if more == 2 else slots * _CLUSTERED[0] // _CLUSTERED[1]
+        if more * blocks * launch["units"] > fitting or context < more * 8 * launch["cta_tokens"]:
+            break
+        parts = more
+    return parts
 
 
 def prefills(
@@ -248,8 +261,7 @@ def prefills(
 
     Its CTAs have to be more than half full, and many enough: ``attend`` shares out work equally.
     16 x 16 query tokens over 4096 take 122 us of ``attend`` and 66 of ``prefill``, 1 x 128 over
-    32768 384 and 346 (32/8 heads, H100). It errs at 1 x 64 over 8192, 63 and 77, where clusters of
-    8 CTAs come in two waves.
+    32768 384 and 346 (32/8 heads, H100).
 
     Parameters
     ----------

@@ -10,7 +10,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rows import rows
-from specs import CPU_SPECS, DIMS, DIRECT, FORMAT_SPECS, SERVED, SPECS, make_batch, scales_of
+from specs import (
+    CPU_SPECS,
+    DIMS,
+    DIRECT,
+    FORMAT_SPECS,
+    NARROW,
+    SERVED,
+    SPECS,
+    make_batch,
+    scales_of,
+)
 
 from tq_tvm import (
     PagedKVCache,
@@ -340,7 +350,7 @@ def test_without_any_page(served, device, with_sinks):
 
 def test_workspace(served, device):
     """The size that is promised is enough for fewer tokens too, and its contents do not matter."""
-    spec = CacheSpec(128, 8, 1, 64, "float16", "bshd") if device.type == "cuda" else PLAIN
+    spec = NARROW if device.type == "cuda" else PLAIN
     served(spec)
     batch = Batch(spec, device, [200, 33], [5, 2])
     context = batch.cpu.block_table.shape[1] * spec.page_size

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 from rows import rows
+from specs import LATENTS as SPECS
 from specs import kernel_caches, make_batch, scales_of
 
 from tq_tvm import (
     ArgumentTypeError,
     ArgumentValueError,
-    CacheSpec,
     PagedKVCache,
     UnsupportedSpecError,
     fill_kv_cache,
@@ -24,13 +24,6 @@ from tq_tvm.served import functions_on
 
 LENGTHS = [70, 0, 1, 16, 33]
 SCALE = 192**-0.5
-SPECS = [
-    # The last task has fewer heads than the first.
-    CacheSpec(512, 20, 1, 64, "bfloat16", "bshd", "mse4-none-signed-matched", 64),
-    CacheSpec(512, 16, 1, 16, "float16", "bhsd", "mse3-none-plain-unbiased", 64),
-    CacheSpec(512, 2, 1, 32, "float32", "bshd", "int8-none", 64),
-    CacheSpec(512, 4, 1, 8, "bfloat16", "bhsd", "fp8-none-signed", 64),
-]
 OUTPUT_ERROR = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 6e-3}
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.label)
 

@@ -5,28 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from rows import rows
-from specs import CPU_SPECS
+from specs import CPU_SPECS, ROTATIONS
 
 from tq_tvm import hadamard_rotate, reference
 from tq_tvm.served import functions_on
-from tq_tvm.spec import ROTATE_DIMS, RotateSpec
+from tq_tvm.spec import RotateSpec
 
 # Rounding the output once, and float32 sums over log2(D) steps.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 
 
-# Libraries of caches, and of rotations for the rows that no cache has.
-LONG = [
-    RotateSpec(dim, dtype)
-    for dim in ROTATE_DIMS
-    if dim not in {spec.head_dim for spec in CPU_SPECS}
-    for dtype in (("float16", "bfloat16") if dim == 4096 else ("bfloat16",))
-]
 FLOATS = RotateSpec(2048, "float32")
 
 
 @pytest.mark.parametrize("count", [1, 7, 128, 1000])
-@pytest.mark.parametrize("spec", [*CPU_SPECS, *LONG, FLOATS], ids=lambda s: s.label)
+@pytest.mark.parametrize("spec", [*CPU_SPECS, *ROTATIONS, FLOATS], ids=lambda s: s.label)
 def test_equals_reference(library, device, spec, count):
     if device.type == "cuda" and not functions_on(spec, "cuda"):
         pytest.skip("GPUs have no kernel of this dimension")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from rows import rows
-from specs import SPECS, make_batch
+from specs import LATENT, SPECS, make_batch
 
 from tq_tvm import (
     CacheSpec,
@@ -22,7 +22,6 @@ from tq_tvm import (
 from tq_tvm.served import functions_on
 
 SPEC = SPECS[1]  # of a dtype that numpy has
-LATENT = CacheSpec(512, 8, 1, 16, "float16", "bhsd", "mse4-none-signed-matched", 64)
 CACHES = ("k_cache", "v_cache", "k_meta", "v_meta")
 
 

@@ -424,15 +424,14 @@ def test_decisions_outlive_a_change_of_their_kernel(tmp_path, monkeypatch):
     assert entries("decode", TARGET, tmp_path) == [newer] and not newer.refiled
 
 
-def test_decisions_that_do_not_replay_are_not_filed_again(tmp_path, monkeypatch):
-    """Those that the summary tells are not those of any trace."""
+def test_decisions_that_are_gone_are_not_filed_again(tmp_path, monkeypatch):
     entry = save(tmp_path, "decode")
     factory = decode.decode
     monkeypatch.setattr(decode, "decode", lambda *point: factory(*point).with_attr("rewritten", 1))
     path = tmp_path / TARGET.name / "decode" / "summary.json"
     damage(path, lambda items: [{**i, "config": {**i["config"], "tile": 7}} for i in items])
     before = path.read_bytes()
-    with pytest.raises(TuningLogError, match=f"decisions of {entry.workload} must replay"):
+    with pytest.raises(TuningLogError, match=f"decisions of {entry.workload} must be on offer"):
         refile("decode", TARGET, tmp_path)
     assert path.read_bytes() == before
 

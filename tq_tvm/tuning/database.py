@@ -30,7 +30,7 @@ from tvm.s_tir import meta_schedule as ms
 
 from tq_tvm import env, schedules
 from tq_tvm.build.compile import tvm_target
-from tq_tvm.errors import TuningLogError
+from tq_tvm.errors import TuningLogError, UnsupportedSpecError
 from tq_tvm.spec import FUNCTIONS, RotateSpec, Spec, parse_spec
 from tq_tvm.targets import TargetInfo
 from tq_tvm.tuning.workloads import decision_sizes
@@ -320,12 +320,12 @@ def refile(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[En
     """File records whose kernel has changed for the kernel as it is now; return these.
 
     A new search, which takes the hardware, replaces them; until then their decisions, which have to
-    replay, are better than none. See `Entry.refiled` for what is not theirs any more.
+    be on offer, are better than none. See `Entry.refiled` for what is not theirs any more.
 
     Raises
     ------
     TuningLogError
-        The log is malformed or for another target, or decisions do not replay: nothing is written.
+        The log is malformed or for another target, or decisions are gone: nothing is written.
     """
     logs = logs or own_logs()
     check_log(kernel, target, logs)
@@ -335,33 +335,38 @@ def refile(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[En
         return []
     kept, changed = [], []
     with FileLock(root / ".lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
-        records = open_database(directory, _repair(directory)).get_all_tuning_records()
         for entry, trace in _stored(kernel, target, logs):
-            if trace is not None:
+            if trace is None or _replayed(entry, trace, target) != entry.config:
+                changed.append(msgspec.structs.replace(entry, refiled=True))
+                kept.append((changed[-1], _trace_of(entry, target)))
+            else:
                 kept.append((entry, trace))
-                continue
-            changed.append(msgspec.structs.replace(entry, refiled=True))
-            kept.append((changed[-1], _former_trace(entry, records, target)))
         if changed:
             _replace(root, kernel, kept, target, Path(scratch))
     return changed
 
 
-def _former_trace(entry: Entry, records: list[Any], target: TargetInfo) -> Trace:
-    """The trace of a record that was made for another kernel: the one that replays as it tells."""
-    spec = parse_spec(entry.spec)
+def _replayed(entry: Entry, trace: Trace, target: TargetInfo) -> dict[str, int] | None:
+    """Decisions of a trace on the kernel as it is now; None if it was made for another."""
     sizes = decision_sizes(entry.function, entry.shape, target)
-    for record in records:
-        if [float(seconds) for seconds in record.run_secs] != [entry.us * 1e-6]:
-            continue
-        # A trace of other instructions, or of decisions that are no more, fails in TVM, in any way.
-        with contextlib.suppress(Exception):
-            instance = schedules.instantiate(entry.function, spec, target.kind, record.trace, sizes)
-            if instance.config == entry.config:
-                return record.trace
+    spec = parse_spec(entry.spec)
+    try:
+        return schedules.instantiate(entry.function, spec, target.kind, trace, sizes).config
+    except UnsupportedSpecError:
+        return None
+
+
+def _trace_of(entry: Entry, target: TargetInfo) -> Trace:
+    """A trace with the decisions of an entry, on the kernel as it is now."""
+    spec, kind, shape = parse_spec(entry.spec), target.kind, entry.shape
+    sch = tvm.s_tir.Schedule(search_workload(entry.function, spec, kind, shape))
+    with contextlib.suppress(KeyError):
+        schedules.point(entry.function, spec, kind, entry.config, shape)(sch)
+        if _replayed(entry, sch.trace, target) == entry.config:
+            return sch.trace
     raise TuningLogError(
-        f"refile: decisions of {entry.workload} must replay on the kernel as it is now, got no "
-        f"trace that does; run `tq-tvm tune --target {target.name} --kernel "
+        f"refile: decisions of {entry.workload} must be on offer for the kernel as it is now, got "
+        f"{entry.config}; run `tq-tvm tune --target {target.name} --kernel "
         f"{FUNCTIONS[entry.function]} --spec {entry.spec}`"
     )
 
