@@ -17,7 +17,18 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.dense_rows import dense_row_words
-from tq_tvm.kernels.device import access, i32, let, local, ptx, store, u32, when
+from tq_tvm.kernels.device import (
+    access,
+    held,
+    i32,
+    let,
+    local,
+    ptx,
+    shared_address,
+    store,
+    u32,
+    when,
+)
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES, DirectRow
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.spec import CacheSpec, Codec
@@ -146,6 +157,7 @@ class Side:
         self._elements = self.codec.packed_bytes(self.dim)
         self._width = 1 if self.codec.packed else 2
         self._chunk = math.gcd(self._elements * self._width, 16)
+        self._lane = let(T.truncmod(thread, 32))
         if self.codec.meta:
             self._metas, self._meta_stride = pages.flat(meta), self._stride(meta)
             # Threads behind those that read a scale of K read one of V.
@@ -153,7 +165,11 @@ class Side:
             self._scaled = let(self._own % tile)
             self._meta, self._wanted = local(1, "uint32"), local(1, "uint32")
             self._short = local(1, "uint16")
+            count = len(self.codec.meta)
+            self._scaled_at = self._address(self._metas, count, self._scaled)
+            self._scale_to = self._shared(memory.metas[number] + self._own)
         self._place_rows()
+        self._place_copies()
 
     def _place_rows(self) -> None:
         """Which row and part of it this thread decodes first, and where its values go."""
@@ -163,6 +179,35 @@ class Side:
         self._part = as_register(self._thread % lanes)
         bytes_ = self.dim * self.codec.plane_bits[0] // 8 // lanes
         self._written = self._word_of(self._decoded, self._part * bytes_)
+
+    def _place_copies(self) -> None:
+        """Which piece of a tile's codes this thread copies first, and where to."""
+        chunks = self._elements // self._chunk
+        # Of other sizes pieces of a thread are no constant number of rows apart.
+        self._copied_at = None
+        if self._shape.threads % chunks == 0:
+            row, column = self._thread // chunks, self._thread % chunks * self._chunk
+            self._copied_at = self._address(self._codes, self._elements, row, column)
+            begin = self._memory.codes[self._number]
+            self._copied_to = self._shared(begin + self._thread * (self._chunk // 4))
+
+    def _address(self, flat, elements: int, row, column=0):
+        """Where page 0 would have an element of a row of this head, kept in a register."""
+        _, head_rows = pages.row_strides(self._shape.spec)
+        inside = self._head * head_rows * elements + row * (self._apart * elements) + column
+        address = flat.ptr_to([T.cast(as_register(inside), "int64")])
+        return held("uint64", T.reinterpret("uint64", address), self._lane)
+
+    def _shared(self, word):
+        """Address of a word of shared memory, kept in a register."""
+        place = self._memory.words.ptr_to([as_register(word)])
+        return held("uint32", shared_address(place), self._lane)
+
+    def _in_page(self, address, page, stride, offset, step: int):
+        """An address of `_address` in a page, so many bytes behind a row at an offset."""
+        moved = local(1, "uint64")
+        ptx("mul.wide.u32", moved[0], T.cast(page, "uint32"), T.cast(stride, "uint32"))
+        return let(address + moved[0] + T.cast(offset * step, "uint64"))
 
     def _word_of(self, row, coordinate):
         """Where a coordinate of a row is, in words from the tile's first row on."""
@@ -203,35 +248,63 @@ class Side:
         strides = [(self._elements, self._code_stride)]
         if count:
             strides.append((count, self._meta_stride))
-        if tile <= size:
-            offset = as_register(T.bitwise_and(first, size - 1)) if tile < size else i32(0)
-            bases = [let(self._base(page, offset, n, stride)) for n, stride in strides]
+        offset = as_register(T.bitwise_and(first, size - 1)) if tile < size else i32(0)
 
-            def source(row, number: int):
-                inside = row * (self._apart * strides[number][0])
-                return bases[number] + T.cast(inside, "int64")
+        def source(row, number: int):
+            elements, stride = strides[number]
+            if tile <= size:
+                inside = T.cast(row * (self._apart * elements), "int64")
+                return self._base(page, offset, elements, stride) + inside
+            # Registers: TVM takes minutes to simplify what it can see through here.
+            token, own_page = local(1, "int32"), local(1, "int32")
+            store(token, first + row)
+            store(token, T.Select(seen.includes(token[0]), token[0], seen.last))
+            store(own_page, table[sequence, T.shift_right(token[0], shift)])
+            return self._base(own_page[0], T.bitwise_and(token[0], size - 1), elements, stride)
+
+        if tile <= size and self._copied_at is not None:
+            step = self._apart * self._elements
+            stride = self._code_stride[0]
+            self._copy_page(self._in_page(self._copied_at, page, stride, offset, step), packed)
         else:
-
-            def source(row, number: int):
-                # Registers: TVM takes minutes to simplify what it can see through here.
-                token, page = local(1, "int32"), local(1, "int32")
-                store(token, first + row)
-                store(token, T.Select(seen.includes(token[0]), token[0], seen.last))
-                store(page, table[sequence, T.shift_right(token[0], shift)])
-                return self._base(page[0], T.bitwise_and(token[0], size - 1), *strides[number])
-
-        self._copy(lambda row: source(row, 0), first, seen, packed)
+            self._copy(lambda row: source(row, 0), first, seen, packed)
         if not count:
             return
         # Without a branch, which all that follows would wait for: threads that have no scale read
         # one, too.
         token = let(first + self._scaled)
         store(self._wanted, T.Select(seen.includes(token), u32(0xFFFFFFFF), u32(0)))
-        at = self._metas.ptr_to([source(self._scaled, 1)])
+        if tile <= size:
+            # Of so many bytes; the stride is of elements.
+            stride = T.shift_left(T.cast(self._meta_stride[0], "uint32"), u32(1))
+            step = 2 * self._apart * count
+            at = T.reinterpret("handle", self._in_page(self._scaled_at, page, stride, offset, step))
+        else:
+            at = self._metas.ptr_to([source(self._scaled, 1)])
         if count == 2:
             ptx("ld.global.nc.u32", self._meta[0], at)
         else:
             ptx("ld.global.nc.u16", self._short[0], at)
+
+    def _copy_page(self, base, packed) -> None:
+        """Begin to copy codes of one page; ``base`` is where this thread's first piece is."""
+        shape, chunk = self._shape, self._chunk
+        pieces = shape.tile * (self._elements // chunk)
+        apart = shape.threads // (self._elements // chunk) * self._apart * self._elements
+        to = let(self._copied_to + T.cast(packed * 4, "uint32"))
+        cached = "cg" if chunk == 16 else "ca"
+        for turn in range(-(-pieces // shape.threads)):
+
+            def copy(turn=turn):
+                source = T.reinterpret("handle", base + T.uint64(turn * apart))
+                place = to + u32(turn * shape.threads * chunk)
+                ptx(f"cp.async.{cached}.shared.global", place, source, chunk)
+
+            if (turn + 1) * shape.threads <= pieces:
+                copy()
+            else:
+                with when(self._thread < pieces - turn * shape.threads):
+                    copy()
 
     def _copy(self, source, first, seen: Seen, packed) -> None:
         """Begin to copy codes; ``source`` is the first element of a row."""
@@ -264,8 +337,7 @@ class Side:
         if len(self.codec.meta) == 1:
             found = T.cast(self._short[0], "uint32")
         with when(self._own < self._shape.tile):
-            to = self._memory.metas[self._number] + packed + self._own
-            place = self._memory.words.ptr_to([to])
+            place = self._scale_to + T.cast(packed * 4, "uint32")
             ptx("st.shared.u32", place, T.bitwise_and(found, self._wanted[0]))
 
     def steps(self, packed, moved) -> Iterator[Step]:
@@ -334,6 +406,10 @@ class DirectSide(Side):
         elif not self.codec.packed:
             chunk = T.bitwise_xor(chunk, row % 8)
         self._to = as_register(row * self._row_words + chunk * 4)
+
+    def _place_copies(self) -> None:
+        """Pieces have places of their own, see `_copy`."""
+        self._copied_at = None
 
     def _place_rows(self) -> None:
         if not self.codec.packed:

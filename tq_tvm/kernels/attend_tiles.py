@@ -20,7 +20,7 @@ from tq_tvm.kernels.attend_sides import (
 )
 from tq_tvm.kernels.attend_words import WordSide
 from tq_tvm.kernels.dense_rows import dense_step, turned
-from tq_tvm.kernels.device import i32, local, ptx, store
+from tq_tvm.kernels.device import i32, let, local, ptx, shared_address, store, u32
 from tq_tvm.kernels.lane_rows import MULTIPLIED, multiplies
 
 __all__ = ["Seen", "TileMemory", "TileShape", "Tiles"]
@@ -35,8 +35,8 @@ def _class_of(shape: TileShape, side: int) -> type[Side]:
 class Tiles:
     """K and V of one sequence and KV head, ``tile`` tokens at a time.
 
-    Of each tile in turn: `arrive`, a barrier, `ask` for the next, `find_pages` of the one behind
-    it, `decode`, a barrier, and reads.
+    `begin` a sequence; of each tile in turn: `arrive`, a barrier, `ask` for the next, `find_pages`
+    of the one behind it, `decode`, a barrier, and reads.
     A warp reads values from ``first_column`` of V's rows on, a multiple of 64.
     """
 
@@ -44,6 +44,10 @@ class Tiles:
         self, shape: TileShape, memory: TileMemory, caches, head, thread, lane, first_column=0
     ) -> None:
         self._shape, self._memory = shape, memory
+        # A zero that is not known to be one, nor to be the same in all lanes: pages that are would
+        # go to uniform registers as soon as they come, which waits for them there and then.
+        own_word = shared_address(memory.words.ptr_to([as_register(thread)]))
+        self._zero = let(T.shift_right(own_word, u32(31)))
         self._sides = [
             _class_of(shape, number)(
                 shape, memory, number, caches[number], caches[number + 2], head, thread
@@ -63,7 +67,7 @@ class Tiles:
             self._from.append(as_register(begin + row * shape.row_words(side) + moved))
         # Of two places for codes and scales: the one asked for last, and the one that is decoded.
         self._asked, self._arrived = local(1, "int32"), local(1, "int32")
-        self._page = local(1, "int32")
+        self._page, self._row = local(1, "int32"), local(1, "uint64")
         self.start()
 
     def start(self) -> None:
@@ -74,7 +78,12 @@ class Tiles:
     def _turn(self, place) -> None:
         store(place, self._shape.packed_words - place[0])
 
-    def find_pages(self, table, sequence, first, seen: Seen) -> None:
+    def begin(self, table, sequence) -> None:
+        """Go to a sequence's row of the table, before `find_pages`."""
+        row = T.reinterpret("uint64", table.ptr_to([sequence, 0]))
+        store(self._row, row + T.cast(self._zero, "uint64"))
+
+    def find_pages(self, first, seen: Seen) -> None:
         """Look up the page of a tile ahead of `ask`, whose addresses wait for it.
 
         Behind the last token that a row of the block sees another page is read. Tiles of several
@@ -82,8 +91,9 @@ class Tiles:
         """
         size = self._shape.spec.page_size
         if self._shape.tile <= size:
-            token = T.min(first, seen.last)
-            store(self._page, table[sequence, T.shift_right(token, size.bit_length() - 1)])
+            page = T.shift_right(T.min(first, seen.last), size.bit_length() - 1)
+            address = self._row[0] + T.cast(page, "uint64") * T.uint64(4)
+            ptx("ld.global.nc.s32", self._page[0], T.reinterpret("handle", address))
 
     def ask(self, table, sequence, first, seen: Seen) -> None:
         """Begin to copy a tile; `find_pages` has been there."""

@@ -73,6 +73,10 @@ class WordSide(Side):
     def _place_rows(self) -> None:
         """Nothing: threads find their words as they decode them."""
 
+    def _place_copies(self) -> None:
+        """Nothing: they find the pieces that they copy, too."""
+        self._copied_at = None
+
     def steps(self, packed, moved) -> Iterator[Step]:
         """As of `Side`, in one step."""
         yield lambda: None, lambda: self._decode(packed, moved)

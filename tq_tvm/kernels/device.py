@@ -169,7 +169,8 @@ def held(dtype: str, value, lane):
     """A value of ``lane``, the thread's own, that the compiler keeps in a register.
 
     Addresses, and all that it can work out in a few instructions, it otherwise does anew at every
-    use: 65 of 836 instructions that ``decode`` had for a tile. What comes from a shuffle it cannot.
+    use: 65 of 828 instructions that ``decode`` had for a tile. What comes from a shuffle it cannot,
+    unless it knows that all lanes have the same: that it follows through the shuffle.
     """
     register = local(1, dtype)
     store(register, value)

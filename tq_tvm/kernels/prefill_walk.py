@@ -99,10 +99,11 @@ class Asker:
     def __init__(self, tiles: Tiles, walk: Walk, table, sequence, seen: Seen) -> None:
         self._tiles, self._walk, self._seen = tiles, walk, seen
         self._table, self._sequence = table, sequence
+        self._tiles.begin(table, sequence)
         self._find()
 
     def _find(self) -> None:
-        self._tiles.find_pages(self._table, self._sequence, self._walk.first, self._seen)
+        self._tiles.find_pages(self._walk.first, self._seen)
 
     def ask(self) -> None:
         """Begin to copy the next tile, if there is one."""
