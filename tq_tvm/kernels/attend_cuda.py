@@ -209,14 +209,15 @@ class _RegisterWalk:
         arrange_queries(query, self._words, q, rows, first, count, self._lane, word_of)
 
     def begin(self, table, sequence, span, index, seen) -> None:
-        self._tiles.find_pages(table, sequence, span.first_token(index), seen)
+        self._tiles.begin(table, sequence)
+        self._tiles.find_pages(span.first_token(index), seen)
         self.ask(table, sequence, span, index, seen)
         self._tiles.turn()
 
     def ask(self, table, sequence, span, index, seen) -> None:
         self._tiles.ask(span.first_token(index), seen)
         after = let(span.first_token(index + self._shape.teams))
-        self._tiles.find_pages(table, sequence, after, seen)
+        self._tiles.find_pages(after, seen)
 
     def start(self) -> None:
         self._tiles.start()

@@ -52,6 +52,7 @@ from tq_tvm.kernels.device import (
     byte_perm,
     f32,
     from_half,
+    held,
     high_half,
     i32,
     let,
@@ -59,6 +60,7 @@ from tq_tvm.kernels.device import (
     mma,
     pointer,
     ptx,
+    shared_address,
     store,
     u32,
     warp_barrier,
@@ -88,32 +90,40 @@ _MARGIN = 1.25
 
 
 class _Place:
-    """Addresses of a lane in one cache tensor: rows of a head, as far as lanes differ."""
+    """Addresses of a lane in one cache tensor: rows of a head, as far as lanes differ.
 
-    def __init__(self, shape: FragmentShape, argument, elements: int, head, token, span: int,
-                 column) -> None:  # fmt: skip
+    Rows have ``elements`` of ``size`` bytes.
+    """
+
+    def __init__(self, shape: FragmentShape, argument, elements: int, size: int, head, token,
+                 span: int, column, lane) -> None:  # fmt: skip
         spec = shape.spec
         self._shape, self._span = shape, span
-        self._flat = pages.flat(argument)
         token_rows, head_rows = pages.row_strides(spec)
-        self._row = elements * token_rows
-        first = head * (elements * head_rows)
+        self._row = size * elements * token_rows
         self._token = token
         inside = T.truncmod(token, spec.page_size) if span > spec.page_size else token
-        self._lane, self._stride = local(1, "int32"), local(1, "int32")
-        store(self._lane, first + inside * self._row + column)
-        store(self._stride, T.cast(argument.buffer.strides[0], "int32"))
-        self._bases = local(shape.pages, "int64")
+        first, stride = local(1, "int32"), local(1, "uint32")
+        store(first, head * (elements * head_rows) + inside * (elements * token_rows) + column)
+        store(stride, T.cast(argument.buffer.strides[0] * size, "uint32"))
+        address = pages.flat(argument).ptr_to([T.cast(first[0], "int64")])
+        self._lane = held("uint64", T.reinterpret("uint64", address), lane)
+        self._stride = stride
+        self._bases = local(shape.pages, "uint64")
 
     def move(self, page, offset) -> None:
         """Go to a tile, which begins at ``offset`` of the first of its pages."""
         for i in range(self._shape.pages):
-            inside = self._lane[0] + offset * self._row if i == 0 else self._lane[0]
-            at = T.cast(page[i], "int64") * T.cast(self._stride[0], "int64")
-            store(self._bases, at + T.cast(inside, "int64"), i)
+            # By instruction: a product of 64 bits would be four.
+            moved = local(1, "uint64")
+            ptx("mul.wide.u32", moved[0], T.cast(page[i], "uint32"), self._stride[0])
+            base = self._lane + moved[0]
+            if i == 0 and self._shape.tile < self._shape.spec.page_size:
+                base = base + T.cast(offset * self._row, "uint64")
+            store(self._bases, base, i)
 
     def pointer(self, token: int, column: int = 0, more=None):
-        """Of the lane's token of a load or copy whose first one is ``token``."""
+        """Of the lane's token of a load or copy whose first one is ``token``; bytes later."""
         size = self._shape.spec.page_size
         page, offset = (token // size, token % size) if self._shape.pages > 1 else (0, token)
         base = self._bases[page]
@@ -121,8 +131,8 @@ class _Place:
             # Small pages: lanes of one copy are in several.
             own = T.truncdiv(self._token, size) >= other
             base = T.Select(own, self._bases[page + other], base)
-        base = base if more is None else base + T.cast(more, "int64")
-        return self._flat.ptr_to([base + T.int64(offset * self._row + column)])
+        base = base if more is None else base + T.cast(more, "uint64")
+        return T.reinterpret("handle", base + T.uint64(offset * self._row + column))
 
 
 class Fragments:
@@ -142,6 +152,7 @@ class Fragments:
         self._codes = local((shape.octets, shape.key_planes * shape.key_words), "uint32")
         self._turns = -(-shape.tile // 32)
         self._metas = local((self._turns, 2), "uint32")
+        self._wanted, self._row = local(self._turns, "uint32"), local(1, "uint64")
         self._scales = begin + 2 * shape.value_words
         own = 4 * shape.key_words
         key_bytes = shape.key.packed_bytes(spec.head_dim)
@@ -151,11 +162,13 @@ class Fragments:
         self._copied = min(32 // self._sharing, shape.tile)
         chunk, token = let(lane % self._sharing), let(T.truncdiv(lane, self._sharing))
         self._chunk = chunk
-        self._to = let(chunk * shape.value_plane + token * 4)
-        self._k = _Place(shape, k, key_bytes, head, self._g, 8, self._t * own)
-        self._v = _Place(shape, v, value_bytes, head, token, self._copied, chunk * 16)
+        to = pointer(words, chunk * shape.value_plane + token * 4)
+        self._to = held("uint32", shared_address(to), lane)
+        self._k = _Place(shape, k, key_bytes, 1, head, self._g, 8, self._t * own, lane)
+        self._v = _Place(shape, v, value_bytes, 1, head, token, self._copied, chunk * 16, lane)
+        scaled = min(32, shape.tile)
         self._k_meta, self._v_meta = (
-            _Place(shape, meta, len(codec.meta), head, lane, min(32, shape.tile), 0)
+            _Place(shape, meta, len(codec.meta), 2, head, lane % scaled, scaled, 0, lane)
             for meta, codec in ((k_meta, shape.key), (v_meta, shape.value))
         )
         if shape.key_planes > 1:
@@ -200,7 +213,11 @@ class Fragments:
         for index in itertools.product(*(range(int(n)) for n in softmax.output.shape)):
             store(softmax.output, softmax.output[index] * factor, *index)
 
-    def find_pages(self, table, sequence, first, seen: Seen) -> None:
+    def begin(self, table, sequence) -> None:
+        """Go to a sequence's row of the table, before `find_pages`."""
+        store(self._row, T.reinterpret("uint64", table.ptr_to([sequence, 0])))
+
+    def find_pages(self, first, seen: Seen) -> None:
         """Look up the pages of a tile, ahead of `ask`, whose addresses wait for them.
 
         Of pages that no row of the block sees, which may be anything, another one is read.
@@ -213,7 +230,9 @@ class Fragments:
             last = at + (min(size, tile) - 1)
             within = T.And(at <= seen.last, T.Or(last >= seen.low, at < seen.kept))
             store(token, T.Select(within, at, seen.last))
-            store(self._page, table[sequence, T.shift_right(token[0], shift)], i)
+            page = T.cast(T.shift_right(token[0], shift), "uint64")
+            address = self._row[0] + page * T.uint64(4)
+            ptx("ld.global.nc.s32", self._page[i], T.reinterpret("handle", address))
         if tile < size:
             store(self._offset, T.bitwise_and(first, size - 1))
         else:
@@ -238,22 +257,22 @@ class Fragments:
                     at = self._k.pointer(8 * octet, 4 * i, self._third)
                     self._load_codes(octet, shape.key_words + i, wide, kept, at)
         self._copy_values()
+        # Without branches, which all that follows would wait for: all scales are read.
         for turn in range(self._turns):
-            token = let(first + (self._lane + 32 * turn))
-            for side in range(2):
-                store(self._metas, u32(0), turn, side)
-            exists = seen.includes(token)
-            with when(exists if shape.tile >= 32 else T.And(self._lane < shape.tile, exists)):
-                for side, (place, codec) in enumerate(
-                    ((self._k_meta, shape.key), (self._v_meta, shape.value))
-                ):
-                    at = place.pointer(32 * turn)
-                    if len(codec.meta) == 2:
-                        ptx("ld.global.nc.u32", self._metas[turn, side], at)
-                    else:
-                        short = local(1, "uint16")
-                        ptx("ld.global.nc.u16", short[0], at)
-                        store(self._metas, T.cast(short[0], "uint32"), turn, side)
+            exists = seen.includes(let(first + (self._lane + 32 * turn)))
+            if shape.tile < 32:
+                exists = T.And(self._lane < shape.tile, exists)
+            store(self._wanted, T.Select(exists, u32(0xFFFFFFFF), u32(0)), turn)
+            for side, (place, codec) in enumerate(
+                ((self._k_meta, shape.key), (self._v_meta, shape.value))
+            ):
+                at = place.pointer(32 * turn)
+                if len(codec.meta) == 2:
+                    ptx("ld.global.nc.u32", self._metas[turn, side], at)
+                else:
+                    short = local(1, "uint16")
+                    ptx("ld.global.nc.u16", short[0], at)
+                    store(self._metas, T.cast(short[0], "uint32"), turn, side)
 
     def _load_codes(self, octet: int, first: int, count: int, kept: str, pointer) -> None:
         registers = [self._codes[octet, first + e] for e in range(count)]
@@ -264,7 +283,7 @@ class Fragments:
 
         def copy() -> None:
             for first in range(0, shape.tile, self._copied):
-                place = pointer(self._words, self._tile[0] + (self._to + 4 * first))
+                place = self._to + T.cast(self._tile[0] * 4, "uint32") + u32(16 * first)
                 ptx("cp.async.cg.shared.global.L2::128B", place, self._v.pointer(first), 16)
 
         # Lanes for which a row has no chunk, or the tile no row.
@@ -315,6 +334,9 @@ class Fragments:
         top = local(1, "uint32")
         store(top, u32(0))
         for turn in range(self._turns):
+            for side in range(2):
+                kept = T.bitwise_and(self._metas[turn, side], self._wanted[turn])
+                store(self._metas, kept, turn, side)
             # Of lanes that have no token it is zero.
             value = from_half(dtype, self._metas[turn, 1]) * f32(self._value_factor)
             store(values, value, turn)

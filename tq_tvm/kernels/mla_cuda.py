@@ -31,8 +31,9 @@ tensor cores           2176       cycles at 2048 products a cycle: 26 ``HGMMA`` 
 shared memory          2664       cycles: 1152 queries and keys, 512 values, 512 halves of scores,
                                   288 decoded rows, 200 rows as they are in the cache; 2930
                                   wavefronts (H100, ncu)
-instructions           616, 315   of the SASS: a warp that multiplies, and one of eight that decode
-                                  (84 of them ``PRMT``, 10 a word of eight codes, 4 a row)
+instructions           616, 253   of the SASS: a warp that multiplies, and one of eight that decode
+                                  (84 of them ``PRMT``, 10 a word of eight codes, 4 a row); the
+                                  latter was 315 when what follows was measured
 =====================  =========  ==============================================================
 
 What bounds 128 heads is not the tensor cores alone. 64 x 8192 on an H100 takes 317 us. Parts left

@@ -19,11 +19,13 @@ from tvm.script.ir_builder import tirx as I
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     access,
+    held,
     i32,
     let,
     local,
     pointer,
     ptx,
+    shared_address,
     store,
     u32,
     warp_barrier,
@@ -46,6 +48,10 @@ _PARTS = 32 // _GROUP
 _CHUNK = 16
 
 
+def _address(place):
+    return T.reinterpret("uint64", place)
+
+
 class Latents:
     """A warp's rows of the tiles of one sequence.
 
@@ -54,17 +60,10 @@ class Latents:
 
     def __init__(self, shape: MlaShape, words, caches, table, sequence, length, rank, warp, lane):
         self._shape, self._words, self._rank, self._lane = shape, words, rank, lane
-        self._table, self._sequence, self._length = table, sequence, length
+        self._length = length
         latents, ropes, metas, _ = caches
-        self._codes, self._ropes = pages.flat(latents), pages.flat(ropes)
-        self._code_stride = let(latents.buffer.strides[0])
-        self._rope_stride = let(ropes.buffer.strides[0])
         codec = shape.codec
-        self._tensor_scale = None
-        if codec.tensor_scale:
-            self._tensor_scale = let(metas.buffer[0])
-        elif codec.meta:
-            self._metas, self._meta_stride = pages.flat(metas), let(metas.buffer.strides[0])
+        self._tensor_scale = let(metas.buffer[0]) if codec.tensor_scale else None
         self._turns = TILE // _GROUP // shape.config.decoders
         # Of each turn: the page of the rows that are asked for next, and their scales.
         self._page = local(self._turns, "int32")
@@ -73,6 +72,52 @@ class Latents:
         self._groups = [let(turn * decoders + warp) for turn in range(self._turns)]
         self._row, self._part = let(lane % _GROUP), let(lane // _GROUP)
         self._written = [let(self._word_of(n)) for n in range(self._neighbours)]
+        # A zero that is not known to be one, nor to be the same in all lanes: pages that are would
+        # go to uniform registers as soon as they come, which waits for them there and then.
+        zero = T.shift_right(shared_address(pointer(words, lane)), u32(31))
+        self._table_row = let(_address(table.ptr_to([sequence, 0])) + T.cast(zero, "uint64"))
+        self._place_copies(latents, ropes, metas)
+
+    def _place_copies(self, latents, ropes, metas) -> None:
+        """Addresses of the lane's pieces in page 0, and where in a group's place they go."""
+        shape, codec, lane = self._shape, self._shape.codec, self._lane
+        codes = shape.code_bytes
+        chunks = codes // _CHUNK
+        row, at = let(T.truncdiv(lane, chunks)), let(T.truncmod(lane, chunks))
+        own = self._rank * (self._half_plane if codec.packed else codes)
+        self._copied_row = row
+        self._codes = self._piece(latents, self._source(row, at, own))
+        self._code_row = codec.packed_bytes(LATENT_DIMS[0]) * (1 if codec.packed else 2)
+        self._code_to = held(
+            "uint32", T.cast(row * codes + self._exchanged(row, at) * _CHUNK, "uint32"), lane
+        )
+        # A row's part of 64 bytes is four chunks, those of eight rows one a lane.
+        row, at = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
+        self._rope_of = row
+        inside = row * LATENT_DIMS[1] + self._rank * HALF_ROPE + at * 8
+        self._ropes = self._piece(ropes, inside, 2)
+        to = _GROUP * codes + row * (2 * HALF_ROPE) + swizzled(HALF_ROPE, row, at) * _CHUNK
+        self._rope_to = held("uint32", T.cast(to, "uint32"), lane)
+        if codec.meta:
+            self._metas = self._piece(metas, self._row * len(codec.meta), 2)
+        first = pointer(self._words, self._place(0))
+        self._staged = held("uint32", shared_address(first), lane)
+
+    def _piece(self, cache, element, size: int | None = None):
+        """The address of an element of page 0, and bytes from a page to the next one."""
+        size = size or (1 if self._shape.codec.packed else 2)
+        register = local(1, "int32")
+        store(register, element)
+        address = _address(pages.flat(cache).ptr_to([T.cast(register[0], "int64")]))
+        stride = let(T.cast(cache.buffer.strides[0] * size, "uint32"))
+        return held("uint64", address, self._lane), stride
+
+    def _in_page(self, piece, page, inside, row_bytes: int):
+        """The address of a `_piece` in a page, so many rows later."""
+        address, stride = piece
+        moved = local(1, "uint64")
+        ptx("mul.wide.u32", moved[0], T.cast(page, "uint32"), stride)
+        return let(address + moved[0] + T.cast(inside * row_bytes, "uint64"))
 
     @property
     def _neighbours(self) -> int:
@@ -101,34 +146,27 @@ class Latents:
 
     def _find_page(self, tile, turn: int) -> None:
         token = T.min(self._first(tile, turn), self._length - 1)
-        page = self._table[self._sequence, T.truncdiv(token, self._shape.spec.page_size)]
-        store(self._page, page, turn)
+        page = T.shift_right(token, self._shape.spec.page_size.bit_length() - 1)
+        at = self._table_row + T.cast(page, "uint64") * T.uint64(4)
+        ptx("ld.global.nc.s32", self._page[turn], T.reinterpret("handle", at))
 
     def _ask(self, tile, turn: int) -> None:
         """Begin to copy the rows of a turn, whose page is known; then find the next tile's."""
-        shape, codec = self._shape, self._shape.codec
-        codes, size = shape.code_bytes, shape.spec.page_size
-        first = let(self._first(tile, turn))
-        page = T.cast(self._page[turn], "int64")
-        inside = T.cast(T.truncmod(first, size), "int64")
-        place = self._place(turn)
-        own = let(self._rank * (self._half_plane if codec.packed else codes))
-        begin = let(page * self._code_stride + inside * codec.packed_bytes(LATENT_DIMS[0]))
-        for n in range(_GROUP * codes // _CHUNK // 32):
-            chunk = let(n * 32 + self._lane)
-            row = let(T.truncdiv(chunk, codes // _CHUNK))
-            at = let(T.truncmod(chunk, codes // _CHUNK))
-            source = begin + T.cast(self._source(row, at, own), "int64")
-            to = place + row * (codes // 4) + self._exchanged(row, at) * 4
-            self._copy(to, self._codes.ptr_to([source]), first + row)
-        # A row's part of 64 bytes is four chunks, those of eight rows one a lane.
-        row, at = let(T.truncdiv(self._lane, 4)), let(T.truncmod(self._lane, 4))
-        begin = page * self._rope_stride + inside * LATENT_DIMS[1]
-        source = begin + T.cast(row * LATENT_DIMS[1] + self._rank * HALF_ROPE + at * 8, "int64")
-        to = place + _GROUP * codes // 4 + row * (HALF_ROPE // 2)
-        to = to + swizzled(HALF_ROPE, row, at) * 4
-        self._copy(to, self._ropes.ptr_to([source]), first + row)
-        self._ask_meta(first, turn)
+        codes, size = self._shape.code_bytes, self._shape.spec.page_size
+        first, page = let(self._first(tile, turn)), self._page[turn]
+        inside = let(T.bitwise_and(first, size - 1))
+        staged = let(self._staged + u32(4 * turn * self._shape.config.decoders * self._place_words))
+        source = self._in_page(self._codes, page, inside, self._code_row)
+        step = 32 * _CHUNK // codes
+        for n in range(_GROUP // step):
+            # Rows ``step`` later: chunks change places with those of other bits of the row.
+            turned = n * step % 8 * _CHUNK
+            to = staged + T.bitwise_xor(self._code_to, u32(turned)) + u32(n * step * codes)
+            at = source + T.uint64(n * step * self._code_row)
+            self._copy(to, at, first + (self._copied_row + n * step))
+        source = self._in_page(self._ropes, page, inside, 2 * LATENT_DIMS[1])
+        self._copy(staged + self._rope_to, source, first + self._rope_of)
+        self._ask_meta(first, inside, turn)
         self._find_page(tile + 1, turn)
         ptx("cp.async.commit_group")
 
@@ -151,8 +189,12 @@ class Latents:
 
     def _place(self, turn: int):
         """The word of shared memory where the warp's rows of a turn are."""
-        size = _GROUP * (self._shape.code_bytes + 2 * HALF_ROPE)
-        return let((self._shape.staged_begin + self._groups[turn] * size) // 4)
+        return let(self._shape.staged_begin // 4 + self._groups[turn] * self._place_words)
+
+    @property
+    def _place_words(self) -> int:
+        """Words of a group's place."""
+        return _GROUP * (self._shape.code_bytes + 2 * HALF_ROPE) // 4
 
     def _exchanged(self, row, chunk):
         """Where a chunk of codes is in its row."""
@@ -162,22 +204,23 @@ class Latents:
         """Copy 16 bytes, or zeros past the end."""
         size = local(1, "uint32")
         store(size, T.Select(token < self._length, u32(_CHUNK), u32(0)))
-        ptx("cp.async.cg.shared.global", pointer(self._words, to), source, _CHUNK, size[0])
+        place = T.reinterpret("handle", source)
+        ptx("cp.async.cg.shared.global", to, place, _CHUNK, size[0])
 
-    def _ask_meta(self, first, turn: int) -> None:
+    def _ask_meta(self, first, inside, turn: int) -> None:
         """Read the scales of the lane's row; zeros past the end."""
-        spec, count = self._shape.spec, len(self._shape.codec.meta)
+        count = len(self._shape.codec.meta)
         if not count:
             return
         store(self._meta, u32(0), turn)
         with when(first + self._row < self._length):
-            inside = (T.truncmod(first, spec.page_size) + self._row) * count
-            at = T.cast(self._page[turn], "int64") * self._meta_stride + T.cast(inside, "int64")
+            at = self._in_page(self._metas, self._page[turn], inside, 2 * count)
+            place = T.reinterpret("handle", at)
             if count == 2:
-                ptx("ld.global.nc.u32", self._meta[turn], self._metas.ptr_to([at]))
+                ptx("ld.global.nc.u32", self._meta[turn], place)
             else:
                 short = local(1, "uint16")
-                ptx("ld.global.nc.u16", short[0], self._metas.ptr_to([at]))
+                ptx("ld.global.nc.u16", short[0], place)
                 store(self._meta, T.cast(short[0], "uint32"), turn)
 
     def decode(self, tile, last, begin, wait) -> None:
