@@ -244,17 +244,11 @@ class Side:
         """
         shape, tile, size = self._shape, self._shape.tile, self._shape.spec.page_size
         shift = size.bit_length() - 1
-        count = len(self.codec.meta)
-        strides = [(self._elements, self._code_stride)]
-        if count:
-            strides.append((count, self._meta_stride))
+        count, step = len(self.codec.meta), self._apart * self._elements
         offset = as_register(T.bitwise_and(first, size - 1)) if tile < size else i32(0)
 
-        def source(row, number: int):
-            elements, stride = strides[number]
-            if tile <= size:
-                inside = T.cast(row * (self._apart * elements), "int64")
-                return self._base(page, offset, elements, stride) + inside
+        def looked_up(row, elements: int, stride):
+            """The first element of a row of the tile, whose page is any."""
             # Registers: TVM takes minutes to simplify what it can see through here.
             token, own_page = local(1, "int32"), local(1, "int32")
             store(token, first + row)
@@ -262,12 +256,15 @@ class Side:
             store(own_page, table[sequence, T.shift_right(token[0], shift)])
             return self._base(own_page[0], T.bitwise_and(token[0], size - 1), elements, stride)
 
-        if tile <= size and self._copied_at is not None:
-            step = self._apart * self._elements
-            stride = self._code_stride[0]
-            self._copy_page(self._in_page(self._copied_at, page, stride, offset, step), packed)
+        if tile > size:
+            elements, stride = self._elements, self._code_stride
+            self._copy(lambda row: looked_up(row, elements, stride), first, seen, packed)
+        elif self._copied_at is None:
+            begin = let(self._base(page, offset, self._elements, self._code_stride))
+            self._copy(lambda row: begin + T.cast(row * step, "int64"), first, seen, packed)
         else:
-            self._copy(lambda row: source(row, 0), first, seen, packed)
+            begin = self._in_page(self._copied_at, page, self._code_stride[0], offset, step)
+            self._copy_page(begin, packed)
         if not count:
             return
         # Without a branch, which all that follows would wait for: threads that have no scale read
@@ -277,10 +274,10 @@ class Side:
         if tile <= size:
             # Of so many bytes; the stride is of elements.
             stride = T.shift_left(T.cast(self._meta_stride[0], "uint32"), u32(1))
-            step = 2 * self._apart * count
-            at = T.reinterpret("handle", self._in_page(self._scaled_at, page, stride, offset, step))
+            begin = self._in_page(self._scaled_at, page, stride, offset, 2 * self._apart * count)
+            at = T.reinterpret("handle", begin)
         else:
-            at = self._metas.ptr_to([source(self._scaled, 1)])
+            at = self._metas.ptr_to([looked_up(self._scaled, count, self._meta_stride)])
         if count == 2:
             ptx("ld.global.nc.u32", self._meta[0], at)
         else:
