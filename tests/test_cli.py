@@ -32,6 +32,12 @@ def built(tmp_path_factory):
     return root, json.loads(result.stdout)
 
 
+def test_refile_of_no_log_has_nothing_to_say(tmp_path):
+    pytest.importorskip("tvm", reason="the compiler (extra 'tune') is not installed")
+    result = invoke("refile", "--target", "x86_64", "--logs", str(tmp_path))
+    assert (result.exit_code, result.output) == (0, "")
+
+
 def test_build_writes_a_library_with_every_function(built):
     root, printed = built
     manifest = Manifest.read(root / detect("cpu").name / SPEC)

@@ -16,6 +16,7 @@ from tq_tvm.cli.options import (
     counted,
     json_option,
     kernel_option,
+    logs_option,
     print_json,
     reported,
     require_compiler,
@@ -120,11 +121,7 @@ def tune(
 @click.command()
 @target_option
 @kernel_option
-@click.option(
-    "--logs",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Directory of tuning logs, instead of the package's or this user's.",
-)
+@logs_option
 @reported
 def refile(target: TargetInfo, kernels: tuple[str, ...], logs: Path | None) -> None:
     """Keep decisions of records whose kernel has changed, until it is searched again."""
@@ -181,11 +178,7 @@ def _decided(entry: Any) -> str:
     help="Directory of artifacts; by default the one that calls search.",
 )
 @click.option("--no-records", is_flag=True, help="Build the default schedules.")
-@click.option(
-    "--logs",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Directory of tuning logs, instead of the package's and this user's.",
-)
+@logs_option
 @json_option
 @reported
 def build(

@@ -19,6 +19,7 @@ __all__ = [
     "counted",
     "json_option",
     "kernel_option",
+    "logs_option",
     "print_json",
     "reported",
     "require_compiler",
@@ -86,6 +87,11 @@ kernel_option = click.option(
     type=click.Choice(KERNELS),
     multiple=True,
     help="Kernel; may be repeated. All by default.",
+)
+logs_option = click.option(
+    "--logs",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Directory of tuning logs, instead of the package's and this user's.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -251,7 +251,7 @@ def _attend(
     memory = WarpMemory.allocate(shape, words)
     exchange = shape.exchange + warp * exchange_words(shape.spec)
     query, output = warp_rows(shape.spec, words, exchange)
-    walk = _walk(shape, words, caches, kv_head, warp, lane, options, unknown_zero(shares))
+    walk = _walk(shape, words, caches, kv_head, warp, lane, options, unknown_zero(shares.total[0]))
     softmax = Softmax(shape.rows, g, t, options)
     now, ahead, last = (local(1, "int32") for _ in range(3))
     window, until = None, last

@@ -78,6 +78,7 @@ from tq_tvm.kernels.lookup_cuda import (
     row_scale,
     together,
 )
+from tq_tvm.kernels.page_address import PageAddress, TableRow, as_pointer
 
 __all__ = ["Fragments"]
 
@@ -103,24 +104,16 @@ class _Place:
         self._row = size * elements * token_rows
         self._token = token
         inside = T.truncmod(token, spec.page_size) if span > spec.page_size else token
-        first, stride = local(1, "int32"), local(1, "uint32")
-        store(first, head * (elements * head_rows) + inside * (elements * token_rows) + column)
-        store(stride, T.cast(argument.buffer.strides[0] * size, "uint32"))
-        address = pages.flat(argument).ptr_to([T.cast(first[0], "int64")])
-        self._lane = held("uint64", T.reinterpret("uint64", address), lane)
-        self._stride = stride
+        first = head * (elements * head_rows) + inside * (elements * token_rows) + column
+        self._address = PageAddress(argument, first, size, lane)
         self._bases = local(shape.pages, "uint64")
 
     def move(self, page, offset) -> None:
         """Go to a tile, which begins at ``offset`` of the first of its pages."""
         for i in range(self._shape.pages):
-            # By instruction: a product of 64 bits would be four.
-            moved = local(1, "uint64")
-            ptx("mul.wide.u32", moved[0], T.cast(page[i], "uint32"), self._stride[0])
-            base = self._lane + moved[0]
-            if i == 0 and self._shape.tile < self._shape.spec.page_size:
-                base = base + T.cast(offset * self._row, "uint64")
-            store(self._bases, base, i)
+            inside = i == 0 and self._shape.tile < self._shape.spec.page_size
+            later = offset * self._row if inside else None
+            store(self._bases, self._address.of(page[i], later), i)
 
     def pointer(self, token: int, column: int = 0, more=None):
         """Of the lane's token of a load or copy whose first one is ``token``; bytes later."""
@@ -132,7 +125,7 @@ class _Place:
             own = T.truncdiv(self._token, size) >= other
             base = T.Select(own, self._bases[page + other], base)
         base = base if more is None else base + T.cast(more, "uint64")
-        return T.reinterpret("handle", base + T.uint64(offset * self._row + column))
+        return as_pointer(base + T.uint64(offset * self._row + column))
 
 
 class Fragments:
@@ -152,7 +145,7 @@ class Fragments:
         self._codes = local((shape.octets, shape.key_planes * shape.key_words), "uint32")
         self._turns = -(-shape.tile // 32)
         self._metas = local((self._turns, 2), "uint32")
-        self._wanted, self._row = local(self._turns, "uint32"), local(1, "uint64")
+        self._wanted, self._row = local(self._turns, "uint32"), TableRow()
         self._scales = begin + 2 * shape.value_words
         own = 4 * shape.key_words
         key_bytes = shape.key.packed_bytes(spec.head_dim)
@@ -215,7 +208,7 @@ class Fragments:
 
     def begin(self, table, sequence) -> None:
         """Go to a sequence's row of the table, before `find_pages`."""
-        store(self._row, T.reinterpret("uint64", table.ptr_to([sequence, 0])))
+        self._row.begin(table, sequence)
 
     def find_pages(self, first, seen: Seen) -> None:
         """Look up the pages of a tile, ahead of `ask`, whose addresses wait for them.
@@ -230,9 +223,7 @@ class Fragments:
             last = at + (min(size, tile) - 1)
             within = T.And(at <= seen.last, T.Or(last >= seen.low, at < seen.kept))
             store(token, T.Select(within, at, seen.last))
-            page = T.cast(T.shift_right(token[0], shift), "uint64")
-            address = self._row[0] + page * T.uint64(4)
-            ptx("ld.global.nc.s32", self._page[i], T.reinterpret("handle", address))
+            self._row.look_up(self._page, i, T.shift_right(token[0], shift))
         if tile < size:
             store(self._offset, T.bitwise_and(first, size - 1))
         else:

@@ -31,6 +31,7 @@ from tq_tvm.kernels.device import (
 )
 from tq_tvm.kernels.direct_cuda import DIRECT_LANES, DirectRow
 from tq_tvm.kernels.lookup_cuda import CodedRow
+from tq_tvm.kernels.page_address import PageAddress, as_pointer
 from tq_tvm.spec import CacheSpec, Codec
 
 __all__ = ["DirectSide", "Seen", "Side", "Step", "TileMemory", "TileShape", "as_register"]
@@ -166,10 +167,10 @@ class Side:
             self._meta, self._wanted = local(1, "uint32"), local(1, "uint32")
             self._short = local(1, "uint16")
             count = len(self.codec.meta)
-            self._scaled_at = self._address(self._metas, count, self._scaled)
+            self._scaled_at = self._address(meta, count, 2, self._scaled)
             self._scale_to = self._shared(memory.metas[number] + self._own)
         self._place_rows()
-        self._place_copies()
+        self._place_copies(cache)
 
     def _place_rows(self) -> None:
         """Which row and part of it this thread decodes first, and where its values go."""
@@ -180,34 +181,27 @@ class Side:
         bytes_ = self.dim * self.codec.plane_bits[0] // 8 // lanes
         self._written = self._word_of(self._decoded, self._part * bytes_)
 
-    def _place_copies(self) -> None:
+    def _place_copies(self, cache) -> None:
         """Which piece of a tile's codes this thread copies first, and where to."""
         chunks = self._elements // self._chunk
         # Of other sizes pieces of a thread are no constant number of rows apart.
         self._copied_at = None
         if self._shape.threads % chunks == 0:
             row, column = self._thread // chunks, self._thread % chunks * self._chunk
-            self._copied_at = self._address(self._codes, self._elements, row, column)
+            self._copied_at = self._address(cache, self._elements, self._width, row, column)
             begin = self._memory.codes[self._number]
             self._copied_to = self._shared(begin + self._thread * (self._chunk // 4))
 
-    def _address(self, flat, elements: int, row, column=0):
-        """Where page 0 would have an element of a row of this head, kept in a register."""
+    def _address(self, cache, elements: int, size: int, row, column=0) -> PageAddress:
+        """Where pages have an element of a row of this head."""
         _, head_rows = pages.row_strides(self._shape.spec)
         inside = self._head * head_rows * elements + row * (self._apart * elements) + column
-        address = flat.ptr_to([T.cast(as_register(inside), "int64")])
-        return held("uint64", T.reinterpret("uint64", address), self._lane)
+        return PageAddress(cache, inside, size, self._lane)
 
     def _shared(self, word):
         """Address of a word of shared memory, kept in a register."""
         place = self._memory.words.ptr_to([as_register(word)])
         return held("uint32", shared_address(place), self._lane)
-
-    def _in_page(self, address, page, stride, offset, step: int):
-        """An address of `_address` in a page, so many bytes behind a row at an offset."""
-        moved = local(1, "uint64")
-        ptx("mul.wide.u32", moved[0], T.cast(page, "uint32"), T.cast(stride, "uint32"))
-        return let(address + moved[0] + T.cast(offset * step, "uint64"))
 
     def _word_of(self, row, coordinate):
         """Where a coordinate of a row is, in words from the tile's first row on."""
@@ -263,8 +257,7 @@ class Side:
             begin = let(self._base(page, offset, self._elements, self._code_stride))
             self._copy(lambda row: begin + T.cast(row * step, "int64"), first, seen, packed)
         else:
-            begin = self._in_page(self._copied_at, page, self._code_stride[0], offset, step)
-            self._copy_page(begin, packed)
+            self._copy_page(let(self._copied_at.of(page, offset * step)), packed)
         if not count:
             return
         # Without a branch, which all that follows would wait for: threads that have no scale read
@@ -272,10 +265,7 @@ class Side:
         token = let(first + self._scaled)
         store(self._wanted, T.Select(seen.includes(token), u32(0xFFFFFFFF), u32(0)))
         if tile <= size:
-            # Of so many bytes; the stride is of elements.
-            stride = T.shift_left(T.cast(self._meta_stride[0], "uint32"), u32(1))
-            begin = self._in_page(self._scaled_at, page, stride, offset, 2 * self._apart * count)
-            at = T.reinterpret("handle", begin)
+            at = as_pointer(self._scaled_at.of(page, offset * (2 * self._apart * count)))
         else:
             at = self._metas.ptr_to([looked_up(self._scaled, count, self._meta_stride)])
         if count == 2:
@@ -293,7 +283,7 @@ class Side:
         for turn in range(-(-pieces // shape.threads)):
 
             def copy(turn=turn):
-                source = T.reinterpret("handle", base + T.uint64(turn * apart))
+                source = as_pointer(base + T.uint64(turn * apart))
                 place = to + u32(turn * shape.threads * chunk)
                 ptx(f"cp.async.{cached}.shared.global", place, source, chunk)
 
@@ -404,7 +394,7 @@ class DirectSide(Side):
             chunk = T.bitwise_xor(chunk, row % 8)
         self._to = as_register(row * self._row_words + chunk * 4)
 
-    def _place_copies(self) -> None:
+    def _place_copies(self, cache) -> None:
         """Pieces have places of their own, see `_copy`."""
         self._copied_at = None
 

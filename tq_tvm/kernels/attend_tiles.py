@@ -20,8 +20,9 @@ from tq_tvm.kernels.attend_sides import (
 )
 from tq_tvm.kernels.attend_words import WordSide
 from tq_tvm.kernels.dense_rows import dense_step, turned
-from tq_tvm.kernels.device import i32, let, local, ptx, shared_address, store, u32
+from tq_tvm.kernels.device import i32, local, ptx, store
 from tq_tvm.kernels.lane_rows import MULTIPLIED, multiplies
+from tq_tvm.kernels.page_address import TableRow
 
 __all__ = ["Seen", "TileMemory", "TileShape", "Tiles"]
 
@@ -44,10 +45,6 @@ class Tiles:
         self, shape: TileShape, memory: TileMemory, caches, head, thread, lane, first_column=0
     ) -> None:
         self._shape, self._memory = shape, memory
-        # A zero that is not known to be one, nor to be the same in all lanes: pages that are would
-        # go to uniform registers as soon as they come, which waits for them there and then.
-        own_word = shared_address(memory.words.ptr_to([as_register(thread)]))
-        self._zero = let(T.shift_right(own_word, u32(31)))
         self._sides = [
             _class_of(shape, number)(
                 shape, memory, number, caches[number], caches[number + 2], head, thread
@@ -67,7 +64,8 @@ class Tiles:
             self._from.append(as_register(begin + row * shape.row_words(side) + moved))
         # Of two places for codes and scales: the one asked for last, and the one that is decoded.
         self._asked, self._arrived = local(1, "int32"), local(1, "int32")
-        self._page, self._row = local(1, "int32"), local(1, "uint64")
+        self._page = local(1, "int32")
+        self._row = TableRow(memory.words.ptr_to([as_register(thread)]))
         self.start()
 
     def start(self) -> None:
@@ -80,8 +78,7 @@ class Tiles:
 
     def begin(self, table, sequence) -> None:
         """Go to a sequence's row of the table, before `find_pages`."""
-        row = T.reinterpret("uint64", table.ptr_to([sequence, 0]))
-        store(self._row, row + T.cast(self._zero, "uint64"))
+        self._row.begin(table, sequence)
 
     def find_pages(self, first, seen: Seen) -> None:
         """Look up the page of a tile ahead of `ask`, whose addresses wait for it.
@@ -91,9 +88,8 @@ class Tiles:
         """
         size = self._shape.spec.page_size
         if self._shape.tile <= size:
-            page = T.shift_right(T.min(first, seen.last), size.bit_length() - 1)
-            address = self._row[0] + T.cast(page, "uint64") * T.uint64(4)
-            ptx("ld.global.nc.s32", self._page[0], T.reinterpret("handle", address))
+            number = T.shift_right(T.min(first, seen.last), size.bit_length() - 1)
+            self._row.look_up(self._page, 0, number)
 
     def ask(self, table, sequence, first, seen: Seen) -> None:
         """Begin to copy a tile; `find_pages` has been there."""

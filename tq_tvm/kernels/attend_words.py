@@ -73,7 +73,7 @@ class WordSide(Side):
     def _place_rows(self) -> None:
         """Nothing: threads find their words as they decode them."""
 
-    def _place_copies(self) -> None:
+    def _place_copies(self, cache) -> None:
         """Nothing: they find the pieces that they copy, too."""
         self._copied_at = None
 

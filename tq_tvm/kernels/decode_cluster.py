@@ -32,7 +32,7 @@ from tq_tvm.kernels.decode_slices import ScoreExchange
 from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.decode_values import SumMemory, Values
 from tq_tvm.kernels.decode_window import Window, find_window
-from tq_tvm.kernels.decode_work import tiles_of
+from tq_tvm.kernels.decode_work import tiles_of, unknown_zero
 from tq_tvm.kernels.device import (
     arrive_at_cluster,
     barrier,
@@ -41,7 +41,6 @@ from tq_tvm.kernels.device import (
     local,
     loop,
     ptx,
-    shuffle_xor,
     store,
     wait_for_cluster,
     when,
@@ -122,7 +121,7 @@ def _attend(
     ptx("ld.global.nc.s32", seq_len[0], seq_lens.ptr_to([sequence]))
     reader.find_first_pages(sequence, now[0], T.cast(table_width, "int32"), reader.page)
     query.load(q, sequence)
-    zero = let(T.cast(shuffle_xor(T.shift_right(ctas, 31), 1), "uint32"))
+    zero = let(unknown_zero(ctas))
     table = key_table(shape, zero, lane)
     values = Values(shape, query, sum_memory, own, let(thread // 32))
     values.find_metas(reader, own.kv_head)

@@ -222,7 +222,7 @@ def attend_share(
     sliding = None if features is None else features.sliding
     tiles = tiles_by_length(shape, shared_lengths(seq_lens, features))
     shares, place = find_share(shape, tiles, batch, lane, groups, group)
-    zero = let(unknown_zero(shares))
+    zero = let(unknown_zero(shares.total[0]))
     table = key_table(shape, zero, lane)
     if shape.config.overlap:
         let_next_launch_begin()

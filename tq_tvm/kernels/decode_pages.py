@@ -39,6 +39,7 @@ from tq_tvm.kernels.device import (
     warp_barrier,
     when,
 )
+from tq_tvm.kernels.page_address import PageAddress, TableRow, as_pointer
 
 __all__ = ["KeyTile", "PageReader", "ValueRing", "value_bytes"]
 
@@ -143,14 +144,13 @@ class PageReader:
     """Addresses of one lane in the four cache tensors, and its share of every copy.
 
     One multiplication a page and tensor: everything inside a page is a constant offset, or in the
-    lane's own address. Page strides have to fit 31 bits, in elements.
+    lane's own address.
     """
 
     def __init__(self, shape: Shape, matched, block_table, own: Standing, ring: ValueRing) -> None:
         spec, head, lane = shape.spec, own.kv_head, own.lane
         self._shape, self._ring, self._table = shape, ring, block_table
-        self.page = local(shape.pages, "int32")
-        self._row = local(1, "uint64")
+        self.page, self._row = local(shape.pages, "int32"), TableRow()
         fmt = spec.cache_format
         width = {
             "k": fmt.key.packed_bytes(spec.head_dim),
@@ -172,7 +172,7 @@ class PageReader:
             last = i32(shape.slices - 1)
             before = T.Select(lane % chunks < shape.value_chunks, own.slice, last)
             column["v"] = column["v"] + before * (16 * shape.value_chunks)
-        self._lane, self._page_stride, self._row_stride = {}, {}, {}
+        self._address, self._row_stride = {}, {}
         token_rows, head_rows = pages.row_strides(spec)
         for name, argument in zip(width, matched, strict=True):
             size = 2 if name.endswith("meta") else 1
@@ -183,11 +183,8 @@ class PageReader:
             if name == "v_meta":
                 # The word around a meta: heads in pairs, or tokens, come with one another.
                 at = T.bitwise_and(at, -2)
-            address = pages.flat(argument).ptr_to([T.cast(at, "int64")])
-            self._lane[name] = held("uint64", T.reinterpret("uint64", address), lane)
+            self._address[name] = PageAddress(argument, at, size, lane)
             self._row_stride[name] = size * stride
-            self._page_stride[name] = local(1, "uint32")
-            store(self._page_stride[name], T.cast(argument.strides[0] * size, "uint32"))
         self._lane_index = lane
         if len(shape.key_planes) > 1:
             # The plane of the third bits: lanes that are two apart read the same bits.
@@ -202,8 +199,7 @@ class PageReader:
 
     def begin(self, sequence) -> None:
         """Go to a sequence's row of the table, before `find_pages`."""
-        address = self._table.ptr_to([sequence, 0])
-        store(self._row, T.reinterpret("uint64", address))
+        self._row.begin(self._table, sequence)
 
     def find_pages(self, tile, seq_len, low=None) -> None:
         """Look up the pages of a tile: ahead of its copies, whose addresses wait for them.
@@ -213,9 +209,7 @@ class PageReader:
         """
         last = T.shift_right(seq_len - 1, self._shape.spec.page_size.bit_length() - 1)
         for i in range(self._shape.pages):
-            page = T.min(self._page(tile, i, low), last)
-            address = self._row[0] + T.cast(page, "uint64") * T.uint64(4)
-            ptx("ld.global.nc.s32", self.page[i], T.reinterpret("handle", address))
+            self._row.look_up(self.page, i, T.min(self._page(tile, i, low), last))
 
     def find_first_pages(self, sequence, tile, width, into, low=None) -> None:
         """Look up the pages of a tile that may not be there, before its sequence's length is known.
@@ -245,14 +239,10 @@ class PageReader:
         size, tokens = self._shape.spec.page_size, self._shape.config.tile
         bases = local(self._shape.pages, "uint64")
         for i in range(self._shape.pages):
-            # By instruction: a product of 64 bits would be four.
-            page = T.cast(self.page[i], "uint32")
-            ptx("mul.wide.u32", bases[i], page, self._page_stride[name][0])
-            base = self._lane[name] + bases[i]
+            later = None
             if size > tokens:
-                inside = T.truncmod(tile, size // tokens) * (tokens * self._row_stride[name])
-                base = base + T.cast(inside, "uint64")
-            store(bases, base, i)
+                later = T.truncmod(tile, size // tokens) * (tokens * self._row_stride[name])
+            store(bases, self._address[name].of(self.page[i], later), i)
         return bases
 
     def _from(self, name: str, bases, token: int, column: int = 0):
@@ -265,7 +255,7 @@ class PageReader:
             own = self._token[name] // size >= other
             base = T.Select(own, bases[page + other], base)
         at = base + T.uint64(offset * self._row_stride[name] + column)
-        return T.reinterpret("handle", at)
+        return as_pointer(at)
 
     def load_k(self, into: KeyTile, tile) -> None:
         """Read K's codes and metas; `find_pages` has been there."""

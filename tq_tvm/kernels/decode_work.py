@@ -187,6 +187,6 @@ def _first_beyond(sums, limit):
     return let(T.call_pure_extern("int32", "__ffs", T.cast(beyond, "int32")) - 1)
 
 
-def unknown_zero(shares: Shares):
-    """A zero that the compiler cannot know."""
-    return T.cast(shuffle_xor(T.shift_right(shares.total[0], 31), 1), "uint32")
+def unknown_zero(count):
+    """A zero that the compiler cannot know, from a number that is not negative."""
+    return T.cast(shuffle_xor(T.shift_right(count, 31), 1), "uint32")

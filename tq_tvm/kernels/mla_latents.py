@@ -16,7 +16,6 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.script.ir_builder import tirx as I
 
-from tq_tvm.kernels import pages
 from tq_tvm.kernels.device import (
     access,
     held,
@@ -34,6 +33,7 @@ from tq_tvm.kernels.device import (
 from tq_tvm.kernels.direct_cuda import DirectRow
 from tq_tvm.kernels.lookup_cuda import CodedRow
 from tq_tvm.kernels.mla_shape import BLOCK, HALF, HALF_ROPE, RANKS, TILE, MlaShape
+from tq_tvm.kernels.page_address import PageAddress, TableRow, as_pointer
 from tq_tvm.kernels.wgmma import swizzled
 from tq_tvm.spec import LATENT_DIMS
 
@@ -46,10 +46,6 @@ _PARTS = 32 // _GROUP
 """Lanes that have a row of a CTA's columns between them."""
 
 _CHUNK = 16
-
-
-def _address(place):
-    return T.reinterpret("uint64", place)
 
 
 class Latents:
@@ -72,10 +68,8 @@ class Latents:
         self._groups = [let(turn * decoders + warp) for turn in range(self._turns)]
         self._row, self._part = let(lane % _GROUP), let(lane // _GROUP)
         self._written = [let(self._word_of(n)) for n in range(self._neighbours)]
-        # A zero that is not known to be one, nor to be the same in all lanes: pages that are would
-        # go to uniform registers as soon as they come, which waits for them there and then.
-        zero = T.shift_right(shared_address(pointer(words, lane)), u32(31))
-        self._table_row = let(_address(table.ptr_to([sequence, 0])) + T.cast(zero, "uint64"))
+        self._table_row = TableRow(pointer(words, lane))
+        self._table_row.begin(table, sequence)
         self._place_copies(latents, ropes, metas)
 
     def _place_copies(self, latents, ropes, metas) -> None:
@@ -86,8 +80,9 @@ class Latents:
         row, at = let(T.truncdiv(lane, chunks)), let(T.truncmod(lane, chunks))
         own = self._rank * (self._half_plane if codec.packed else codes)
         self._copied_row = row
-        self._codes = self._piece(latents, self._source(row, at, own))
-        self._code_row = codec.packed_bytes(LATENT_DIMS[0]) * (1 if codec.packed else 2)
+        size = 1 if codec.packed else 2
+        self._codes = PageAddress(latents, self._source(row, at, own), size, lane)
+        self._code_row = codec.packed_bytes(LATENT_DIMS[0]) * size
         self._code_to = held(
             "uint32", T.cast(row * codes + self._exchanged(row, at) * _CHUNK, "uint32"), lane
         )
@@ -95,29 +90,13 @@ class Latents:
         row, at = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
         self._rope_of = row
         inside = row * LATENT_DIMS[1] + self._rank * HALF_ROPE + at * 8
-        self._ropes = self._piece(ropes, inside, 2)
+        self._ropes = PageAddress(ropes, inside, 2, lane)
         to = _GROUP * codes + row * (2 * HALF_ROPE) + swizzled(HALF_ROPE, row, at) * _CHUNK
         self._rope_to = held("uint32", T.cast(to, "uint32"), lane)
         if codec.meta:
-            self._metas = self._piece(metas, self._row * len(codec.meta), 2)
+            self._metas = PageAddress(metas, self._row * len(codec.meta), 2, lane)
         first = pointer(self._words, self._place(0))
         self._staged = held("uint32", shared_address(first), lane)
-
-    def _piece(self, cache, element, size: int | None = None):
-        """The address of an element of page 0, and bytes from a page to the next one."""
-        size = size or (1 if self._shape.codec.packed else 2)
-        register = local(1, "int32")
-        store(register, element)
-        address = _address(pages.flat(cache).ptr_to([T.cast(register[0], "int64")]))
-        stride = let(T.cast(cache.buffer.strides[0] * size, "uint32"))
-        return held("uint64", address, self._lane), stride
-
-    def _in_page(self, piece, page, inside, row_bytes: int):
-        """The address of a `_piece` in a page, so many rows later."""
-        address, stride = piece
-        moved = local(1, "uint64")
-        ptx("mul.wide.u32", moved[0], T.cast(page, "uint32"), stride)
-        return let(address + moved[0] + T.cast(inside * row_bytes, "uint64"))
 
     @property
     def _neighbours(self) -> int:
@@ -147,8 +126,7 @@ class Latents:
     def _find_page(self, tile, turn: int) -> None:
         token = T.min(self._first(tile, turn), self._length - 1)
         page = T.shift_right(token, self._shape.spec.page_size.bit_length() - 1)
-        at = self._table_row + T.cast(page, "uint64") * T.uint64(4)
-        ptx("ld.global.nc.s32", self._page[turn], T.reinterpret("handle", at))
+        self._table_row.look_up(self._page, turn, page)
 
     def _ask(self, tile, turn: int) -> None:
         """Begin to copy the rows of a turn, whose page is known; then find the next tile's."""
@@ -156,7 +134,7 @@ class Latents:
         first, page = let(self._first(tile, turn)), self._page[turn]
         inside = let(T.bitwise_and(first, size - 1))
         staged = let(self._staged + u32(4 * turn * self._shape.config.decoders * self._place_words))
-        source = self._in_page(self._codes, page, inside, self._code_row)
+        source = let(self._codes.of(page, inside * self._code_row))
         step = 32 * _CHUNK // codes
         for n in range(_GROUP // step):
             # Rows ``step`` later: chunks change places with those of other bits of the row.
@@ -164,7 +142,7 @@ class Latents:
             to = staged + T.bitwise_xor(self._code_to, u32(turned)) + u32(n * step * codes)
             at = source + T.uint64(n * step * self._code_row)
             self._copy(to, at, first + (self._copied_row + n * step))
-        source = self._in_page(self._ropes, page, inside, 2 * LATENT_DIMS[1])
+        source = self._ropes.of(page, inside * (2 * LATENT_DIMS[1]))
         self._copy(staged + self._rope_to, source, first + self._rope_of)
         self._ask_meta(first, inside, turn)
         self._find_page(tile + 1, turn)
@@ -204,8 +182,7 @@ class Latents:
         """Copy 16 bytes, or zeros past the end."""
         size = local(1, "uint32")
         store(size, T.Select(token < self._length, u32(_CHUNK), u32(0)))
-        place = T.reinterpret("handle", source)
-        ptx("cp.async.cg.shared.global", to, place, _CHUNK, size[0])
+        ptx("cp.async.cg.shared.global", to, as_pointer(source), _CHUNK, size[0])
 
     def _ask_meta(self, first, inside, turn: int) -> None:
         """Read the scales of the lane's row; zeros past the end."""
@@ -214,8 +191,7 @@ class Latents:
             return
         store(self._meta, u32(0), turn)
         with when(first + self._row < self._length):
-            at = self._in_page(self._metas, self._page[turn], inside, 2 * count)
-            place = T.reinterpret("handle", at)
+            place = as_pointer(self._metas.of(self._page[turn], inside * (2 * count)))
             if count == 2:
                 ptx("ld.global.nc.u32", self._meta[turn], place)
             else:
