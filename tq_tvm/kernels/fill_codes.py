@@ -6,23 +6,25 @@ and c the levels of positive values::
     level = #{|w| > n b}        code = middle +- (level + 1/2), the sign that of y
     |y| = |w| / sqrt(D)         |y^| = scale c / sqrt(D)
 
-Comparisons
-    A steep difference, cut off at 0 and 1, is a comparison f on the multiplier's pipe. Of three
-    boundaries or one the level is the sum of f. Seven are searched in three steps: a boundary is
-    b + f (b' - b) of those before. Codes of opposite values mirror each other, so a code is the
-    middle of its range plus a distance with the value's sign: level + 1/2, of qjl4 with 4 more or
-    less as the residual's magnitude is positive or negative, of the low plane of mse3 level - 3/2.
-    Distances times powers of two add up, in float32, to two bytes at a time.
+Levels
+    A steep difference, cut off at 0 and 1, is a comparison f on the multiplier's pipe. The level is
+    searched a bit at a time, highest first: boundaries of a step are b + f (b' - b) of those
+    before, and c itself is picked likewise. Bits times powers of two add up, in float32, to two
+    bytes of a word of levels.
 
 Planes
-    The second plane of mse3 is the sign. Signs of a word of the first plane are shifted together,
-    and interleaved with those of the word D/8 bytes on, which another lane has below D = 256.
+    Signs, and of qjl4 those of residuals, are the highest bits of registers, which one shift of two
+    registers appends to a word, in the fields of the levels. Codes of opposite values mirror each
+    other: a word of them is its levels, flipped where values are negative, with signs above; of
+    qjl4 with one bit more, whether value and residual have the same sign. mse3 has signs in its
+    second plane, interleaved with those of the word D/8 bytes on, which another lane has below
+    D = 256.
 
 Scales
-    Rules other than ``norm`` need sum c^2, which is counted in the packed words: c^2 is a sum over
-    the products of the level's bits, so one population count a product of bit planes is enough,
-    weighed by integers of 2^-20. ``least_squares`` and ``unbiased`` need sum |w| c too, an addition
-    a level and value; qjl4 sum |r| and sum c sign(r)::
+    Rules other than ``norm`` need sum c^2, which is counted in the words of levels: c^2 is a sum
+    over the products of the level's bits, so one population count a product of bit planes is
+    enough, weighed by integers of 2^-20. ``least_squares`` and ``unbiased`` need sum |w| c too, an
+    addition a value; qjl4 sum |r| and sum c sign(r)::
 
         D <y^, y^> / scale^2 = sum c^2 + 2 e sum c sign(r) + D e^2        e = sum |r| / (n D)
         D <y, y^> / scale    = sum |w| c + e (sum |r| + n sum c sign(r))  r = |w| - n c
@@ -59,8 +61,8 @@ __all__ = ["Encoded", "Encoder"]
 _STEEP = 2.0**60
 """A difference of floats times this is above one, if it is not zero."""
 
-_MAGIC = 1.5 * 2**22
-"""A float of this size has a unit of a half."""
+_MAGIC = 2.0**23
+"""A float of this size has a unit of one."""
 
 _SQUARE = 20
 """Squares of levels are counted in units of 2^-20: those of a row fit 32 bits, since they are at
@@ -103,44 +105,41 @@ class Encoder:
         codec, dim, row = self._codec, self._row.dim, self._row
         norm = let(T.sqrt(squared_norm + f32(NORM_EPS)))
         self._prepare(norm)
-        per_byte = 8 // self._field
-        bytes_ = dim // per_byte
+        bytes_ = dim * self._field // 8
         mine = [c for c in map(row.coordinate, range(row.values)) if c < bytes_]
-        sums = local(len(mine) // 2, "float32")
-        for n, byte in enumerate(mine):
-            if n % 2 == 0:
-                # Every code starts from the middle of its range.
-                store(sums, f32(_MAGIC + 32767.5), n // 2)
-            for field in range(per_byte):
-                one = value[row.slot(byte + field * bytes_)]
-                weight = float(1 << (8 * (n % 2) + self._field * field))
-                store(sums, sums[n // 2] - self._code(one) * f32(weight), n // 2)
-        words = local(len(mine) // 4, "uint32")
+        levels, signs, words = (local(len(mine) // 4, "uint32") for _ in range(3))
         for w in range(len(mine) // 4):
-            halves = [let(T.shift_right(as_bits(sums[2 * w + i]), u32(1))) for i in range(2)]
-            store(words, byte_perm(halves[0], halves[1], 0x5410), w)
-        planes, positive = [words], None
+            self._find_word(value, mine[4 * w : 4 * w + 4], bytes_, levels, signs, w)
+            store(words, self._codes(levels[w], signs[w]), w)
+        planes = [words]
         if len(codec.plane_bits) > 1:
-            positive = self._positive(value, mine, bytes_)
-            planes.append(self._second_plane(positive, mine, t))
-        return Encoded(planes, self._scales(norm, squared_norm, words, positive))
+            for w in range(len(mine) // 4):
+                positive = T.shift_right(signs[w], u32(self._field - 1))
+                store(signs, T.bitwise_and(positive, u32(_UNITS[self._field])), w)
+            planes.append(self._second_plane(signs, mine, t))
+        return Encoded(planes, self._scales(norm, squared_norm, levels))
 
     def _prepare(self, norm) -> None:
-        """Boundaries and steps between levels times the norm, and sums of the lane's values."""
-        bounds, levels = self._bounds, self._levels
-        self._bound = local(len(bounds), "float32")
-        self._step = local(len(levels), "float32")
-        scaled = [-b * _STEEP for b in (_tree(bounds) if len(bounds) == 7 else bounds)]
-        for i, b in enumerate(scaled):
-            store(self._bound, norm * f32(b), i)
-        steps = _moebius(levels) if len(levels) == 8 else _differences(levels)
-        for i, step in enumerate(steps):
-            # The residual is in units of the values; products of a value and a level are not.
-            plain = self._rule != "norm" and not self._codec.residual_sign
-            store(self._step, f32(step) if plain else norm * f32(step), i)
+        """Boundaries and levels times the norm, and sums of the lane's values."""
+        # The residual is in units of the values; products of a value and a level are not.
+        plain = self._rule != "norm" and not self._codec.residual_sign
+        self._step = self._table(self._levels, None if plain else norm)
+        self._bound = []
+        for n in range(self._level_bits):
+            apart = len(self._levels) >> n
+            middles = self._bounds[apart // 2 - 1 :: apart]
+            self._bound.append(self._table([-b * _STEEP for b in middles], norm))
         self._squares = self._sum()
         if self._rule != "norm":
             self._distances, self._turned, self._products = (self._sum() for _ in range(3))
+
+    @staticmethod
+    def _table(values: list[float], norm) -> list:
+        """What `_pick` picks from: values times the norm, if there is one."""
+        registers = local(len(values), "float32")
+        for i, value in enumerate(_moebius(values)):
+            store(registers, f32(value) if norm is None else norm * f32(value), i)
+        return [registers[i] for i in range(len(values))]
 
     @staticmethod
     def _sum():
@@ -150,92 +149,78 @@ class Encoder:
 
     # --- codes
 
-    def _code(self, value):
-        """Distance of a code from the middle of its range, with the sign of ``value``."""
-        searched = len(self._bounds) == 7
-        count = 3 if searched else len(self._bounds)
-        above, code, rest = (local(n, "float32") for n in (count, 1, 2))
-        magnitude = let(T.fabs(value))
-        # The sign of a code in two planes is not in the first.
-        store(code, f32(0.5 if len(self._codec.plane_bits) == 1 else 0.5 - len(self._levels) // 2))
-        if searched:
-            self._search(magnitude, above)
-            for i, weight in enumerate((4, 2, 1)):
-                store(code, code[0] + above[i] * f32(weight))
+    def _find_word(self, value, mine: list[int], bytes_: int, levels, signs, w: int) -> None:
+        """Levels of the values of four bytes, and above them, in the same fields, signs."""
+        sums = local(2, "float32")
+        for half in range(2):
+            store(sums, f32(_MAGIC), half)
+        fields = range(8 // self._field)
+        for n, (byte, field) in enumerate(itertools.product((3, 2, 1, 0), reversed(fields))):
+            one = value[self._row.slot(mine[byte] + field * bytes_)]
+            above, residual = self._find(let(T.fabs(one)))
+            for bit, is_above in enumerate(reversed(above)):
+                weight = float(1 << (8 * (byte % 2) + self._field * field + bit))
+                store(sums, sums[byte // 2] + is_above * f32(weight), byte // 2)
+            ahead = self._field
+            if residual is not None:
+                _append(signs, w, residual, 1, first=n == 0)
+                ahead -= 1
+            _append(signs, w, one, ahead, first=n == 0 and residual is None)
+        halves = [as_bits(sums[half]) for half in range(2)]
+        store(levels, byte_perm(halves[0], halves[1], 0x5410), w)
+
+    def _codes(self, levels, signs):
+        """A word of the first plane, of its values' levels and signs."""
+        unit, top = _UNITS[self._field], self._field - 1
+        if not self._codec.residual_sign:
+            negative = let(T.bitwise_and(T.bitwise_not(signs), u32(unit << top)))
+            lowest = let(T.shift_right(negative, u32(top)))
+            if len(self._codec.plane_bits) > 1:
+                # The sign itself is in the other plane.
+                return T.bitwise_xor(levels, negative + lowest)
+            flipped = T.bitwise_xor(levels, negative - lowest)
+            return T.bitwise_or(flipped, T.bitwise_and(signs, u32(unit << top)))
+        negative = let(T.bitwise_and(T.bitwise_not(signs), u32(unit << top - 1)))
+        flipped = T.bitwise_xor(levels, negative - T.shift_right(negative, u32(top - 1)))
+        # The highest bit says whether value and residual have the same sign.
+        same = T.bitwise_and(T.shift_left(signs, u32(1)), u32(unit << top))
+        high = T.bitwise_and(T.bitwise_xor(signs, same), u32(unit << top | unit << top - 1))
+        return T.bitwise_or(flipped, high)
+
+    def _find(self, magnitude):
+        """Bits of the level of a magnitude, highest first, each 0 or 1, and the residual."""
+        above: list = []
+        for bound in self._bound:
+            bit = local(1, "float32")
+            ptx("fma.rn.ftz.sat.f32", bit[0], magnitude, f32(_STEEP), self._pick(bound, above))
+            above.append(bit[0])
+        summed = self._rule in ("least_squares", "unbiased")
+        if not self._codec.residual_sign and not summed:
+            return above, None
+        level = self._pick(self._step, above)
+        if summed:
+            store(self._products, self._products[0] + magnitude * level)
+        if not self._codec.residual_sign:
+            return above, None
+        residual = let(magnitude - level)
+        if self._rule == "norm":
+            store(self._squares, self._squares[0] + residual * residual)
         else:
-            for i in range(count):
-                self._compare(magnitude, self._bound[i], above, i)
-                store(code, code[0] + above[i])
-        if self._codec.residual_sign or self._rule in ("least_squares", "unbiased"):
-            self._find_level(above, rest)
-        if self._rule in ("least_squares", "unbiased"):
-            store(self._products, self._products[0] + magnitude * rest[0])
-        if self._codec.residual_sign:
-            store(code, code[0] + self._residual(magnitude, rest))
-        signed = local(1, "uint32")
-        store(signed, T.bitwise_xor(as_bits(code[0]), T.bitwise_and(as_bits(value), self._sign)))
-        return as_float(signed[0])
-
-    @staticmethod
-    def _compare(magnitude, bound, above, i: int) -> None:
-        """One where the magnitude is above the boundary, else zero."""
-        ptx("fma.rn.ftz.sat.f32", above[i], magnitude, f32(_STEEP), bound)
-
-    def _search(self, magnitude, above) -> None:
-        """The bits of a level of eight, highest first."""
-        bound = self._bound
-        self._compare(magnitude, bound[0], above, 0)
-        self._compare(magnitude, let(bound[1] + above[0] * bound[2]), above, 1)
-        low = let(bound[3] + above[0] * bound[4])
-        step = let(bound[5] + above[0] * bound[6])
-        self._compare(magnitude, let(low + above[1] * step), above, 2)
-
-    def _find_level(self, above, rest) -> None:
-        """``rest[0]`` becomes the level of a magnitude."""
-        step = self._step
-        if len(self._levels) == 8:
-            pairs = [let(step[i] + above[0] * step[i + 4]) for i in range(4)]
-            ends = [let(pairs[i] + above[1] * pairs[i + 2]) for i in range(2)]
-            store(rest, ends[0] + above[2] * ends[1], 0)
-            return
-        store(rest, step[0], 0)
-        for i in range(len(self._bounds)):
-            store(rest, rest[0] + above[i] * step[i + 1], 0)
-
-    def _residual(self, magnitude, rest):
-        """What a residual, whose level is in ``rest``, adds to the distance of a code."""
-        level = None if self._rule == "norm" else let(rest[0])
-        store(rest, magnitude - rest[0], 0)
-        if level is None:
-            store(self._squares, self._squares[0] + rest[0] * rest[0])
-        else:
-            turn = T.bitwise_and(as_bits(rest[0]), self._sign)
+            turn = T.bitwise_and(as_bits(residual), self._sign)
             turned = as_float(T.bitwise_xor(as_bits(level), turn))
             store(self._turned, self._turned[0] + turned)
-            store(self._distances, self._distances[0] + T.fabs(rest[0]))
-        store(rest, self._with_sign_of(rest[0], float(len(self._levels))), 1)
-        return rest[1]
+            store(self._distances, self._distances[0] + T.fabs(residual))
+        return above, residual
 
-    def _with_sign_of(self, value, magnitude: float):
-        word = local(1, "uint32")
-        sign = T.bitwise_and(as_bits(value), self._sign)
-        store(word, T.bitwise_or(sign, u32(_bits(magnitude))))
-        return as_float(word[0])
+    @staticmethod
+    def _pick(table: list, above: list):
+        """The value of a table at the index whose highest bits are given."""
+        for bit in above:
+            half = len(table) // 2
+            table = [let(table[i] + bit * table[i + half]) for i in range(half)]
+        return table[0]
 
     # --- planes
-
-    def _positive(self, value, mine: list[int], bytes_: int):
-        """Words of ones at the lowest bits of the fields of positive values."""
-        words = local(len(mine) // 4, "uint32")
-        for w in range(len(mine) // 4):
-            for n, (byte, field) in enumerate(itertools.product((3, 2, 1, 0), repeat=2)):
-                bits = as_bits(value[self._row.slot(mine[4 * w + byte] + field * bytes_)])
-                # A sign and a bit of the exponent, which is cut out below.
-                pair = T.shift_right(bits, u32(30))
-                shifted = T.bitwise_or(T.shift_left(words[w], u32(2)), pair)
-                store(words, shifted if n else pair, w)
-            store(words, T.bitwise_and(T.shift_right(words[w], u32(1)), u32(_UNITS[2])), w)
-        return words
 
     def _second_plane(self, positive, mine: list[int], t):
         """The plane of signs: in byte j those of bytes j and j + D/8 of the first, in turn."""
@@ -287,7 +272,7 @@ class Encoder:
 
     # --- scales
 
-    def _scales(self, norm, squared_norm, words, positive) -> list:
+    def _scales(self, norm, squared_norm, levels) -> list:
         dim, residual = self._row.dim, self._codec.residual_sign
         if self._rule == "norm":
             if not residual:
@@ -296,7 +281,7 @@ class Encoder:
             inverse = let(f32(dim**-0.5) / norm)
             mean = self._squares[0] * inverse * inverse + f32(NORM_EPS)
             return [norm, let(T.sqrt(mean) * f32(dim**-0.5))]
-        size = self._squared_levels(words, positive)
+        size = self._squared_levels(levels)
         if self._rule != "matched":
             self._reduce(self._products)
         product, gap = self._products[0], None
@@ -319,18 +304,15 @@ class Encoder:
     def _reduce(self, register) -> None:
         reduce_lanes(register, 0, lambda a, b: a + b, self._row.masks)
 
-    def _squared_levels(self, words, positive):
+    def _squared_levels(self, levels):
         """Sum of the squares of the row's levels."""
         weights = [round(w * 2**_SQUARE) for w in _moebius([c * c for c in self._levels])]
-        unit, count = _UNITS[self._field], int(words.shape[0])
+        unit, count = _UNITS[self._field], int(levels.shape[0])
         total = local(1, "uint32")
         store(total, u32(0))
         for first in range(0, count, self._field):
             # As many words as a field has bits make one full plane of each bit of the level.
-            several = [
-                self._magnitudes(words, positive, w)
-                for w in range(first, min(first + self._field, count))
-            ]
+            several = [levels[w] for w in range(first, min(first + self._field, count))]
             planes = [
                 let(
                     _any(
@@ -351,20 +333,11 @@ class Encoder:
         least = self._row.dim * weights[0]
         return let(T.cast(total[0] + u32(least), "float32") * f32(2.0**-_SQUARE))
 
-    def _magnitudes(self, words, positive, w: int):
-        """A word with the bits of levels in its fields, and others above them."""
-        unit, bits = u32(_UNITS[self._field]), u32(self._level_bits)
-        if positive is not None:
-            negative = let(T.bitwise_xor(positive[w], unit))
-        else:
-            negative = let(T.bitwise_and(T.shift_right(T.bitwise_not(words[w]), bits), unit))
-        # Codes of negative values count down.
-        flipped = T.shift_left(negative, bits) - negative if self._level_bits > 1 else negative
-        return let(T.bitwise_xor(words[w], flipped))
 
-
-def _differences(values: list[float]) -> list[float]:
-    return [v - values[i - 1] if i else v for i, v in enumerate(values)]
+def _append(words, w: int, value, count: int, first: bool) -> None:
+    """Shift the highest bits of a value into a word from below: one shift of two registers."""
+    bits = T.shift_right(as_bits(value), u32(32 - count))
+    store(words, bits if first else T.bitwise_or(T.shift_left(words[w], u32(count)), bits), w)
 
 
 def _moebius(values: list[float]) -> list[float]:
@@ -375,16 +348,6 @@ def _moebius(values: list[float]) -> list[float]:
             if i >> bit & 1:
                 out[i] -= out[i ^ 1 << bit]
     return out
-
-
-def _tree(bounds: list[float]) -> list[float]:
-    """Constants of `Encoder._search` for seven boundaries."""
-    low = bounds[4] - bounds[0]
-    return [
-        bounds[3],
-        *(bounds[1], bounds[5] - bounds[1]),
-        *(bounds[0], low, bounds[2] - bounds[0], bounds[6] - bounds[2] - low),
-    ]
 
 
 def _shift(word, left: int):
