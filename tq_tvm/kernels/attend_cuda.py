@@ -17,8 +17,8 @@ takes its piece of one block after the other:
 4. merges the teams. A block that the CTA has to itself is finished; of a piece, (sum of w v, bound,
    sum of w) goes to the workspace.
 
-The second launch, a CTA a query row, merges pieces (`attend_merge`). With ``overlap`` it begins
-before the first is done, and waits for it where it needs its results.
+The second launch, a CTA or a warp a query row, merges pieces (`attend_merge`). With ``overlap`` it
+begins before the first is done, and waits for it where it needs its results.
 
 Tiles that lie between the kept tokens and the window of a sequence's first query are nobody's. What
 only some rows of a block see, is masked.
@@ -46,6 +46,7 @@ from tq_tvm.kernels.attend_merge import (
 )
 from tq_tvm.kernels.attend_rows import (
     Options,
+    QueryRows,
     Softmax,
     arrange_queries,
     attend_tile,
@@ -54,6 +55,7 @@ from tq_tvm.kernels.attend_rows import (
 from tq_tvm.kernels.attend_shape import WINDOW_TILE, AttendConfig, AttendShape, Extent
 from tq_tvm.kernels.attend_tiles import TileMemory, Tiles
 from tq_tvm.kernels.attend_window import WindowRows
+from tq_tvm.kernels.decode_merge import merge_blocks
 from tq_tvm.kernels.decode_work import find_share, unknown_zero
 from tq_tvm.kernels.device import (
     barrier,
@@ -133,7 +135,7 @@ def attend_cuda(spec: CacheSpec, config: AttendConfig) -> PrimFunc:
                         num_groups,
                     )  # fmt: skip
         for by2 in T.thread_binding(n, thread="blockIdx.y"):
-            for bx2 in T.thread_binding(heads, thread="blockIdx.x"):
+            for bx2 in T.thread_binding(merge_blocks(heads, b, num_groups), thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
                     merge_rows(shape, extent, WS, OUT, LSE, b, bx2, by2, tx2, num_groups)
 
@@ -159,11 +161,8 @@ class _SharedWalk:
         else:
             barrier()
 
-    def load_queries(self, query, q, rows, first, count) -> None:
-        scale = self._options.sm_scale
-        load_queries(
-            self._shape.rows, query, self._words, 0, q, rows, first, count, self._lane, scale
-        )
+    def load_queries(self, asked: QueryRows) -> None:
+        load_queries(self._shape.rows, asked, self._words, 0, self._options.sm_scale)
 
     def begin(self, table, sequence, span, index, seen) -> None:
         self._tiles.begin(table, sequence)
@@ -204,9 +203,8 @@ class _RegisterWalk:
             shape.fragments, words, begin, caches, head, lane, options.sm_scale, zero
         )
 
-    def load_queries(self, query, q, rows, first, count) -> None:
-        word_of = self._shape.fragments.query_word
-        arrange_queries(query, self._words, q, rows, first, count, self._lane, word_of)
+    def load_queries(self, asked: QueryRows) -> None:
+        arrange_queries(asked, self._words, self._shape.fragments.query_word)
 
     def begin(self, table, sequence, span, index, seen) -> None:
         self._tiles.begin(table, sequence)
@@ -280,17 +278,19 @@ def _attend(
                 packed = dataclasses.replace(seen, last=let(T.min(seen.last, end - 1)))
                 earliest = let(T.min(earliest, end - 1))
                 store(until, T.min(last[0], span.packed))
-            with when(now[0] < until[0]):
-                walk.begin(block_table, sequence, span, now[0], packed)
-            if window is not None:
-                with when(last[0] > until[0]):
-                    window.prefetch(sequence, thread, shape.threads)
             turns = -(-shape.rows.rows // config.warps)
             own = warp * turns
             if shape.rows.rows % config.warps:
                 # Three warps: some rows twice.
                 own = T.min(own, shape.rows.rows - turns)
-            walk.load_queries(query, q, rows, let(own), turns)
+            # Tiles wait for the table, which is read meanwhile.
+            asked = QueryRows(query, q, rows, let(own), turns, lane)
+            with when(now[0] < until[0]):
+                walk.begin(block_table, sequence, span, now[0], packed)
+            if window is not None:
+                with when(last[0] > until[0]):
+                    window.prefetch(sequence, thread, shape.threads)
+            walk.load_queries(asked)
             softmax.start(rows, i32(0))
             walk.start()
             barrier()

@@ -50,6 +50,7 @@ __all__ = [
     "SLACK",
     "Options",
     "QueryOperands",
+    "QueryRows",
     "RowBlock",
     "RowShape",
     "Softmax",
@@ -285,15 +286,60 @@ def highest(values: list[Any]):
     return largest
 
 
-def load_queries(
-    shape: RowShape, query: WarpRow, words, place, q, rows: RowBlock, first, count, lane, sm_scale
-) -> None:
-    """Rotate ``count`` rows of a block from ``first`` on, scaled for logits in units of log2.
+class QueryRows:
+    """``count`` rows of a block from ``first`` on, a warp's; the first are asked for at once.
 
-    They go to shared memory from word ``place`` on; rows that do not exist are zeros.
+    Rows that do not exist are zeros.
     """
+
+    def __init__(self, query: WarpRow, q, rows: RowBlock, first, count: int, lane) -> None:
+        self.query, self._q, self._rows, self._lane = query, q, rows, lane
+        self._first, values = first, query.row_values
+        # Rows that are on their way at once: one after another each would wait for memory.
+        self._abreast = next(n for n in (4, 2, 1) if count % n == 0 and n * values <= _READ)
+        self._turns = count // self._abreast
+        self._x = local((self._abreast, values), "float32")
+        self._ask(0)
+
+    def _ask(self, turn) -> None:
+        for n in range(self._abreast):
+            # Without a branch, in which a row would be waited for.
+            row = let(self._rows.existing(self._first + (turn * self._abreast + n)))
+            token, head = let(self._rows.token(row)), let(self._rows.head(row))
+            for i, base, extra in self.query.places(self._lane):
+                store(self._x, T.cast(self._q[token, head, base + extra], "float32"), n, i)
+
+    def rotated(self, factor) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
+        """Row, first coordinate, and a pair of a lane's values, the second one first."""
+        query, lane, values = self.query, self._lane, self.query.row_values
+        own = local(values, "float32")
+        with I.serial(0, self._turns) as turn:
+            for n in range(self._abreast):
+                row = let(self._first + (turn * self._abreast + n))
+                exists = let(self._rows.exists(row))
+                for i in range(values):
+                    store(own, T.Select(exists, self._x[n, i], f32(0)), i)
+                if not query.by_shuffles:
+                    yield from _exchanged(query, own, row, lane, factor)
+                    continue
+                if query.rotated:
+                    turn_signs(query, own, lane)
+                    rotate_row(query, own, lane)
+                for i in range(0, values, 2):
+                    yield row, let(lane * values + i), (own[i + 1] * factor, own[i] * factor)
+            if self._turns > 1:
+                with when(turn + 1 < self._turns):
+                    self._ask(turn + 1)
+
+
+def load_queries(shape: RowShape, asked: QueryRows, words, place, sm_scale) -> None:
+    """Rotate rows of a block, scaled for logits in units of log2.
+
+    They go to shared memory from word ``place`` on.
+    """
+    query = asked.query
     factor = let(sm_scale * f32(LOG2E * _rotation_unit(shape.spec)))
-    for row, coordinate, pair in _rotated(query, q, rows, first, count, lane, factor):
+    for row, coordinate, pair in asked.rotated(factor):
         word = local(1, "uint32")
         ptx(PAIR[shape.spec.dtype], word[0], *pair)
         at = let(T.truncdiv(coordinate, 2))
@@ -305,19 +351,10 @@ def load_queries(
         ptx("st.shared.u32", pointer(words, to), word[0])
 
 
-def arrange_queries(
-    query: WarpRow,
-    words,
-    q,
-    rows: RowBlock,
-    first,
-    count,
-    lane,
-    word_of: Callable[[Any, Any], Any],
-) -> None:  # fmt: skip
+def arrange_queries(asked: QueryRows, words, word_of: Callable[[Any, Any], Any]) -> None:
     """Rotate rows as `load_queries` does, unscaled, to float16; ``word_of`` says where they go."""
-    factor = f32(_rotation_unit(query.spec))
-    for row, coordinate, pair in _rotated(query, q, rows, first, count, lane, factor):
+    factor = f32(_rotation_unit(asked.query.spec))
+    for row, coordinate, pair in asked.rotated(factor):
         word = local(1, "uint32")
         ptx(PAIR["float16"], word[0], *pair)
         ptx("st.shared.u32", pointer(words, word_of(row, coordinate)), word[0])
@@ -325,37 +362,6 @@ def arrange_queries(
 
 def _rotation_unit(spec: CacheSpec) -> float:
     return spec.head_dim**-0.5 if spec.cache_format.rotation != "none" else 1.0
-
-
-def _rotated(
-    query: WarpRow, q, rows: RowBlock, first, count, lane, factor
-) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
-    """Row, first coordinate, and a pair of a lane's values, the second one first."""
-    values = query.row_values
-    # Rows that are on their way at once: one after another each would wait for memory.
-    abreast = next(n for n in (4, 2, 1) if count % n == 0 and n * values <= _READ)
-    x = local((abreast, values), "float32")
-    own = local(values, "float32")
-    with I.serial(0, count // abreast) as turn:
-        for n in range(abreast):
-            # Without a branch, in which a row would be waited for.
-            row = let(rows.existing(first + (turn * abreast + n)))
-            token, head = let(rows.token(row)), let(rows.head(row))
-            for i, base, extra in query.places(lane):
-                store(x, T.cast(q[token, head, base + extra], "float32"), n, i)
-        for n in range(abreast):
-            row = let(first + (turn * abreast + n))
-            exists = let(rows.exists(row))
-            for i in range(values):
-                store(own, T.Select(exists, x[n, i], f32(0)), i)
-            if not query.by_shuffles:
-                yield from _exchanged(query, own, row, lane, factor)
-                continue
-            if query.rotated:
-                turn_signs(query, own, lane)
-                rotate_row(query, own, lane)
-            for i in range(0, values, 2):
-                yield row, let(lane * values + i), (own[i + 1] * factor, own[i] * factor)
 
 
 def _exchanged(query: WarpRow, x, row, lane, factor) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:

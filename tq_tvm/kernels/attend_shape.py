@@ -104,6 +104,21 @@ class AttendShape:
         return 8 * octet + column
 
     @property
+    def octets_together(self) -> int:
+        """Octets of a warp's output whose values of a lane are neighbours."""
+        return 2 if self.in_registers else 1
+
+    @property
+    def output_row(self) -> int:
+        """Words from one row of a team's output to the next: 8 rows are in banks of their own."""
+        return self.spec.value_dim + 8 * self.octets_together
+
+    @property
+    def output_words(self) -> int:
+        """Words of a team's output."""
+        return self.rows.rows * self.output_row
+
+    @property
     def lengths_at_once(self) -> int:
         """Sequences whose lengths a lane asks for together; each takes 25 instructions."""
         return 2
@@ -133,8 +148,7 @@ class AttendShape:
             team = self.fragments.words
         else:
             team = self.tiles.dense_words + 2 * self.tiles.packed_words
-        output = self.rows.rows * (self.spec.value_dim + 2)
-        return self.queries + self.teams * max(team, output)
+        return self.queries + self.teams * max(team, self.output_words)
 
 
 @dataclasses.dataclass(frozen=True)

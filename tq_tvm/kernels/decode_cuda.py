@@ -188,7 +188,7 @@ def decode_cuda(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         sm_scale, window,
                     )  # fmt: skip
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
-            for bx2 in T.thread_binding(merge_blocks(shape, b, num_groups), thread="blockIdx.x"):
+            for bx2 in T.thread_binding(merge_blocks(heads, b, num_groups), thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
                     merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, window)
 

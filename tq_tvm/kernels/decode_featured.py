@@ -87,7 +87,7 @@ class Featured:
         """Slopes of a lane's columns, whose heads stay the same."""
         slopes, cap = self._options.alibi_slopes, self._options.soft_cap
         self._slope = local(2, "float32")
-        sloped = let(T.cast(slopes.shape[0], "int32") > 0)
+        self._sloped = sloped = let(T.cast(slopes.shape[0], "int32") > 0)
         for j in range(2):
             head = let((2 * t + j) % 4 if self._shape.packed else 2 * t + j)
             store(self._slope, f32(0), j)
@@ -98,19 +98,24 @@ class Featured:
 
     def bend(self, query: Query, scores, own_token, first, seq_len) -> None:
         """Soft cap and ALiBi of the scores of a tile, which stay in their unit."""
-        shape, apart = self._shape, self._shape.own_apart
-        value = local(1, "float32")
+        shape = self._shape
         with when(self._bent):
-            for j in range(2):
-                unit = let(f32(1) / query.scale[j])
+            units = [let(f32(1) / query.scale[j]) for j in range(2)]
+            with when(self._cap > f32(0)):
+                for j in range(2):
+                    # `soft_capped`, whose factors are in units of the scores.
+                    steep, cap = let(query.scale[j] * self._inverse), let(self._cap * units[j])
+                    for n in range(shape.own_tokens):
+                        above = let(f32(1) / (T.exp2(scores[n, j] * steep) + f32(1)))
+                        store(scores, cap - (cap * f32(2)) * above, n, j)
+            with when(self._sloped):
+                # Behind packed tokens there is the whole window.
+                begin = T.cast(first + own_token + (1 - shape.spec.window) - seq_len, "float32")
+                slopes = [let(self._slope[j] * units[j]) for j in range(2)]
                 for n in range(shape.own_tokens):
-                    store(value, scores[n, j] * query.scale[j])
-                    with when(self._cap > f32(0)):
-                        store(value, soft_capped(self._cap, value[0] * self._inverse))
-                    # Behind packed tokens there is the whole window.
-                    offset = apart * n + 1 - shape.spec.window
-                    apart_from = T.cast(first + own_token + offset - seq_len, "float32")
-                    store(scores, (value[0] + self._slope[j] * apart_from) * unit, n, j)
+                    apart = let(begin + f32(float(shape.own_apart * n)))
+                    for j in range(2):
+                        store(scores, scores[n, j] + slopes[j] * apart, n, j)
 
     def prefetch(self, sequence, kv_head, thread, threads: int) -> None:
         """Of a spec's window."""
@@ -203,7 +208,7 @@ def decode_featured(spec: CacheSpec, config: DecodeConfig) -> PrimFunc:
                         sm_scale, features,
                     )  # fmt: skip
         for by2 in T.thread_binding(b, thread="blockIdx.y"):
-            for bx2 in T.thread_binding(merge_blocks(shape, b, num_groups), thread="blockIdx.x"):
+            for bx2 in T.thread_binding(merge_blocks(heads, b, num_groups), thread="blockIdx.x"):
                 for tx2 in T.thread_binding(MERGE_THREADS, thread="threadIdx.x"):
                     merge_pieces(shape, lengths, WS, OUT, b, bx2, by2, tx2, num_groups, features)
 

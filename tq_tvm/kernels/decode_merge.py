@@ -198,13 +198,12 @@ def write_piece(shape: Shape, merged: MergedMemory, at: Standing, workspace, gro
         store(workspace, merged.total[at.part, thread], to + 1)
 
 
-def merge_blocks(shape: Shape, batch, groups):
-    """CTAs of the second launch for each sequence.
+def merge_blocks(heads: int, batch, groups):
+    """CTAs of the second launch for each sequence, or query token, of so many heads.
 
     One a query head where sequences are in many pieces; otherwise one for as many heads as it has
     warps, or a large batch would have thousands of CTAs that have nothing to do.
     """
-    heads = shape.spec.num_q_heads
     many = groups > T.cast(batch, "int32") * (_AHEAD - 1)
     return T.Select(many, i32(heads), i32(-(-heads // _WARPS)))
 
@@ -230,7 +229,7 @@ def merge_pieces(
     store(last, T.Select(own > 0, past, first[0]))
     begins_later = let(shares.before[0] > first[0] * shares.size[0])
     pieces = let(last[0] - first[0])
-    several = let(merge_blocks(shape, batch, groups) < heads)
+    several = let(merge_blocks(heads, batch, groups) < heads)
     alone = let(T.And(several, pieces <= _AHEAD))
     head, end = local(1, "int32"), local(1, "int32")
     begin = let(T.Select(several, block * _WARPS, block))

@@ -141,9 +141,8 @@ def _attend_block(
         asker = Asker(tiles, coming, block_table, sequence, seen)
         asker.ask()
         first_row = let(warp * shape.warp.rows)
-        load_queries(
-            shape.warp, query, words, 0, q, rows, first_row, shape.warp.rows, lane, options.sm_scale
-        )
+        asked = QueryRows(query, q, rows, first_row, shape.warp.rows, lane)
+        load_queries(shape.warp, asked, words, 0, options.sm_scale)
         softmax = Softmax(shape.warp, g, t, options)
         softmax.start(rows, first_row)
         with loop(walk.goes_on):

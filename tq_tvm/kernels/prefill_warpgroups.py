@@ -42,6 +42,7 @@ from tvm.script.ir_builder import tirx as I
 from tq_tvm.kernels.attend_rows import (
     Options,
     QueryOperands,
+    QueryRows,
     RowBlock,
     RowShape,
     Softmax,
@@ -261,10 +262,8 @@ def attend_block(
                 exchange = shape.exchange + warp * exchange_words(spec)
                 query, output = warp_rows(spec, words, exchange)
                 first_row = let(warp * shape.warp.rows)
-                load_queries(
-                    shape.warp, query, words, shape.queries, q, rows, first_row, shape.warp.rows,
-                    lane, options.sm_scale,
-                )  # fmt: skip
+                asked = QueryRows(query, q, rows, first_row, shape.warp.rows, lane)
+                load_queries(shape.warp, asked, words, shape.queries, options.sm_scale)
                 g, t = let(lane // 4), let(lane % 4)
                 softmax = Softmax(shape.warp, g, t, options)
                 softmax.start(rows, first_row)

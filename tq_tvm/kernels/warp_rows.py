@@ -77,6 +77,17 @@ class WarpRow:
                 with when(lane < self.dim - 32 * i):
                     yield i, lane, 32 * i
 
+    def runs(self, lane) -> Iterator[tuple[int, Any, int]]:
+        """Index of the first value of each run of neighbours, its coordinate, and how many."""
+        count = self.row_values
+        if self.by_shuffles:
+            wide = min(count, 4)
+            for i in range(0, count, wide):
+                yield i, lane * count + i, wide
+            return
+        for i, base, extra in self.places(lane):
+            yield i, base + extra, 1
+
     def write(self, out, x, token, head, lane) -> None:
         """Round the row, and write it."""
         count = self.row_values
