@@ -26,6 +26,7 @@ from tvm.tirx import PrimFunc
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.attend_rows import (
     Options,
+    QueryRows,
     RowBlock,
     Softmax,
     attend_tile,
