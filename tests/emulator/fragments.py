@@ -13,13 +13,16 @@ def _positions(lane: int) -> tuple[int, int]:
 
 
 def a_matrix(elements: np.ndarray) -> np.ndarray:
-    """A of m16n8k16 from 8 elements a lane, or of m16n8k32 from 16."""
+    """A of m16n8k8 from 4 elements a lane, of m16n8k16 from 8, or of m16n8k32 from 16."""
     count = elements.shape[1]
     matrix = np.zeros((16, 2 * count), elements.dtype)
     for lane in range(32):
         group, thread = _positions(lane)
         for i in range(count):
-            if count == 8:
+            if count == 4:
+                row = group if i < 2 else group + 8
+                column = thread * 2 + (i & 1)
+            elif count == 8:
                 row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
                 column = thread * 2 + (i & 1) + (8 if i >= 4 else 0)
             else:
@@ -30,13 +33,15 @@ def a_matrix(elements: np.ndarray) -> np.ndarray:
 
 
 def b_matrix(elements: np.ndarray) -> np.ndarray:
-    """B of m16n8k16 from 4 elements a lane, or of m16n8k32 from 8."""
+    """B of m16n8k8 from 2 elements a lane, of m16n8k16 from 4, or of m16n8k32 from 8."""
     count = elements.shape[1]
     matrix = np.zeros((4 * count, 8), elements.dtype)
     for lane in range(32):
         group, thread = _positions(lane)
         for i in range(count):
-            if count == 4:
+            if count == 2:
+                row = thread * 2 + i
+            elif count == 4:
                 row = thread * 2 + (i & 1) + (8 if i >= 2 else 0)
             else:
                 row = thread * 4 + (i & 3) + (16 if i >= 4 else 0)

@@ -246,6 +246,7 @@ _ACQUIRE = r"(?:\.(?:acquire|relaxed)\.(?:cta|cluster))?"
 _MBARRIER = r"\.shared(?:::(cta|cluster))?\.b64"
 _INSTRUCTIONS: list[tuple[str, Callable[..., str | None]]] = [
     (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32", _mma("mma_m16n8k16")),
+    (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.(f16|bf16)\.\1\.f32", _mma("mma_m16n8k8")),
     (
         r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.([su]8)\.([su]8)\.s32",
         _mma("mma_m16n8k32"),

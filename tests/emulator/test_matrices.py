@@ -15,6 +15,7 @@ from emulator.kernels import kernel, register_kernel, source
 FLOATS = ("f16", "bf16")
 INTEGERS = list(itertools.product(("s8", "u8"), repeat=2))
 _FRAGMENTS = "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+_SHORT_FRAGMENTS = "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
 _ROWS = """
   __shared__ alignas(64) uint32_t rows_ptr[128];
   for (int i = 0; i < 4; ++i) rows_ptr[lane * 4 + i] = in[row * inputs + i];
@@ -39,6 +40,14 @@ def module(tmp_path_factory):
         register_kernel(
             f"mma_{t}", f"mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32 {_FRAGMENTS}",
             "ffff", "rrrrrrffff",
+        )
+        for t in FLOATS
+    ]  # fmt: skip
+    kernels += [
+        register_kernel(
+            f"mma_short_{t}",
+            f"mma.sync.aligned.m16n8k8.row.col.f32.{t}.{t}.f32 {_SHORT_FRAGMENTS}",
+            "ffff", "rrrffff",
         )
         for t in FLOATS
     ]  # fmt: skip
@@ -79,22 +88,24 @@ def test_integer_products(module, a, b):
     np.testing.assert_array_equal(got, want.astype(np.uint32))
 
 
+@pytest.mark.parametrize(("name", "words_of_a"), [("mma", 4), ("mma_short", 2)])
 @pytest.mark.parametrize("kind", FLOATS)
-def test_float_products(module, kind):
+def test_float_products(module, kind, name, words_of_a):
     """Integers up to 8, whose products and sums are exact, and values of many magnitudes."""
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
     generator = torch.Generator().manual_seed(1)
     for exact in (True, False):
-        values = torch.randn(32, 12, generator=generator) * 4
+        values = torch.randn(32, 3 * words_of_a, generator=generator) * 4
         sums = torch.randn(32, 4, generator=generator)
         values, sums = (values.round(), sums.round()) if exact else (values.exp(), sums)
         halves = values.to(dtype)
         inputs = np.concatenate(
             [halves.view(torch.int16).numpy().view(np.uint32), sums.numpy().view(np.uint32)], 1
         )
-        got = c_matrix(run(module, f"mma_{kind}", inputs, 4).view(np.float32))
+        got = c_matrix(run(module, f"{name}_{kind}", inputs, 4).view(np.float32))
         exactly = halves.double().numpy()
-        want = a_matrix(exactly[:, :8]) @ b_matrix(exactly[:, 8:]) + c_matrix(sums.numpy())
+        left, right = np.split(exactly, [2 * words_of_a], axis=1)
+        want = a_matrix(left) @ b_matrix(right) + c_matrix(sums.numpy())
         np.testing.assert_allclose(got, want, rtol=0 if exact else 2e-7)
 
 

@@ -60,7 +60,7 @@ from tq_tvm.kernels.fill_places import (
     wide_product,
 )
 from tq_tvm.kernels.hadamard_cuda import (
-    PRODUCTS,
+    SHORT_PRODUCTS,
     RowBits,
     RowSigns,
     hadamard_words,
@@ -121,12 +121,16 @@ class _Side:
         """Sum of squares of the row: the diagonal of the rows times themselves."""
         row = self.row
         sums = local((2, 4), "float32")
-        for n, coordinate in enumerate(numbers(sorted(row.inner + row.rest))):
+        first = True
+        for coordinate in numbers(sorted(row.inner + row.rest)):
             a = row.operand(self.words, coordinate)
-            for x in range(2):
-                result = [sums[x, e] for e in range(4)]
-                start = result if n else [f32(0)] * 4
-                mma(PRODUCTS[self.dtype], result, a, [a[x], a[2 + x]], start)
+            # Of half an operand each: both words of a column would have to be side by side.
+            for pair in (a[:2], a[2:]):
+                for x in range(2):
+                    result = [sums[x, e] for e in range(4)]
+                    start = [f32(0)] * 4 if first else result
+                    mma(SHORT_PRODUCTS[self.dtype], result, pair, [pair[x]], start)
+                first = False
         own = [T.Select(g % 2 == 1, sums[x, 2 * x + 1], sums[x, 2 * x]) for x in range(2)]
         return let(shuffle(own[0] + own[1], g * 4 + g // 2))
 
@@ -186,12 +190,12 @@ def _emit(
     warp, lane = let(thread // 32), let(thread % 32)
     g, t = let(lane // 4), let(lane % 4)
     total = let(T.cast(tokens, "int32") * heads)
-    zeros = hidden_zeros(total, lane, 5)
+    zeros = hidden_zeros(total, lane, 9)
     ones = hadamard_words(spec.dtype, g, t, zeros)
     signs = RowSigns(row, t) if fmt.rotation == "signed_hadamard" else None
     # Of two constants in an operation it would make two instructions.
     sign = local(1, "uint32")
-    store(sign, T.shift_left(zeros[4] + u32(1), u32(31)))
+    store(sign, T.shift_left(zeros[8] + u32(1), u32(31)))
     ring = shared_dynamic(ring_words(spec, config), "uint32")
     row_words = 8 * spec.head_dim // 2
     begin = let(warp * (ring_words(spec, config) // config.warps) + lane * (row.piece // 2))

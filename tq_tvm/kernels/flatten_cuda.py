@@ -229,7 +229,7 @@ def _emit(
     own, part = let(lane // lanes), let(lane % lanes)
     total = let(T.cast(tokens, "int32") * heads)
     if unrotated:
-        zeros = hidden_zeros(total, lane, 4)
+        zeros = hidden_zeros(total, lane, 8)
         bits = RowBits.of_cache(spec.head_dim, config.contracted)
         g, t = let(lane // 4), let(lane % 4)
         ones = {

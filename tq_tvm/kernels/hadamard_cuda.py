@@ -21,6 +21,7 @@ from tq_tvm.kernels.device import f32, let, local, mma, shuffle_xor, store, u32
 
 __all__ = [
     "PRODUCTS",
+    "SHORT_PRODUCTS",
     "RowBits",
     "RowSigns",
     "butterfly",
@@ -33,6 +34,12 @@ __all__ = [
 PRODUCTS = {
     "float16": "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
     "bfloat16": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
+}
+
+
+SHORT_PRODUCTS = {
+    "float16": "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32",
+    "bfloat16": "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32",
 }
 
 
@@ -129,7 +136,7 @@ def hidden_zeros(positive, lane, count: int) -> list:
     ``positive`` is any number of at least 0, below 2^30.
     """
     zero = let(T.shift_right(positive + lane, 31))
-    return [let(T.cast(shuffle_xor(zero, 1 << i), "uint32")) for i in range(count)]
+    return [let(T.cast(shuffle_xor(zero, i + 1), "uint32")) for i in range(count)]
 
 
 def hadamard_words(dtype: str, g, t, zeros, scale: float = -1.0):
@@ -153,7 +160,7 @@ def hadamard_words(dtype: str, g, t, zeros, scale: float = -1.0):
             minus = 0 if bool(odd_sign) == (scale < 0) else 0x80008000
             word = T.bitwise_xor(signs, u32((one << 16 | one) ^ minus))
             # Registers of their own: a pair of operands has to be side by side.
-            store(words, word + zeros[i], low, high, e)
+            store(words, word + zeros[2 * i + e], low, high, e)
     return words
 
 

@@ -263,7 +263,7 @@ def _emit(spec: RotateSpec, config: RotateConfig, x, y, n, block, thread) -> Non
     # The scale is in the matrix where it is a power of two.
     exact = tile.row_bits % 2 == 0
     scale = spec.dim**-0.5
-    zeros = hidden_zeros(left, lane, 4)
+    zeros = hidden_zeros(left, lane, 8)
     group, part = let(lane // 4), let(lane % 4)
     ones = hadamard_words(spec.dtype, group, part, zeros, scale if exact else 1.0)
     bits = RowBits(min(spec.dim, 4 * tile.values), config.contracted)

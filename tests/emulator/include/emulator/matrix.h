@@ -65,6 +65,13 @@ inline void mma_m16n8k16(const char* name, D& d0, D& d1, D& d2, D& d3, uint32_t 
   set(d0, own.c[0]), set(d1, own.c[1]), set(d2, own.c[2]), set(d3, own.c[3]);
 }
 
+// The first half of the columns of A, and of the rows of B.
+template <typename Format, typename D>
+inline void mma_m16n8k8(const char* name, D& d0, D& d1, D& d2, D& d3, uint32_t a0, uint32_t a1,
+                        uint32_t b0, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  mma_m16n8k16<Format>(name, d0, d1, d2, d3, a0, a1, 0, 0, b0, 0, c0, c1, c2, c3);
+}
+
 // A and B are int8_t or uint8_t. Sums wrap.
 template <typename A, typename B, typename D>
 inline void mma_m16n8k32(const char* name, D& d0, D& d1, D& d2, D& d3, uint32_t a0, uint32_t a1,
