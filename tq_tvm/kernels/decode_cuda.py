@@ -220,6 +220,7 @@ def attend_share(
     query_memory, sum_memory = QueryMemory.allocate(shape), SumMemory.allocate(shape)
     merged = MergedMemory.allocate(shape)
     sliding = None if features is None else features.sliding
+    backwards = None if features is None else features.backwards()
     tiles = tiles_by_length(shape, shared_lengths(seq_lens, features))
     shares, place = find_share(shape, tiles, batch, lane, groups, group)
     zero = let(unknown_zero(shares.total[0]))
@@ -247,6 +248,19 @@ def attend_share(
         """The first position that is attended to, if it is not 0."""
         return None if sliding is None else sliding.first_position(length)
 
+    def tile_at(index, length):
+        """The tile that comes at a place in line."""
+        if backwards is None:
+            return index
+        mirrored = tiles_of(shape, length) - 1 + first_tile(length) - index
+        return let(T.Select(backwards, T.max(mirrored, i32(0)), index))
+
+    def find_pages(index) -> None:
+        length = seq_len[0]
+        # From the end, it is not the first tile that may begin before the lowest position.
+        before = None if backwards is None else low(length)
+        reader.find_pages(tile_at(index, length), length, before)
+
     def begin_piece(length, pages_found: bool) -> None:
         """Ask for the queries and the first tile of the piece at ``place``."""
         sequence = place.sequence[0]
@@ -260,15 +274,16 @@ def attend_share(
             query.load(q, sequence)
         with when(now[0] < last[0]):
             reader.begin(sequence)
+            own_tile = tile_at(now[0], seq_len[0])
             if pages_found:
                 for i in range(shape.pages):
                     store(reader.page, next_pages[i], i)
-                reader.keep_existing(now[0], seq_len[0])
+                reader.keep_existing(own_tile, seq_len[0])
             else:
-                reader.find_pages(now[0], seq_len[0], low(seq_len[0]))
-            reader.load_k(tile, now[0])
-            reader.copy_v(now[0])
-            reader.find_pages(now[0] + warps, seq_len[0])
+                reader.find_pages(own_tile, seq_len[0], low(seq_len[0]))
+            reader.load_k(tile, own_tile)
+            reader.copy_v(own_tile)
+            find_pages(now[0] + warps)
         ring.turn()
 
     with when(place.tile[0] < place.end[0]):
@@ -280,7 +295,7 @@ def attend_share(
         following = let(T.min(sequence + 1, T.cast(batch, "int32") - 1))
         store(next_len, seq_lens[following])
         width = T.cast(block_table.shape[1], "int32")
-        tile_ahead = own.warp + first_tile(next_len[0])
+        tile_ahead = tile_at(own.warp + first_tile(next_len[0]), next_len[0])
         reader.find_first_pages(following, tile_ahead, width, next_pages, low(next_len[0]))
         with when(taken > 0):
             if spec.window:
@@ -296,16 +311,17 @@ def attend_share(
                 store(ahead, now[0] + warps)
                 score(shape, query, table, tile, values.scores)
                 exchange.add(values.scores)
+                first = tile_at(now[0], seq_len[0]) * shape.config.tile
                 if features is not None:
-                    first = now[0] * shape.config.tile
                     features.bend(query, values.scores, values.own, first, seq_len[0])
                 with when(ahead[0] < last[0]):
-                    reader.load_k(tile, ahead[0])
-                    reader.copy_v(ahead[0])
-                    reader.find_pages(ahead[0] + warps, seq_len[0])
+                    tile_after = tile_at(ahead[0], seq_len[0])
+                    reader.load_k(tile, tile_after)
+                    reader.copy_v(tile_after)
+                    find_pages(ahead[0] + warps)
                 ring.turn()
                 ring.wait()
-                values.add(ring, now[0] * shape.config.tile, seq_len[0], low(seq_len[0]))
+                values.add(ring, first, seq_len[0], low(seq_len[0]))
                 store(now, ahead[0])
         store(place.tile, begin + taken)
         store(place.sequence, sequence + 1)

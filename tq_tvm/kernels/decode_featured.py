@@ -83,6 +83,13 @@ class Featured:
         self.sliding = None if window is not None else Sliding(shape, seq_lens, window_left)
         self._options = Options(sinks, alibi_slopes, None, soft_cap, None, None)
 
+    def backwards(self):
+        """Whether the newest tiles come first.
+
+        ALiBi makes later tokens weigh more: one tile after the other would move the bounds.
+        """
+        return let(T.cast(self._options.alibi_slopes.shape[0], "int32") > 0)
+
     def prepare(self, first_head, heads, t) -> None:
         """Slopes of a lane's columns, whose heads stay the same."""
         slopes, cap = self._options.alibi_slopes, self._options.soft_cap

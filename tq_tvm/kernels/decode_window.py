@@ -91,6 +91,10 @@ class Window:
     sliding = None
     """No `decode_featured.Sliding`: all tokens before the window are attended to."""
 
+    @staticmethod
+    def backwards() -> None:
+        """Tiles come in order."""
+
     def __init__(self, shape: Shape, q, rings: pages.Rings, seq_lens, sm_scale) -> None:
         self._slots = rings.slots
         self._shape, self._q, self._seq_lens, self._sm_scale = shape, q, seq_lens, sm_scale
