@@ -134,8 +134,9 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     elif tall:
         # 64 x 8192 of 32/8 heads, 8 tokens, H100: 370 us in tq42; tables of k4v2's rows take
         # registers, so that 32 tokens at a time spill: 486 us, 16 at a time 424.
-        values.update(tile=16 if spec.cache_format.key.residual_sign else 32)
-        if sizes is not None and not _is_short(spec, sizes):
+        short_tiles = spec.cache_format.key.residual_sign
+        values.update(tile=16 if short_tiles else 32)
+        if short_tiles and sizes is not None and not _is_short(spec, sizes):
             # 387 us of 405 at 64 x 8192 (k4v2, 8 tokens, H200).
             values.update(warps=4)
     elif sizes is not None and _is_short(spec, sizes):

@@ -234,7 +234,8 @@ def sizes_of(batch, context, queries=1):
     [
         ("k4v2", 128, (64, 8192, 4), (8, 1, 64)),
         ("k4v2", 128, (64, 1024, 4), (8, 1, 32)),
-        ("k4v2", 128, (64, 8192, 8), (8, 2, 16)),
+        ("k4v2", 128, (64, 8192, 8), (4, 2, 16)),
+        ("k4v2", 128, (64, 1024, 8), (8, 2, 16)),
         ("tq42", 128, (64, 8192, 8), (8, 2, 32)),
         ("k4v2", 256, (64, 8192, 4), (8, 1, 16)),
         ("int8", 128, (64, 8192, 4), (4, 1, 16)),
@@ -336,7 +337,7 @@ def test_defaults_of_decode_fit_the_smallest_gpu(format, head_dim, group):
 
 
 def test_a_gpu_of_less_shared_memory_has_fewer_warps():
-    spec = CacheSpec(128, 32, 8)
+    spec = CacheSpec(128, 32, 8, format="tq42")
     for module, warps in ((attend, 4), (prefill, 4)):
         sizes = sizes_of(64, 8192, 8)
         small, large = ({**sizes, "shared_bytes": kib * 1024} for kib in (99, 227))
