@@ -164,18 +164,32 @@ def _mla(
     k_scale: torch.Tensor | None,
 ) -> None:
     tensors = (q_latent, q_rope, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
-    spec, inputs = _check_arguments(tensors, out, lse, layout, policy, k_scale)
-    key = (spec, q_latent.device)
+    checked = (tensors, out, lse, layout, policy, k_scale)
+    scales = _check.tensor_scales(_OP, policy, (k_scale, None), q_latent.device)
+    caches = _check_caches.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
+    inputs: tuple[torch.Tensor, ...] = (q_latent, q_rope, *caches, block_table, seq_lens)
+    shape, pages = q_latent.shape, k_cache.shape
+    key = (shape[1:], pages, q_latent.dtype, q_latent.device, layout, policy)
     found = _loaded.get(key)
-    if found is None:
-        _check_capability(q_latent.device)
-        found = _loaded[key] = (spec, load("mla", spec, q_latent.device))
-    loaded = found[1]
-    batch = len(seq_lens)
+    if (
+        found is None
+        or not q_latent.is_cuda
+        or lse is not None
+        or block_table.ndim != 2
+        or _check.suspect_rows(q_latent, out, compact=True, apart=True)
+        or _check.suspect_rows(q_rope, out, compact=True, apart=True)
+        or _check_caches.suspect_caches(k_cache, v_cache, k_meta, v_meta)
+    ):
+        spec, inputs = _check_arguments(*checked)
+        if found is None:
+            _check_capability(q_latent.device)
+            found = _loaded[key] = (spec, load("mla", spec, q_latent.device))
+    spec, loaded = found
+    batch = shape[0]
     context = block_table.shape[1] * spec.page_size
     if out.numel() == 0:
         return
-    if context == 0 or k_cache.shape[0] == 0:
+    if context == 0 or pages[0] == 0:
         out.zero_()
         if lse is not None:
             lse.fill_(-torch.inf)
@@ -195,7 +209,7 @@ def _mla(
         variant,
         (*inputs, scratch, out, wanted),
         (parts, sm_scale),
-        lambda: (*inputs, scratch, out, wanted),
+        lambda: (*_check_arguments(*checked)[1], scratch, out, wanted),
     )
 
 
