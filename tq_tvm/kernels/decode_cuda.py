@@ -38,8 +38,9 @@ of them spilled outside this loop.
 On an H200, 64 x 8192 of 32/8 heads, bshd, by default (a script, as ``bench.json`` times): 143.5 us
 of the form whose lanes worked out their addresses for every tile (828 instructions where no bound
 moves), 135.0 with what `device.held` keeps in registers, 133.6 with V's codes unmasked where they
-may be (`decode_planes`). 128 x 4096 of 64/8 heads took 197.9, 188.2 and 187.7. Not measured is what
-is younger: one scan for shares (`decode_work`), and fewer CTAs in the second launch. It is
+may be (`decode_planes`). 128 x 4096 of 64/8 heads took 197.9, 188.2 and 187.7. With one scan for
+shares (`decode_work`) and fewer CTAs in the second launch it takes 184.4, 256 x 512 65.1 of 73.6,
+64 x 1024 28.7 of 29.6, 64 x 8192 135.6; by records 172.9, 50.9, 25.9 and 133.3. It is
 arithmetic that bounds it: with all tables naming the same 64 pages, which L2 keeps, an older form
 took 137 us of 148. ncu of the first launch then: 236 thousand cycles at 1.76 GHz, 110 thousand
 instructions a scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a

@@ -16,10 +16,13 @@ Static, dynamic, tail
     masked in the first tile.
 
 Numerics
-    As ``decode``; logits are bent in float32, in units of log2.
+    As ``decode``; logits are bent in float32, in the unit that scores have.
 
-Cost of one token and KV head: the bytes of ``decode``; of a logit ALiBi takes 4 operations, a soft
-cap 7, two of them exponentials or reciprocals, against some 100 for its part of K and V.
+Cost of one token and KV head: the bytes of ``decode``; of a logit ALiBi takes 1.5 operations, a
+soft cap 5, two of them exponentials or reciprocals, against some 100 for its part of K and V. With
+ALiBi tiles come from the newest to the oldest: it raises logits with the position, so that in order
+every tile moved the bounds. 64 x 8192 of 32/8 heads, H200: 135.6 us plain, sinks 137.3, ALiBi 137.3
+(in order 147.7), soft cap 142.6.
 """
 
 from __future__ import annotations

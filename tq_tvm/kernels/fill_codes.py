@@ -20,6 +20,9 @@ Planes
     second plane, interleaved with those of the word D/8 bytes on, which another lane has below
     D = 256.
 
+A value of K of ``k4v2`` takes 13 instructions, one of V three. 64 x 8192 of 8 KV heads took 758 us
+with them on an H200, and 814 when signs and levels were added up together (15 and four).
+
 Scales
     Rules other than ``norm`` need sum c^2, which is counted in the words of levels: c^2 is a sum
     over the products of the level's bits, so one population count a product of bit planes is

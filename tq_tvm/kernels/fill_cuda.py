@@ -15,6 +15,10 @@ One launch. Of K and V of one head_dim of 64, 128 or 256 (others: `fill_lanes`) 
 4. writes 8 bytes a lane and plane at a time (4 at D = 64), and the scales; between 1 and 3, with a
    window of the spec, the rotated rows of the newest tokens into their rings.
 
+8 rows of K and V of ``k4v2``, D = 128, take 929 instructions, one bit contracted: 738 us at 64 x
+8192 of 8 KV heads on an H200, where memory alone would take 605. Two bits take 885, and 772 us,
+the tensor core's; so do four tiles a warp (787) and 64 registers (833).
+
 A lane ``(g, t)``, g = lane / 4, t = lane % 4, works on row g and on the coordinates whose bits 3
 and 4 (2 and 3 at D = 64) are ``t``.
 """
