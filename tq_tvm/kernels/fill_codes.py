@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import struct
 from typing import Any
 
 from tvm.script import tirx as T
@@ -73,10 +72,6 @@ most 2.4 times those of its values, which are D."""
 
 _UNITS = {2: 0x55555555, 4: 0x11111111}
 """The lowest bit of every field of a word."""
-
-
-def _bits(value: float) -> int:
-    return int.from_bytes(struct.pack("<f", value), "little")
 
 
 @dataclasses.dataclass(frozen=True)
