@@ -15,7 +15,7 @@ from tvm.script.ir_builder import tirx as I
 
 from tq_tvm.kernels.attend_rows import Options, RowBlock, Softmax, finish_row
 from tq_tvm.kernels.attend_shape import AttendShape, Extent
-from tq_tvm.kernels.decode_merge import merge_blocks
+from tq_tvm.kernels.decode_merge import add_warps, merge_blocks
 from tq_tvm.kernels.decode_work import share_out
 from tq_tvm.kernels.device import (
     FULL_WARP,
@@ -204,6 +204,9 @@ def merge_rows(
     x = local(count, "float32")
     weight, piece = local(_AHEAD, "float32"), local((_AHEAD, count), "float32")
 
+    def columns():
+        return ((i, base + extra) for i, base, extra in output.places(lane))
+
     def merge() -> None:
         store(top, f32(LOWEST))
         store(at, first[0] + lane)
@@ -229,17 +232,7 @@ def merge_rows(
                     store(x, x[i] + weight[n] * piece[n, i], i)
             store(at, at[0] + _AHEAD * step)
         with when(T.Not(alone)):
-            for i, base, extra in output.places(lane):
-                store(partial, x[i], warp, base + extra)
-            with when(lane == 0):
-                store(totals, total[0], warp)
-            barrier()
-            with when(warp == 0):
-                for w in range(1, _WARPS):
-                    store(total, total[0] + totals[w])
-                    for i, base, extra in output.places(lane):
-                        store(x, x[i] + partial[w, base + extra], i)
-            barrier()
+            add_warps(partial, totals, x, total, warp, lane, columns)
         with when(T.Or(alone, warp == 0)):
             place = (token, head[0])
             finish_row(output, x, top[0], total[0], place, extent.options, out, lse, lane)

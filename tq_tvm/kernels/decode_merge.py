@@ -6,6 +6,7 @@ Pieces lie in the workspace, for a second launch, or in the shared memory of a c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from tvm.script import tirx as T
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MERGE_THREADS",
     "MergedMemory",
+    "add_warps",
     "finish_row",
     "merge_blocks",
     "merge_cluster",
@@ -273,17 +275,8 @@ def merge_pieces(
                     store(x, x[i] + weight[n] * piece[n, i], i)
             store(at, at[0] + _AHEAD * step)
         with when(T.Not(alone)):
-            for i in range(count):
-                store(partial, x[i], warp, lane * count + i)
-            with when(lane == 0):
-                store(totals, total[0], warp)
-            barrier()
-            with when(warp == 0):
-                for w in range(1, _WARPS):
-                    store(total, total[0] + totals[w])
-                    for i in range(count):
-                        store(x, x[i] + partial[w, lane * count + i], i)
-            barrier()
+            columns = [(i, lane * count + i) for i in range(count)]
+            add_warps(partial, totals, x, total, warp, lane, lambda: columns)
         with when(T.Or(alone, warp == 0)):
             place = (sequence, head[0])
             if features is None:
@@ -291,6 +284,26 @@ def merge_pieces(
             else:
                 features.finish(x, top[0], total[0], out, place, lane)
         store(head, head[0] + 1)
+
+
+def add_warps(
+    partial, totals, x, total, warp, lane, columns: Callable[[], Iterable[tuple[int, Any]]]
+) -> None:
+    """Give the first warp the sum of what the warps of a CTA have of a row, through shared memory.
+
+    ``columns`` says which column each value of a lane is.
+    """
+    for i, column in columns():
+        store(partial, x[i], warp, column)
+    with when(lane == 0):
+        store(totals, total[0], warp)
+    barrier()
+    with when(warp == 0):
+        for w in range(1, _WARPS):
+            store(total, total[0] + totals[w])
+            for i, column in columns():
+                store(x, x[i] + partial[w, column], i)
+    barrier()
 
 
 def merge_cluster(

@@ -51,6 +51,7 @@ __all__ = [
     "wait_for_launch_before",
     "warp_barrier",
     "when",
+    "wide_product",
 ]
 
 FULL_WARP = 0xFFFFFFFF
@@ -176,6 +177,13 @@ def held(dtype: str, value, lane):
     store(register, value)
     store(register, shuffle(register[0], lane))
     return register[0]
+
+
+def wide_product(a, b):
+    """Of numbers of 31 bits, in 64: one multiplication, where signs would take three more."""
+    product = local(1, "uint64")
+    ptx("mul.wide.u32", product[0], T.cast(a, "uint32"), T.cast(b, "uint32"))
+    return product[0]
 
 
 def reduce_lanes(buffer, index: int, combine, masks=(1, 2, 4, 8, 16)) -> None:

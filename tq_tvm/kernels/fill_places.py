@@ -7,8 +7,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels import pages
-from tq_tvm.kernels.device import i32, let, local, loop, ptx, store, when
+from tq_tvm.kernels import device, pages
+from tq_tvm.kernels.device import i32, let, local, loop, store, when
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
@@ -69,10 +69,8 @@ def fill_arguments(
 
 
 def wide_product(a, b):
-    """Of numbers of 31 bits, in 64: one multiplication, where signs would take three more."""
-    product = local(1, "uint64")
-    ptx("mul.wide.u32", product[0], T.cast(a, "uint32"), T.cast(b, "uint32"))
-    return T.cast(product[0], "int64")
+    """`device.wide_product` as an index."""
+    return T.cast(device.wide_product(a, b), "int64")
 
 
 def ring_place(spec: CacheSpec, slots: TableSlots, token, head, dim: int):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.device import held, let, local, ptx, shared_address, store, u32
+from tq_tvm.kernels.device import held, let, local, ptx, shared_address, store, u32, wide_product
 
 __all__ = ["PageAddress", "TableRow", "as_pointer"]
 
@@ -62,7 +62,5 @@ class PageAddress:
 
     def of(self, page, later=None):
         """The address in a page, so many bytes later."""
-        moved = local(1, "uint64")
-        ptx("mul.wide.u32", moved[0], T.cast(page, "uint32"), self._stride[0])
-        address = self._first + moved[0]
+        address = self._first + wide_product(page, self._stride[0])
         return address if later is None else address + T.cast(later, "uint64")
