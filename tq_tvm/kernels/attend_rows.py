@@ -161,7 +161,7 @@ class RowBlock:
 def soft_capped(cap, exponent):
     """``cap tanh(x / cap)``, where ``2 ** exponent`` is ``e ** (2 x / cap)``."""
     # tanh x = 1 - 2 / (1 + e^2x)
-    return cap - cap * (f32(2) / (T.exp2(exponent) + f32(1)))
+    return cap - (cap * f32(2)) * (f32(1) / (T.exp2(exponent) + f32(1)))
 
 
 class Softmax:

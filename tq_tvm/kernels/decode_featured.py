@@ -113,11 +113,10 @@ class Featured:
             units = [let(f32(1) / query.scale[j]) for j in range(2)]
             with when(self._cap > f32(0)):
                 for j in range(2):
-                    # `soft_capped`, whose factors are in units of the scores.
+                    # In units of the scores.
                     steep, cap = let(query.scale[j] * self._inverse), let(self._cap * units[j])
                     for n in range(shape.own_tokens):
-                        above = let(f32(1) / (T.exp2(scores[n, j] * steep) + f32(1)))
-                        store(scores, cap - (cap * f32(2)) * above, n, j)
+                        store(scores, soft_capped(cap, scores[n, j] * steep), n, j)
             with when(self._sloped):
                 # Behind packed tokens there is the whole window.
                 begin = T.cast(first + own_token + (1 - shape.spec.window) - seq_len, "float32")
