@@ -105,7 +105,11 @@ SHORT = (
 
 _NARROW_KEYS = {"abreast": 2}
 _WIDE_VALUES = {"abreast": 2, "tile": 32, "reach": 2, "promoted": 256}
-_SMALL_CTAS = _WIDE_VALUES | {"warps": 2, "query_in_shared": 0, "headroom": 2}
+_TWO_WARPS = {"warps": 2, "query_in_shared": 0, "headroom": 2, "promoted": 256}
+_SMALL_CTAS = _WIDE_VALUES | _TWO_WARPS
+
+_BRIEF = 1 << 10
+"""Tokens of a sequence up to which CTAs have less to do than to begin and to end."""
 
 _LONG_ROWS = {
     "tile": 32,
@@ -146,9 +150,13 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
 
     CTAs of two warps, which the search found for k4v2 at 256 x 512, are faster where arithmetic
     bounds most: head_dim 64 at every size (110 us of 140 at 64 x 8192, 24 of 26 at 64 x 1024, 46 of
-    53 at 256 x 512), values of 3 bits in large batches (195 of 209 with keys of mse3, 215 of 231
-    with those of mse4, 213 of 238 with qjl4's; but 48 of 42 at 64 x 1024), those of 4 bits in all
-    others (43 of 52 and 99 of 111; 255 of 252 at 64 x 8192).
+    53 at 256 x 512), values of 3 bits (tq33 195 of 209 at 64 x 8192, tq43 215 of 231, with qjl4's
+    keys 213 of 238; on an H200, clean, 31 of 38, 35 of 38 and 31 of 37 at 64 x 1024, and with keys
+    of mse2 160 of 171 at 64 x 8192), those of 4 bits up to 2^17 tokens (43 of 52 and 99 of 111; 255
+    of 252 at 64 x 8192). So they are for many sequences of up to `_BRIEF` tokens, of which more are
+    resident: at 64 x 1024, 128 x 1024 and 256 x 512 on an H200 k4v2 takes 26 us of 29, 43 of 54 and
+    51 of 65, tq22 24 of 28, 40 of 54 and 48 of 67, tq42 28 of 32, 49 of 60 and 56 of 70. Of longer
+    ones they take as long or longer (32 x 2048: 27 of 25, 16 x 32768: 132 of 128).
 
     With ``sizes``, which stand for a GPU that has clusters, those of `SHORT` where they are short.
     Rows of 512 values leave room for few warps' sums; their decisions took 711 us of 848 with
@@ -169,15 +177,18 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     if short:
         return values
     fmt = spec.cache_format
-    bits, dim = fmt.value.bits, spec.head_dim
+    bits, dim, narrow = fmt.value.bits, spec.head_dim, fmt.key.bits == 2
+    brief = dim == 128 and sizes is not None and tokens <= _BRIEF * sizes["batch"]
+    brief = brief and (bits == 2 or (bits == 3 and narrow))
     small = (
         (bits == 2 and dim == 64)
-        or (bits == 3 and dim == 128 and fmt.key.bits > 2 and tokens > 1 << 16)
+        or (bits == 3 and dim == 128 and not brief)
         or (bits == 4 and dim == 128 and tokens <= 1 << 17)
     )
     for wanted, others in (
-        (fmt.key.bits == 2, _NARROW_KEYS),
+        (narrow, _NARROW_KEYS),
         (bits == 4, _WIDE_VALUES),
+        (brief and spec.group_size <= 4, _TWO_WARPS),
         (small and spec.group_size <= 4, _SMALL_CTAS),
     ):
         # Two heads of more than 4 queries, or of 256 values, exceed shared memory.

@@ -24,6 +24,10 @@ TRIO = AttendConfig(warps=3, row_tiles=1, tile=16, lanes=8, registers=255, reach
 MSE3 = "mse3-mse2-signed-norm"
 CASES = {
     "group4": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd"), WIDE),
+    # Codes of K are bytes beside 16 rows, and halves beside more.
+    "bytes_64": (CacheSpec(64, 6, 1, 16, "bfloat16", "bhsd", "k4v2", window=20), FLAT),
+    "bytes_256": (CacheSpec(256, 4, 1, 16, "bfloat16", "bshd", "qjl4-mse3-signed-norm"), PAIR),
+    "halves": (CacheSpec(128, 8, 1, 32, "bfloat16", "bhsd", "k4v2"), TALL),
     "group6_half": (CacheSpec(128, 6, 1, 8, "float16", "bhsd", "tq33"), TALL),
     "group71": (CacheSpec(64, 71, 1, 16, "bfloat16", "bhsd", "tq22"), WIDE),
     "mse2_64": (CacheSpec(64, 6, 1, 16, "float16", "bshd", MSE3), TALL),

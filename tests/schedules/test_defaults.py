@@ -189,7 +189,7 @@ def test_a_thread_has_the_scales_of_one_token(dims):
         ("mse2-mse4-signed-matched", 128, 32, 4, 2, 32),
         ("tq43", 128, 32, 2, 2, 32),
         ("tq43", 128, 64, 4, 1, 64),
-        ("mse2-mse3-signed-matched", 128, 32, 4, 2, 64),
+        ("mse2-mse3-signed-matched", 128, 32, 2, 2, 32),
         ("tq22", 128, 32, 4, 2, 64),
         ("k4v2", 128, 32, 4, 1, 64),
         ("k4v2", 64, 32, 2, 2, 32),
@@ -203,18 +203,24 @@ def test_defaults_by_codec(name, head_dim, heads, warps, abreast, tile):
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "context", "warps"),
+    ("name", "batch", "context", "warps", "abreast", "tile"),
     [
-        ("tq43", 64, 1024, 4),
-        ("tq43", 256, 512, 2),
-        ("tq44", 256, 512, 2),
-        ("tq44", 64, 8192, 4),
-        ("k4v2", 256, 512, 4),
+        ("tq43", 64, 1024, 2, 2, 32),
+        ("tq43", 64, 8192, 2, 2, 32),
+        ("tq44", 256, 512, 2, 2, 32),
+        ("tq44", 64, 8192, 4, 2, 32),
+        ("mse2-mse3-signed-matched", 64, 1024, 2, 2, 64),
+        ("k4v2", 256, 512, 2, 1, 64),
+        ("k4v2", 128, 1024, 2, 1, 64),
+        ("k4v2", 32, 2048, 4, 1, 64),
+        ("k4v2", 1, 131072, 4, 1, 64),
+        ("tq22", 64, 1024, 2, 2, 64),
     ],
 )
-def test_defaults_by_size(name, batch, context, warps):
+def test_defaults_by_size(name, batch, context, warps, abreast, tile):
     sizes = {"batch": batch, "pages": batch * context // 64, "table_width": context // 64}
-    assert decode.defaults(CacheSpec(128, 32, 8, format=name), "cuda", sizes)["warps"] == warps
+    config = decode.defaults(CacheSpec(128, 32, 8, format=name), "cuda", sizes)
+    assert (config["warps"], config["abreast"], config["tile"]) == (warps, abreast, tile)
 
 
 def test_a_cpu_rejects_nothing():

@@ -48,7 +48,6 @@ from tq_tvm.kernels.attend_rows import (
     Options,
     QueryRows,
     Softmax,
-    arrange_queries,
     attend_tile,
     load_queries,
 )
@@ -197,14 +196,14 @@ class _RegisterWalk:
     """A warp's walk through tiles that are looked up in registers."""
 
     def __init__(self, shape: AttendShape, words, caches, head, warp, lane, options, zero) -> None:
-        self._shape, self._words, self._lane = shape, words, lane
+        self._shape = shape
         begin = let(shape.queries + warp * shape.fragments.words)
         self._tiles = Fragments(
             shape.fragments, words, begin, caches, head, lane, options.sm_scale, zero
         )
 
     def load_queries(self, asked: QueryRows) -> None:
-        arrange_queries(asked, self._words, self._shape.fragments.query_word)
+        self._tiles.load_queries(asked)
 
     def begin(self, table, sequence, span, index, seen) -> None:
         self._tiles.begin(table, sequence)
@@ -224,7 +223,7 @@ class _RegisterWalk:
         self._tiles.finish(softmax)
 
     def attend(self, softmax, first, masked, ask_next) -> None:
-        self._tiles.attend(self._shape.rows, 0, softmax, first, masked, ask_next)
+        self._tiles.attend(softmax, first, masked, ask_next)
 
 
 def _walk(shape: AttendShape, words, caches, head, warp, lane, options, zero):
@@ -292,8 +291,8 @@ def _attend(
                     window.prefetch(sequence, thread, shape.threads)
             walk.load_queries(asked)
             softmax.start(rows, i32(0))
-            walk.start()
             barrier()
+            walk.start()
             with loop(now[0] < until[0]):
                 store(ahead, now[0] + shape.teams)
                 first = let(span.first_token(now[0]))

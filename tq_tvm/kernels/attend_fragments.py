@@ -1,19 +1,12 @@
 """Lloyd-Max K and V for ``attend`` on GPUs: codes in registers become operands of ``mma`` as such.
 
 A warp has tiles of its own. A lane is ``(g, t)``, g = lane / 4, t = lane % 4. Of token 8 i + g it
-reads a quarter of the codes of K, ``t``'s, and looks them up four at a time: what comes out are
-operands of products of 16 tokens and 16 coordinates, whose order only the queries have to share
-(`FragmentShape.query_word`). V goes through shared memory, where ``ldmatrix`` transposes bytes: of
-tokens 8 i + 2 t and 8 i + 2 t + 1 a lane gets bytes 2 g and 2 g + 1 of each 16, and looks up both
-tokens' codes together, so that a word has one coordinate of two tokens.
+reads a quarter of the codes of K, ``t``'s, of which `attend_bytes` or `attend_halves` make scores
+(`FragmentShape.in_bytes`). V goes through shared memory, where `attend_values` reads it. Scales are
+factors of scores and of weights in shared memory: lane i reads those of token i.
 
-Tables hold levels alone, so they are made once; of qjl4 the residual is added, once a row. Scales
-are factors of logits and of weights, floats in shared memory: lane i reads those of token i.
-
-Operands are float16, whatever the model's dtype, sums float32. Weights are times V's scale, which
-may be anything, so they are relative to a running bound of it, `_ROOM` of which is 1: what is 2^-29
-of the largest or less has fewer bits. V's levels are in a unit that rounds them least; of two bits,
-in one that gives both magnitudes the same low byte, which then needs no look-up.
+V's scales may be anything, so weights are times them relative to a running bound: with the weights'
+own `attend_rows.DEPTH`, what is 2^-29 of the largest or less has fewer bits.
 
 32 tokens and 16 rows of k4v2, D = 128, as compiled for sm_90a: some 900 instructions a warp where
 no bound moves, of which look-ups and byte moves (``prmt``) 280, tensor core 64; rows made in shared
@@ -36,20 +29,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 
-import numpy as np
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.attend_rows import RowShape, Softmax
+from tq_tvm.kernels.attend_bytes import ByteKeys
+from tq_tvm.kernels.attend_halves import HalfKeys
+from tq_tvm.kernels.attend_rows import QueryRows, Softmax
 from tq_tvm.kernels.attend_tiles import Seen
+from tq_tvm.kernels.attend_values import FragmentValues, TokenScales
 from tq_tvm.kernels.device import (
     FULL_WARP,
     LOG2E,
-    PAIR,
     access,
     as_bits,
     as_float,
-    byte_perm,
     f32,
     from_half,
     held,
@@ -57,7 +50,6 @@ from tq_tvm.kernels.device import (
     i32,
     let,
     local,
-    mma,
     pointer,
     ptx,
     shared_address,
@@ -67,24 +59,11 @@ from tq_tvm.kernels.device import (
     when,
 )
 from tq_tvm.kernels.fragment_shape import FragmentShape
-from tq_tvm.kernels.hadamard_cuda import PRODUCTS
-from tq_tvm.kernels.lookup_cuda import (
-    Chain,
-    HighTable,
-    LevelTable,
-    find_mirrored,
-    find_pairs,
-    looked_up,
-    row_scale,
-    together,
-)
+from tq_tvm.kernels.lookup_cuda import row_scale
 from tq_tvm.kernels.page_address import PageAddress, TableRow, as_pointer
 
 __all__ = ["Fragments"]
 
-
-_ROOM = 512.0
-"""Weights are up to 2^6: times this they are still below the largest float16."""
 
 _MARGIN = 1.25
 """Scales of V differ little: with this margin their bound seldom moves."""
@@ -139,14 +118,15 @@ class Fragments:
     ) -> None:
         k, v, k_meta, v_meta = caches
         spec = shape.spec
-        self._shape, self._words, self._lane = shape, words, lane
-        self._g, self._t = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
+        self._shape, self._lane = shape, lane
+        g, t = let(T.truncdiv(lane, 4)), let(T.truncmod(lane, 4))
         self._page, self._offset = local(shape.pages, "int32"), local(1, "int32")
         self._codes = local((shape.octets, shape.key_planes * shape.key_words), "uint32")
         self._turns = -(-shape.tile // 32)
         self._metas = local((self._turns, 2), "uint32")
+        self._shorts = local((self._turns, 2), "uint16")
         self._wanted, self._row = local(self._turns, "uint32"), TableRow()
-        self._scales = begin + 2 * shape.value_words
+        self._scales = TokenScales(shape, words, begin + 2 * shape.value_words, g, t)
         own = 4 * shape.key_words
         key_bytes = shape.key.packed_bytes(spec.head_dim)
         value_bytes = shape.value.packed_bytes(spec.head_dim)
@@ -157,7 +137,7 @@ class Fragments:
         self._chunk = chunk
         to = pointer(words, chunk * shape.value_plane + token * 4)
         self._to = held("uint32", shared_address(to), lane)
-        self._k = _Place(shape, k, key_bytes, 1, head, self._g, 8, self._t * own, lane)
+        self._k = _Place(shape, k, key_bytes, 1, head, g, 8, t * own, lane)
         self._v = _Place(shape, v, value_bytes, 1, head, token, self._copied, chunk * 16, lane)
         scaled = min(32, shape.tile)
         self._k_meta, self._v_meta = (
@@ -166,40 +146,35 @@ class Fragments:
         )
         if shape.key_planes > 1:
             # Lanes that are two apart read the same third bits.
-            self._third = let(spec.head_dim // 4 + (self._t % 2 - self._t) * own)
-            self._later = let(T.cast(T.truncdiv(self._t, 2), "uint32"))
+            self._third = let(spec.head_dim // 4 + (t % 2 - t) * own)
         unit = spec.head_dim**-0.5
-        self._key_factor = let(sm_scale * f32(LOG2E * unit))
+        keys = ByteKeys if shape.in_bytes else HalfKeys
+        self._keys = keys(shape, words, lane, unknown_zero)
+        self._key_factor = let(sm_scale * f32(LOG2E * unit * self._keys.score_unit))
         self._value_factor = unit / shape.value_unit
         self._bound, self._inverse = local(1, "float32"), local(1, "float32")
-        self._key_pairs = _constants(looked_up(shape.key), unknown_zero)
-        count = len(looked_up(shape.key))
-        self._key_table = None if shape.key.residual_sign else LevelTable(self._key_pairs, count)
-        self._value_table = self._table_of_values(unknown_zero)
+        self._values = FragmentValues(shape, words, lane, unknown_zero)
         # The tile of V that is copied to; the other one is read.
         self._tile = local(1, "int32")
         store(self._tile, begin)
         self._both = let(2 * begin + shape.value_words)
 
-    def _table_of_values(self, unknown_zero) -> LevelTable | HighTable:
-        levels = [c * self._shape.value_unit for c in looked_up(self._shape.value)]
-        if len(levels) > 4:
-            return LevelTable(_constants(levels, unknown_zero), len(levels))
-        halves = _halves(levels)
-        (low,) = {half & 0xFF for half in halves}
-        high = sum((half >> 8) << (8 * i) for i, half in enumerate(halves))
-        hidden = [let(T.bitwise_or(u32(w), unknown_zero)) for w in (low * 0x01010101, high)]
-        return HighTable(*hidden)
+    def load_queries(self, asked: QueryRows) -> None:
+        """Put the queries of a block where all warps read them."""
+        self._keys.leave_queries(asked)
 
     def start(self) -> None:
-        """No tokens yet."""
+        """No tokens yet, of the block whose queries are there."""
+        self._keys.start()
         store(self._bound, f32(1e-30))
         store(self._inverse, f32(0))
 
     def finish(self, softmax: Softmax) -> None:
-        """Give the output its unit."""
-        unit = let(self._bound[0] * f32(1 / _ROOM))
-        self._scale_output(softmax, unit)
+        """Give the output and its total their units."""
+        self._scale_output(softmax, self._bound[0])
+        for at in softmax.places:
+            # Products with ones have given all lanes of a row its total, which they will add up.
+            store(softmax.total, softmax.total[at] * f32(1 / 4), *at)
 
     @staticmethod
     def _scale_output(softmax: Softmax, factor) -> None:
@@ -261,9 +236,8 @@ class Fragments:
                 if len(codec.meta) == 2:
                     ptx("ld.global.nc.u32", self._metas[turn, side], at)
                 else:
-                    short = local(1, "uint16")
-                    ptx("ld.global.nc.u16", short[0], at)
-                    store(self._metas, T.cast(short[0], "uint32"), turn, side)
+                    # Widened where it is needed: at once, it would be waited for.
+                    ptx("ld.global.nc.u16", self._shorts[turn, side], at)
 
     def _load_codes(self, octet: int, first: int, count: int, kept: str, pointer) -> None:
         registers = [self._codes[octet, first + e] for e in range(count)]
@@ -290,7 +264,7 @@ class Fragments:
         ptx("cp.async.commit_group")
         store(self._tile, self._both - self._tile[0])
 
-    def attend(self, rows: RowShape, queries, softmax: Softmax, first, masked, ask_next) -> None:
+    def attend(self, softmax: Softmax, first, masked, ask_next) -> None:
         """Scores, weights and output of the tile that begins with token ``first``.
 
         ``ask_next`` calls `ask` and `find_pages` for the next one, where K's registers are free.
@@ -298,36 +272,27 @@ class Fragments:
         shape = self._shape
         self._leave_scales(softmax)
         warp_barrier()
-        scores = local((rows.row_tiles, shape.octets, 4), "float32")
-        self._score(rows, queries, scores)
-        for octet in range(shape.octets):
-            factors = self._factors(0, octet)
-            for m, e in itertools.product(range(rows.row_tiles), range(4)):
-                store(scores, scores[m, octet, e] * factors[e % 2], m, octet, e)
+        scores = local((shape.row_tiles, shape.octets, 4), "float32")
+        self._keys.score(self._codes, self._scales, scores)
         ask_next()
         self.turn()
-        softmax.weigh(scores, first, masked)
+        softmax.weigh(scores, first, masked, self._keys.unit, summed=False)
         ptx("cp.async.wait_group", 1)
         warp_barrier()
-        self._add_values(rows, softmax, scores)
-
-    def _factors(self, side: int, octet: int):
-        """Factors of logits, or of weights, of tokens 2 t and 2 t + 1 of an octet."""
-        factors = local(2, "float32")
-        begin = self._scales + (side * self._shape.tile + 8 * octet) + 2 * self._t
-        access("ld.shared", [factors[0], factors[1]], pointer(self._words, begin), "f32")
-        return factors
+        self._values.add(softmax, scores, self._tile[0], self._scales)
 
     def _leave_scales(self, softmax: Softmax) -> None:
         """Factors of the lane's tokens, where all lanes read them."""
-        shape, dtype, words = self._shape, self._shape.spec.dtype, self._words
+        shape, dtype = self._shape, self._shape.spec.dtype
         values = local(self._turns, "float32")
         top = local(1, "uint32")
         store(top, u32(0))
         for turn in range(self._turns):
-            for side in range(2):
-                kept = T.bitwise_and(self._metas[turn, side], self._wanted[turn])
-                store(self._metas, kept, turn, side)
+            for side, codec in enumerate((shape.key, shape.value)):
+                found = self._metas[turn, side]
+                if len(codec.meta) == 1:
+                    found = T.cast(self._shorts[turn, side], "uint32")
+                store(self._metas, T.bitwise_and(found, self._wanted[turn]), turn, side)
             # Of lanes that have no token it is zero.
             value = from_half(dtype, self._metas[turn, 1]) * f32(self._value_factor)
             store(values, value, turn)
@@ -338,22 +303,15 @@ class Fragments:
             bound = let(as_float(top[0]) * f32(_MARGIN))
             self._scale_output(softmax, let(self._bound[0] / bound))
             store(self._bound, bound)
-            store(self._inverse, f32(_ROOM) / bound)
-        residual = local(1, "uint32")
+            store(self._inverse, f32(1) / bound)
 
         def leave(turn: int) -> None:
             token, key = let(self._lane + 32 * turn), self._metas[turn, 0]
-            scale = row_scale(dtype, shape.key, key)
-            factors = (scale * self._key_factor, values[turn] * self._inverse[0])
-            for side, factor in enumerate(factors):
-                at = pointer(words, self._scales + side * shape.tile + token)
-                ptx("st.shared.f32", at, factor)
+            self._scales.leave_key(token, row_scale(dtype, shape.key, key) * self._key_factor)
             if shape.key.residual_sign:
-                # Twice in a word, in units of levels.
-                unit = let(high_half(dtype, key) * f32(shape.spec.head_dim**0.5))
-                ptx(PAIR["float16"], residual[0], unit, unit)
-                at = pointer(words, self._scales + 2 * shape.tile + token)
-                ptx("st.shared.u32", at, residual[0])
+                residual = high_half(dtype, key) * f32(self._keys.residual_unit)
+                self._scales.leave_residual(token, self._keys.residual_word(residual))
+            self._scales.leave_value(token, values[turn] * self._inverse[0])
 
         for turn in range(self._turns):
             if shape.tile >= 32:
@@ -361,143 +319,3 @@ class Fragments:
             else:
                 with when(self._lane < shape.tile):
                     leave(turn)
-
-    def _score(self, rows: RowShape, queries, scores) -> None:
-        shape = self._shape
-        own = let(queries + 4 * self._lane)
-        # Tables of rows take registers, of which 32 rows of queries leave few.
-        abreast = 2 if shape.key.residual_sign and rows.row_tiles > 1 else shape.octets
-        for first in range(0, shape.octets, abreast):
-            octets = range(first, first + abreast)
-            tables = [self._table_of(octet) for octet in octets]
-            for word in range(shape.key_words):
-                places = list(itertools.product(range(shape.key_fields), range(rows.row_tiles)))
-                steps = [m * shape.steps + field * shape.key_words + word for field, m in places]
-                operand = self._queries(own, steps[0])
-                found = together(
-                    [
-                        self._keys(table, octet, word)
-                        for octet, table in zip(octets, tables, strict=True)
-                    ]
-                )
-                for (field, m), after in zip(places, [*steps[1:], None], strict=True):
-                    # Ahead of the products before its own.
-                    following = None if after is None else self._queries(own, after)
-                    for i, octet in enumerate(octets):
-                        result = [scores[m, octet, e] for e in range(4)]
-                        start = result if word or field else [f32(0)] * 4
-                        b = [found[i][field, half] for half in range(2)]
-                        mma(PRODUCTS["float16"], result, operand, b, start)
-                    operand = following
-
-    def _queries(self, own, step: int) -> list:
-        """The operand of a step of a row tile."""
-        a = local(4, "uint32")
-        registers = [a[e] for e in range(4)]
-        access("ld.shared", registers, pointer(self._words, own + 128 * step))
-        return registers
-
-    def _table_of(self, octet: int) -> LevelTable:
-        """The table of the lane's row of K; the residual of codes whose top bit is set is added.
-
-        Products of their own for the signs of residuals need no such table, but half as many more
-        of the tensor core: 454 us instead of 428 for 8 tokens, 266 instead of 261 for 4, H100.
-        """
-        if self._key_table is not None:
-            return self._key_table
-        shape, words = self._shape, self._words
-        residual, pairs = local(1, "uint32"), local(4, "uint32")
-        at = pointer(words, self._scales + (2 * shape.tile + 8 * octet) + self._g)
-        ptx("ld.shared.u32", residual[0], at)
-        for i in range(4):
-            ptx("add.rn.f16x2", pairs[i], self._key_pairs[i], residual[0])
-        return LevelTable(pairs, 8)
-
-    def _keys(self, table: LevelTable, octet: int, word: int) -> Chain:
-        """Values of a word of K's codes, ``[field, half]``."""
-        shape, codes = self._shape, self._codes
-        if shape.key_fields == 2:
-            return find_mirrored(table, codes[octet, word])
-        third = None
-        if shape.key_planes > 1:
-            third = let(T.shift_right(codes[octet, shape.key_words + word], self._later))
-        return find_pairs(table, codes[octet, word], third)
-
-    def _add_values(self, rows: RowShape, softmax: Softmax, scores) -> None:
-        shape = self._shape
-        product = PRODUCTS["float16"]
-        octets = 4 if shape.tile >= 32 and rows.row_tiles == 1 else 2
-        for first in range(0, shape.octets, octets):
-            read = self._read_values(first, octets)
-            factors = [self._factors(1, first + octet) for octet in range(octets)]
-            weights = [
-                self._weights(scores, factors[2 * step : 2 * step + 2], m, first + 2 * step)
-                for step in range(octets // 2)
-                for m in range(rows.row_tiles)
-            ]
-            for chunk in range(shape.value_chunks):
-                found = together([self._values(read[i], chunk) for i in range(octets)])
-                for step, field, byte, m in itertools.product(
-                    range(octets // 2), range(shape.value_fields), range(2), range(rows.row_tiles)
-                ):
-                    octet = (chunk * shape.value_fields + field) * 2 + byte
-                    result = [softmax.output[m, octet, e] for e in range(4)]
-                    b = [found[2 * step + half][field, byte] for half in range(2)]
-                    mma(product, result, weights[step * rows.row_tiles + m], b, result)
-
-    @staticmethod
-    def _weights(scores, factors, m: int, first: int):
-        """Weights of two octets, times V's factors, as an operand."""
-        a = local(4, "uint32")
-        for i in range(4):
-            own, half = factors[i // 2], 2 * (i % 2)
-            pair = [scores[m, first + i // 2, half + e] * own[e] for e in (1, 0)]
-            ptx(PAIR["float16"], a[i], *pair)
-        return [a[i] for i in range(4)]
-
-    def _read_values(self, first: int, octets: int):
-        """Codes of V ``[octet][chunk]``: bytes 2 g, 2 g + 1 of two tokens, token by token."""
-        shape, tile = self._shape, self._tile[0]
-        read = [[None] * shape.chunks for _ in range(octets)]
-        # Four matrices at a time: of 32 tokens and a chunk, or of 16 tokens and two.
-        abreast = 4 // octets
-        lane = let(T.truncmod(self._lane, 8 * octets) * 4)
-        other = let(T.truncdiv(self._lane, 8 * octets) * shape.value_plane)
-        for chunk in range(0, shape.chunks, abreast):
-            words = local(4, "uint32")
-            at = tile + lane + (chunk * shape.value_plane + 32 * first)
-            # Past the last chunk it is read twice.
-            at = at + other if chunk + 1 < shape.chunks and abreast > 1 else at
-            name = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
-            ptx(name, *[words[i] for i in range(4)], pointer(self._words, at))
-            for i in range(octets * min(abreast, shape.chunks - chunk)):
-                read[i % octets][chunk + i // octets] = let(byte_perm(words[i], u32(0), 0x3120))
-        return read
-
-    def _values(self, codes, chunk: int) -> Chain:
-        """Values of an octet of tokens and a chunk of V, ``[field, byte]``: of two tokens each."""
-        shape = self._shape
-        if shape.value_fields == 2:
-            return find_mirrored(self._value_table, codes[chunk])
-        third = None
-        if shape.third_chunks:
-            # A byte has the bits of two bytes of pairs: a half of the chunks, then the other.
-            later = chunk // shape.third_chunks
-            third = codes[shape.value_chunks + chunk % shape.third_chunks]
-            third = let(T.shift_right(third, u32(1))) if later else third
-        return find_pairs(self._value_table, codes[chunk], third)
-
-
-def _halves(levels) -> list[int]:
-    """Bits of float16."""
-    return [int(bits) for bits in np.array(levels).astype(np.float16).view(np.uint16)]
-
-
-def _constants(levels, unknown_zero):
-    """Words of two levels in registers that the compiler cannot know: see `decode_score`."""
-    halves = _halves(levels)
-    pairs = local(len(levels) // 2, "uint32")
-    for i in range(len(levels) // 2):
-        word = halves[2 * i] | halves[2 * i + 1] << 16
-        store(pairs, T.bitwise_or(u32(word), unknown_zero), i)
-    return pairs

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tvm.script import tirx as T
@@ -47,6 +47,7 @@ from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
+    "DEPTH",
     "SLACK",
     "Options",
     "QueryOperands",
@@ -54,7 +55,6 @@ __all__ = [
     "RowBlock",
     "RowShape",
     "Softmax",
-    "arrange_queries",
     "attend_tile",
     "finish_row",
     "highest",
@@ -64,6 +64,9 @@ __all__ = [
 
 SLACK = 6.0
 """Powers of two by which a logit may exceed its row's bound."""
+
+DEPTH = 9.0
+"""Powers of two by which a bound is below its row's largest logit where weights become float16."""
 
 _READ = 18
 """Most values of queries that a lane reads at once."""
@@ -88,13 +91,15 @@ class Options:
 class RowShape:
     """Static sizes of a warp's rows and of the tile that they attend to.
 
-    Of ``parts`` of the output's columns a warp has one.
+    Of ``parts`` of the output's columns a warp has one. Bounds are ``depth`` powers of two below
+    the largest logits.
     """
 
     spec: CacheSpec
     row_tiles: int
     tile: int
     parts: int = 1
+    depth: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -206,12 +211,22 @@ class Softmax:
         row = let(self._row(at))
         return let(T.Select(self._rows.exists(row), self._rows.position(row), i32(-1)))
 
-    def weigh(self, scores, first, masked) -> None:
-        """Scores, in units of log2, become weights; ``masked`` says if any are not attended to."""
+    def weigh(self, scores, first, masked, unit=None, *, summed: bool = True) -> None:
+        """Scores, in units of log2, become weights; ``masked`` says if any are not attended to.
+
+        Or in units of a row's ``unit``, which are above 0. If not ``summed``, the caller adds the
+        weights to the totals.
+        """
         shape, bound = self._shape, self.bound
         octets = int(scores.shape[1])
+        # Times a unit, however small, what is masked has to be below all bounds.
+        lowest = f32(MASKED) if unit is None else as_float(u32(_MINUS_INFINITY))
+
+        def logit(score, *at: int):
+            return score if unit is None else score * unit[at]
+
         with when(self._featured):
-            self._bend(scores, first, octets)
+            self._bend(scores, first, octets, unit)
         with when(masked):
             window = self._options.window_left
             for tile, half in self.places:
@@ -225,7 +240,7 @@ class Softmax:
                         if self.end is not None:
                             seen = T.And(token < self.end, seen)
                         index = (tile, octet, 2 * half + e)
-                        value = T.Select(seen, scores[index], f32(MASKED))
+                        value = T.Select(seen, scores[index], lowest)
                         store(scores, value, *index)
         top = local((shape.row_tiles, 2), "float32")
         above = T.bool(False)
@@ -234,33 +249,37 @@ class Softmax:
             values = [
                 scores[tile, octet, 2 * half + e] for octet in range(octets) for e in range(2)
             ]
-            store(top, highest(values), *at)
-            above = T.Or(above, top[at] > bound[at] + f32(SLACK))
+            store(top, logit(highest(values), *at), *at)
+            above = T.Or(above, top[at] > bound[at] + f32(SLACK + shape.depth))
         with when(T.cuda.any_sync(u32(FULL_WARP), T.cast(above, "int32")) != 0):
             self._raise(top)
         for tile, half in self.places:
             for octet in range(octets):
                 for e in range(2):
                     index = (tile, octet, 2 * half + e)
-                    store(scores, T.exp2(scores[index] - bound[tile, half]), *index)
-                    store(self.total, self.total[tile, half] + scores[index], tile, half)
+                    value = logit(scores[index], tile, half)
+                    store(scores, T.exp2(value - bound[tile, half]), *index)
+                    if summed:
+                        store(self.total, self.total[tile, half] + scores[index], tile, half)
 
-    def _bend(self, scores, first, octets: int) -> None:
-        """Soft cap and ALiBi."""
+    def _bend(self, scores, first, octets: int, unit) -> None:
+        """Soft cap and ALiBi, of logits."""
         cap = let(self._options.soft_cap * f32(LOG2E))
         inverse = let(T.Select(cap > f32(0), f32(1) / cap, f32(0)))
         value = local(1, "float32")
         for tile, half in self.places:
             limit = self._limit((tile, half))
+            own = None if unit is None else let(f32(1) / unit[tile, half])
             for octet in range(octets):
                 for e in range(2):
                     index = (tile, octet, 2 * half + e)
-                    store(value, scores[index])
+                    store(value, scores[index] if own is None else scores[index] * unit[tile, half])
                     with when(cap > f32(0)):
                         store(value, soft_capped(cap, value[0] * inverse * f32(2 * LOG2E)))
                     token = first + (8 * octet + e) + 2 * self._t
                     apart = T.cast(token - limit, "float32")
-                    store(scores, value[0] + self._slope[tile, half] * apart, *index)
+                    bent = value[0] + self._slope[tile, half] * apart
+                    store(scores, bent if own is None else bent * own, *index)
 
     def _raise(self, top) -> None:
         """Move the bounds up to what was found, and the output with them."""
@@ -268,7 +287,7 @@ class Softmax:
             tile, half = at
             for mask in (1, 2):
                 store(top, T.max(top[at], shuffle_xor(top[at], mask)), *at)
-            store(top, T.max(top[at], self.bound[at]), *at)
+            store(top, T.max(top[at] - f32(self._shape.depth), self.bound[at]), *at)
             shrink = let(T.exp2(self.bound[at] - top[at]))
             store(self.bound, top[at], *at)
             store(self.total, self.total[at] * shrink, *at)
@@ -299,6 +318,9 @@ class QueryRows:
         self._abreast = next(n for n in (4, 2, 1) if count % n == 0 and n * values <= _READ)
         self._turns = count // self._abreast
         self._x = local((self._abreast, values), "float32")
+        fmt = query.spec.cache_format
+        self.unit = 1.0 if fmt.rotation == "none" else query.spec.head_dim**-0.5
+        """What rows are to be multiplied by, once they are rotated."""
         self._ask(0)
 
     def _ask(self, turn) -> None:
@@ -309,24 +331,36 @@ class QueryRows:
             for i, base, extra in self.query.places(self._lane):
                 store(self._x, T.cast(self._q[token, head, base + extra], "float32"), n, i)
 
+    def whole(self) -> Iterator[tuple[Any, Any]]:
+        """Row, and a lane's values of it, of rows whose lanes have neighbours."""
+        query, lane = self.query, self._lane
+        for row, own in self._turns_of():
+            if query.rotated:
+                turn_signs(query, own, lane)
+                rotate_row(query, own, lane)
+            yield row, own
+
     def rotated(self, factor) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:
         """Row, first coordinate, and a pair of a lane's values, the second one first."""
         query, lane, values = self.query, self._lane, self.query.row_values
-        own = local(values, "float32")
+        if not query.by_shuffles:
+            for row, own in self._turns_of():
+                yield from _exchanged(query, own, row, lane, factor)
+            return
+        for row, own in self.whole():
+            for i in range(0, values, 2):
+                yield row, let(lane * values + i), (own[i + 1] * factor, own[i] * factor)
+
+    def _turns_of(self) -> Iterator[tuple[Any, Any]]:
+        """Rows as they are, while those of the next turn are asked for."""
+        own = local(self.query.row_values, "float32")
         with I.serial(0, self._turns) as turn:
             for n in range(self._abreast):
                 row = let(self._first + (turn * self._abreast + n))
                 exists = let(self._rows.exists(row))
-                for i in range(values):
+                for i in range(self.query.row_values):
                     store(own, T.Select(exists, self._x[n, i], f32(0)), i)
-                if not query.by_shuffles:
-                    yield from _exchanged(query, own, row, lane, factor)
-                    continue
-                if query.rotated:
-                    turn_signs(query, own, lane)
-                    rotate_row(query, own, lane)
-                for i in range(0, values, 2):
-                    yield row, let(lane * values + i), (own[i + 1] * factor, own[i] * factor)
+                yield row, own
             if self._turns > 1:
                 with when(turn + 1 < self._turns):
                     self._ask(turn + 1)
@@ -338,7 +372,7 @@ def load_queries(shape: RowShape, asked: QueryRows, words, place, sm_scale) -> N
     They go to shared memory from word ``place`` on.
     """
     query = asked.query
-    factor = let(sm_scale * f32(LOG2E * _rotation_unit(shape.spec)))
+    factor = let(sm_scale * f32(LOG2E * asked.unit))
     for row, coordinate, pair in asked.rotated(factor):
         word = local(1, "uint32")
         ptx(PAIR[shape.spec.dtype], word[0], *pair)
@@ -349,19 +383,6 @@ def load_queries(shape: RowShape, asked: QueryRows, words, place, sm_scale) -> N
             chunk = T.bitwise_xor(T.truncdiv(at, 4), T.truncmod(row, 8))
             to = place + row * shape.row_words + chunk * 4 + T.truncmod(at, 4)
         ptx("st.shared.u32", pointer(words, to), word[0])
-
-
-def arrange_queries(asked: QueryRows, words, word_of: Callable[[Any, Any], Any]) -> None:
-    """Rotate rows as `load_queries` does, unscaled, to float16; ``word_of`` says where they go."""
-    factor = f32(_rotation_unit(asked.query.spec))
-    for row, coordinate, pair in asked.rotated(factor):
-        word = local(1, "uint32")
-        ptx(PAIR["float16"], word[0], *pair)
-        ptx("st.shared.u32", pointer(words, word_of(row, coordinate)), word[0])
-
-
-def _rotation_unit(spec: CacheSpec) -> float:
-    return spec.head_dim**-0.5 if spec.cache_format.rotation != "none" else 1.0
 
 
 def _exchanged(query: WarpRow, x, row, lane, factor) -> Iterator[tuple[Any, Any, tuple[Any, Any]]]:

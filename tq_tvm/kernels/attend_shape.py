@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.attend_rows import Options, RowBlock, RowShape
+from tq_tvm.kernels.attend_rows import DEPTH, Options, RowBlock, RowShape
 from tq_tvm.kernels.attend_tiles import TileShape
 from tq_tvm.kernels.decode_shape import REGISTERS
 from tq_tvm.kernels.device import i32, let
@@ -76,7 +76,8 @@ class AttendShape:
     @property
     def rows(self) -> RowShape:
         """Rows of a block, which are every team's."""
-        return RowShape(self.spec, self.config.row_tiles, self.config.tile, self.parts)
+        depth = DEPTH if self.in_registers else 0.0
+        return RowShape(self.spec, self.config.row_tiles, self.config.tile, self.parts, depth)
 
     @property
     def in_registers(self) -> bool:
@@ -86,7 +87,7 @@ class AttendShape:
     @property
     def fragments(self) -> FragmentShape:
         """Tiles that are looked up in registers, a warp's."""
-        return FragmentShape(self.spec, self.config.tile)
+        return FragmentShape(self.spec, self.config.tile, self.config.row_tiles)
 
     @property
     def tiles(self) -> TileShape:
@@ -131,6 +132,8 @@ class AttendShape:
     @property
     def queries(self) -> int:
         """Words of the queries, which lie in front."""
+        if self.in_registers:
+            return self.fragments.query_words
         return self.rows.rows * self.rows.row_words
 
     @property

@@ -38,6 +38,7 @@ from tq_tvm.kernels.device import (
     store,
     u32,
 )
+from tq_tvm.kernels.fragment_shape import OPERAND_WORDS
 from tq_tvm.kernels.hadamard_cuda import PRODUCTS
 
 __all__ = ["WindowRows"]
@@ -134,11 +135,10 @@ class WindowRows:
 
     def _arranged_queries(self, m: int, step: int) -> list[Any]:
         """What `QueryOperands` read, of queries as `Fragments` have them, in the model's dtype."""
-        shape, words = self._shape, self._words
-        a = local(4, "uint32")
+        shape, fragments, a = self._shape, self._shape.fragments, local(4, "uint32")
         registers = [a[e] for e in range(4)]
-        at = 4 * self._lane + 128 * (m * shape.fragments.steps + step)
-        access("ld.shared", registers, pointer(words, at))
+        begin = fragments.halves_begin + OPERAND_WORDS * (m * fragments.steps + step)
+        access("ld.shared", registers, pointer(self._words, 4 * self._lane + begin))
         if shape.spec.dtype != "float16":
             for e in range(4):
                 pair = [half("float16", a[e]) for half in (high_half, low_half)]

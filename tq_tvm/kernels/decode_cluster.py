@@ -26,7 +26,7 @@ from tq_tvm.kernels import pages
 from tq_tvm.kernels.decode_merge import MergedMemory, merge_cluster, merge_warps
 from tq_tvm.kernels.decode_pages import KeyTile, PageReader, ValueRing
 from tq_tvm.kernels.decode_query import Query, QueryMemory
-from tq_tvm.kernels.decode_score import key_table, score
+from tq_tvm.kernels.decode_score import score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_slices import ScoreExchange
 from tq_tvm.kernels.decode_threads import Standing
@@ -45,6 +45,7 @@ from tq_tvm.kernels.device import (
     wait_for_cluster,
     when,
 )
+from tq_tvm.kernels.key_codes import key_table
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["decode_cluster"]
@@ -122,7 +123,7 @@ def _attend(
     reader.find_first_pages(sequence, now[0], T.cast(table_width, "int32"), reader.page)
     query.load(q, sequence)
     zero = let(unknown_zero(ctas))
-    table = key_table(shape, zero, lane)
+    table = key_table(shape.key, zero, lane)
     values = Values(shape, query, sum_memory, own, let(thread // 32))
     values.find_metas(reader, own.kv_head)
     values.hold_table(zero)

@@ -99,7 +99,7 @@ from tq_tvm.kernels.decode_merge import (
 )
 from tq_tvm.kernels.decode_pages import KeyTile, PageReader, ValueRing
 from tq_tvm.kernels.decode_query import Query, QueryMemory
-from tq_tvm.kernels.decode_score import key_table, score
+from tq_tvm.kernels.decode_score import score
 from tq_tvm.kernels.decode_shape import DecodeConfig, Shape
 from tq_tvm.kernels.decode_slices import ScoreExchange, exchange_bytes
 from tq_tvm.kernels.decode_threads import Standing
@@ -124,6 +124,7 @@ from tq_tvm.kernels.device import (
     warp_barrier,
     when,
 )
+from tq_tvm.kernels.key_codes import key_table
 from tq_tvm.spec import CacheSpec
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def attend_share(
     tiles = tiles_by_length(shape, shared_lengths(seq_lens, features))
     shares, place = find_share(shape, tiles, batch, lane, groups, group)
     zero = let(unknown_zero(shares.total[0]))
-    table = key_table(shape, zero, lane)
+    table = key_table(shape.key, zero, lane)
     if shape.config.overlap:
         let_next_launch_begin()
     ring = ValueRing(shape, let(thread // 32), own)

@@ -27,65 +27,34 @@ from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.device import (
     as_float,
     f32,
-    held,
     high_half,
     let,
     local,
     low_half,
-    mma,
     ptx,
     shuffle_xor,
     store,
     u32,
 )
+from tq_tvm.kernels.key_codes import UPPER, Sums, code_nibbles
 
-__all__ = ["key_table", "score"]
+__all__ = ["score"]
 
 _SIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
 _UNSIGNED = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
-_CODES = 0x77777777
-_UPPER = 0x88888888
-_PAIRS = 0x33333333
 _SIGN_MASKS = (0x08080808, 0x80808080)
-
-
-def key_table(shape: Shape, unknown_zero, lane):
-    """The table's words in registers.
-
-    Of words that it knows the compiler keeps uniform registers, and copies them for every look-up.
-    """
-    key = shape.key
-    words = [word for table in (*key.tables, *key.upper) for word in table]
-    table = local(len(words), "uint32")
-    for i, word in enumerate(words):
-        store(table, held("uint32", T.bitwise_or(u32(word), unknown_zero), lane), i)
-    return table
-
-
-class _Sums:
-    """Accumulators of 16 tokens that start from given registers."""
-
-    def __init__(self, count: int, starts) -> None:
-        self.values = local((count, 4), "uint32")
-        self._starts = list(starts)
-
-    def add(self, n: int, instruction: str, a, b) -> None:
-        """Add a product to sums ``n``."""
-        result = [self.values[n, e] for e in range(4)]
-        start, self._starts[n] = self._starts[n], result
-        mma(instruction, result, a, b, start)
 
 
 def score(shape: Shape, query: Query, table, tile: KeyTile, scores) -> None:
     """Scores ``[own token, column]`` of a tile, not yet times `Query.scale`."""
     fragments = query.fetch()
     for m in range(shape.score_tiles):
-        code_sums = _Sums(
+        code_sums = Sums(
             shape.code_sums,
             [[query.code_start[n, e] for e in range(4)] for n in range(shape.code_sums)],
         )
         # Of each part: low nibbles, which start from nothing, and high nibbles.
-        sign_sums = _Sums(
+        sign_sums = Sums(
             2 * shape.parts,
             [
                 start
@@ -101,7 +70,7 @@ def score(shape: Shape, query: Query, table, tile: KeyTile, scores) -> None:
 
 
 def _add_codes(
-    shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: _Sums, third_bit
+    shape: Shape, table, tile: KeyTile, m: int, word: int, fragments, sums: Sums, third_bit
 ) -> None:
     selector, found = local(4, "uint32"), local(4, "uint32")
     bytes_ = len(shape.key.tables)
@@ -109,7 +78,7 @@ def _add_codes(
         for r in range(2):
             codes = _nibbles(shape, tile, 2 * m + r, word, third_bit)
             if half:
-                codes = T.bitwise_xor(codes, u32(_UPPER))
+                codes = T.bitwise_xor(codes, u32(UPPER))
             store(selector, codes, r)
             store(selector, T.shift_right(selector[r], u32(16)), 2 + r)
         for byte in range(bytes_):
@@ -128,21 +97,16 @@ def _add_codes(
 
 def _nibbles(shape: Shape, tile: KeyTile, octet: int, word: int, third_bit):
     """Eight codes of K, one a nibble."""
+    codec = shape.spec.cache_format.key
     if shape.key_planes[0] == 4:
-        codes = tile.codes[octet, word]
-        return codes if shape.key.upper else T.bitwise_and(codes, u32(_CODES))
-    codes, odd = tile.codes[octet, word // 2], word % 2
-    codes = T.bitwise_and(T.shift_right(codes, u32(2)) if odd else codes, u32(_PAIRS))
-    if third_bit is None:
-        return codes
-    # The third bits of pairs are where their low bits are: in the places of the lower two pairs,
-    # or of the upper two.
-    third = T.shift_right(tile.codes[octet, shape.key_plane_words + word // 2], third_bit)
-    third = T.bitwise_and(third, u32(_UPPER >> 1 if odd else _UPPER >> 3))
-    return T.bitwise_or(codes, third if odd else T.shift_left(third, u32(2)))
+        return code_nibbles(codec, tile.codes[octet, word], 0, None)
+    codes, third = tile.codes[octet, word // 2], None
+    if third_bit is not None:
+        third = T.shift_right(tile.codes[octet, shape.key_plane_words + word // 2], third_bit)
+    return code_nibbles(codec, codes, word % 2, third)
 
 
-def _add_signs(shape: Shape, tile: KeyTile, m: int, word: int, fragments, sums: _Sums) -> None:
+def _add_signs(shape: Shape, tile: KeyTile, m: int, word: int, fragments, sums: Sums) -> None:
     """Two words, ``word - 1`` and ``word``."""
     bits = local(4, "uint32")
     for nibble, mask in enumerate(_SIGN_MASKS):

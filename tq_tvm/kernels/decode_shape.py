@@ -11,12 +11,7 @@ from tq_tvm.kernels.decode_planes import (
     three_bit_planes,
     two_bit_planes,
 )
-from tq_tvm.kernels.decode_tables import (
-    KeyTables,
-    double_tables,
-    narrow_tables,
-    wide_tables,
-)
+from tq_tvm.kernels.decode_tables import KeyTables, key_tables
 from tq_tvm.spec import CacheSpec
 
 __all__ = ["DecodeConfig", "Shape"]
@@ -223,12 +218,8 @@ class Shape:
 
     @functools.cached_property
     def key(self) -> KeyTables:
-        """K's centroids: 8 bits of each of eight are exact beside bfloat16, 16 beside float16."""
-        centroids = self.spec.cache_format.key.centroids
-        if len(centroids) == 16:
-            return double_tables(centroids)
-        make = narrow_tables if self.spec.dtype == "bfloat16" else wide_tables
-        return make(centroids)
+        """K's centroids as bytes."""
+        return key_tables(self.spec.cache_format.key.centroids, self.spec.dtype)
 
     @property
     def residual(self) -> bool:

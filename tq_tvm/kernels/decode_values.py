@@ -131,7 +131,7 @@ class Values:
             store(self._select, held("uint32", T.Select(g < 4, u32(high), u32(low)), own.lane), i)
 
     def hold_table(self, unknown_zero) -> None:
-        """Look-ups of values, if there are any, in registers, as `decode_score.key_table`'s."""
+        """Look-ups of values, if there are any, in registers, as `key_codes.key_table`'s."""
         words = [word for pair in self._shape.value.tables for word in pair]
         if words:
             self._table = local(len(words), "uint32")

@@ -11,21 +11,26 @@ import functools
 import numpy as np
 from tvm.script import tirx as T
 
+from tq_tvm.kernels.decode_tables import KeyTables, key_tables
 from tq_tvm.kernels.lane_rows import multiplies
 from tq_tvm.spec import CacheSpec, Codec
 
-__all__ = ["FragmentShape"]
+__all__ = ["OPERAND_WORDS", "FragmentShape"]
 
 _LANES = 4
 """Lanes that share a row of K."""
 
+OPERAND_WORDS = 128
+"""Words of the left operand of a product, of 16 rows of queries."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FragmentShape:
-    """Static sizes of a warp's tiles of ``tile`` tokens."""
+    """Static sizes of a warp's tiles of ``tile`` tokens, for ``row_tiles`` times 16 rows."""
 
     spec: CacheSpec
     tile: int
+    row_tiles: int
 
     @staticmethod
     def serves(spec: CacheSpec) -> bool:
@@ -80,6 +85,51 @@ class FragmentShape:
         return self.spec.head_dim // 16
 
     @property
+    def in_bytes(self) -> bool:
+        """Whether K's codes become bytes (`attend_bytes`), else halves (`attend_halves`).
+
+        Of keys with signs of residuals, for 16 rows and bfloat16: 201 us of 229 at 64 x 8192 of
+        32/8 heads (4 query tokens, k4v2, H200). More rows take more products, of which those of
+        integers take twice as long, and so do centroids of two bytes: 439 us of 381 with 8 tokens,
+        261 of 218 in tq42; codes of three bits without signs took 228 of 235.
+        """
+        coded = self.key.residual_sign and self.spec.dtype == "bfloat16"
+        return coded and self.row_tiles == 1
+
+    @functools.cached_property
+    def tables(self) -> KeyTables:
+        """K's centroids as bytes."""
+        return key_tables(self.key.centroids, self.spec.dtype)
+
+    @property
+    def byte_steps(self) -> int:
+        """Products that bytes of a row of K take, one for each word of eight codes of a lane."""
+        return self.spec.head_dim // 32
+
+    @property
+    def constants_begin(self) -> int:
+        """Where rows' constants begin, four words each: behind high, low, and signs' bytes."""
+        return 3 * self.byte_steps * OPERAND_WORDS
+
+    @property
+    def start_begin(self) -> int:
+        """Where the four words are that sums of bytes start from."""
+        return self.constants_begin + 4 * 16
+
+    @property
+    def halves_begin(self) -> int:
+        """Where queries of float16 begin, which packed rows meet, or only a window's."""
+        return self.start_begin + 4 if self.in_bytes else 0
+
+    @property
+    def query_words(self) -> int:
+        """Words of all rows of queries."""
+        halves = self.row_tiles * self.steps * OPERAND_WORDS
+        if self.in_bytes and not self.spec.window:
+            halves = 0
+        return self.halves_begin + halves
+
+    @property
     def value_fields(self) -> int:
         """Codes of V in a byte of the first plane."""
         return 8 // self.value.plane_bits[0]
@@ -111,8 +161,8 @@ class FragmentShape:
 
     @property
     def scale_words(self) -> int:
-        """Words of the factors of logits and weights, and of residuals."""
-        return self.tile * (3 if self.key.residual_sign else 2)
+        """Words of the factors of scores, of residuals, and of weights, which are halves."""
+        return self.tile * (2 if self.key.residual_sign else 1) + self.tile // 2
 
     @property
     def words(self) -> int:
@@ -139,13 +189,35 @@ class FragmentShape:
         A step takes four words of every lane: rows g and g + 8 of coordinates that are bytes 0 and
         1 of one of its words of codes, then of bytes 2 and 3.
         """
+        field, lane, word, byte = self._place(coordinate)
+        step = T.truncdiv(row, 16) * self.steps + field * self.key_words + word
+        return self.halves_begin + self._operand_word(step, row, lane, T.truncdiv(byte, 2))
+
+    def code_word(self, row, coordinate):
+        """Where the bytes are that codes of 4 bits meet, of ``coordinate`` c of the lower half.
+
+        They are of coordinates c, c + D / 2, c + 1 and c + 1 + D / 2, as K's codes are in a word.
+        """
+        _, lane, word, byte = self._place(coordinate)
+        return self._operand_word(word, row, lane, T.truncdiv(byte, 2))
+
+    def sign_word(self, row, coordinate):
+        """Where the bytes of coordinates c to c + 3 are that signs meet."""
+        field, lane, word, _ = self._place(coordinate)
+        return self._operand_word(2 * self.byte_steps + word, row, lane, field)
+
+    def _place(self, coordinate):
+        """Field, lane, word of the lane and byte of the word that have a coordinate of K."""
         plane = self.spec.head_dim // self.key_fields
         byte, field = T.truncmod(coordinate, plane), T.truncdiv(coordinate, plane)
         own = 4 * self.key_words
         lane, inside = T.truncdiv(byte, own), T.truncmod(byte, own)
-        step = field * self.key_words + T.truncdiv(inside, 4)
-        step = T.truncdiv(row, 16) * self.steps + step
-        number = T.truncmod(T.truncdiv(row, 8), 2) + T.truncmod(T.truncdiv(inside, 2), 2) * 2
+        return field, lane, T.truncdiv(inside, 4), T.truncmod(inside, 4)
+
+    @staticmethod
+    def _operand_word(step, row, lane, half):
+        """A word of an operand: rows g and g + 8 of one half of its columns, then of the other."""
+        number = T.truncmod(T.truncdiv(row, 8), 2) + half * 2
         return (step * 32 + T.truncmod(row, 8) * 4 + lane) * 4 + number
 
     def output_coordinate(self, octet: int, column):

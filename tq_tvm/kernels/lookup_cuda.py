@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
+import numpy as np
 from tvm.script import tirx as T
 
 from tq_tvm.kernels.device import (
@@ -39,6 +40,8 @@ __all__ = [
     "alone",
     "find_mirrored",
     "find_pairs",
+    "half_bits",
+    "level_pairs",
     "looked_up",
     "row_residual",
     "row_scale",
@@ -79,6 +82,21 @@ def looked_up(codec: Codec) -> list[float]:
     """Levels that a table has: of 16, the positive ones."""
     levels = list(codec.centroids)
     return levels[len(levels) // 2 :] if len(levels) == 16 else levels
+
+
+def half_bits(levels: list[float]) -> list[int]:
+    """Bits of levels as float16."""
+    return [int(bits) for bits in np.array(levels).astype(np.float16).view(np.uint16)]
+
+
+def level_pairs(levels: list[float], unknown_zero):
+    """Words of two levels in registers that the compiler cannot know: see `key_codes`."""
+    halves = half_bits(levels)
+    pairs = local(len(levels) // 2, "uint32")
+    for i in range(len(levels) // 2):
+        word = halves[2 * i] | halves[2 * i + 1] << 16
+        store(pairs, T.bitwise_or(u32(word), unknown_zero), i)
+    return pairs
 
 
 def row_scale(dtype: str, codec: Codec, meta):

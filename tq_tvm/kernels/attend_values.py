@@ -1,0 +1,194 @@
+"""V of ``attend`` on GPUs, looked up in registers, and scales of tokens in shared memory.
+
+``ldmatrix`` transposes bytes: of tokens 8 i + 2 t and 8 i + 2 t + 1 a lane gets bytes 2 g and
+2 g + 1 of each 16, and looks up both tokens' codes together, so that a word has one coordinate of
+two tokens.
+
+Weights are float16, whatever the model's dtype, as V's factors are that they are then times; sums
+are float32. What weights add up to is a product with ones: 4 instructions a tile of 64 tokens and
+16 rows, not 32. V's levels are in a unit that rounds them least; of two bits, in one that gives
+both magnitudes the same low byte, which then needs no look-up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tq_tvm.kernels.attend_rows import Softmax
+from tq_tvm.kernels.device import (
+    PAIR,
+    access,
+    byte_perm,
+    let,
+    local,
+    mma,
+    pointer,
+    ptx,
+    store,
+    u32,
+)
+from tq_tvm.kernels.fragment_shape import FragmentShape
+from tq_tvm.kernels.hadamard_cuda import PRODUCTS
+from tq_tvm.kernels.lookup_cuda import (
+    Chain,
+    HighTable,
+    LevelTable,
+    find_mirrored,
+    find_pairs,
+    half_bits,
+    level_pairs,
+    looked_up,
+    together,
+)
+
+__all__ = ["FragmentValues", "TokenScales"]
+
+_ONES = 0x3C003C00
+
+
+class TokenScales:
+    """Factors of a tile's tokens, from word ``begin`` on: floats of scores, halves of weights.
+
+    For keys with signs of residuals, between them, a word of a token's residual.
+    """
+
+    def __init__(self, shape: FragmentShape, words, begin, g, t) -> None:
+        self._shape, self._words, self._g, self._t = shape, words, g, t
+        self._keys, self._residuals = begin, begin + shape.tile
+        self._values = begin + (shape.scale_words - shape.tile // 2)
+        self._halves = T.decl_buffer((1 << 20,), "uint16", data=words.data, scope="shared.dyn")
+
+    def leave_key(self, token, factor) -> None:
+        """The factor of a token's scores."""
+        ptx("st.shared.f32", pointer(self._words, self._keys + token), factor)
+
+    def leave_residual(self, token, word) -> None:
+        """What is to be known of a token's residual."""
+        ptx("st.shared.u32", pointer(self._words, self._residuals + token), word)
+
+    def leave_value(self, token, factor) -> None:
+        """The factor of a token's weights."""
+        bits = T.reinterpret("uint16", T.cast(factor, "float16"))
+        ptx("st.shared.u16", pointer(self._halves, 2 * self._values + token), bits)
+
+    def keys(self, octet: int):
+        """Factors of scores of tokens 2 t and 2 t + 1 of an octet."""
+        return self._pair(self._keys, octet)
+
+    def residuals(self, octet: int):
+        """Residuals, as floats, of tokens 2 t and 2 t + 1 of an octet."""
+        return self._pair(self._residuals, octet)
+
+    def residual(self, octet: int):
+        """The word of token g of an octet."""
+        word = local(1, "uint32")
+        at = pointer(self._words, self._residuals + 8 * octet + self._g)
+        ptx("ld.shared.u32", word[0], at)
+        return word[0]
+
+    def values(self, octet: int):
+        """Factors of weights of tokens 2 t and 2 t + 1 of an octet, as a word of halves."""
+        word = local(1, "uint32")
+        at = pointer(self._words, self._values + 4 * octet + self._t)
+        ptx("ld.shared.u32", word[0], at)
+        return word[0]
+
+    def _pair(self, begin, octet: int):
+        factors = local(2, "float32")
+        at = pointer(self._words, begin + 8 * octet + 2 * self._t)
+        access("ld.shared", [factors[0], factors[1]], at, "f32")
+        return factors
+
+
+class FragmentValues:
+    """V's table, and what a lane adds of a tile of it in shared memory."""
+
+    def __init__(self, shape: FragmentShape, words, lane, unknown_zero) -> None:
+        self._shape, self._words, self._lane = shape, words, lane
+        self._table = self._table_of_levels(unknown_zero)
+        # A row's weights, and a number that nobody reads, beside it.
+        self._totals = local((shape.row_tiles, 4), "float32")
+
+    def _table_of_levels(self, unknown_zero) -> LevelTable | HighTable:
+        levels = [c * self._shape.value_unit for c in looked_up(self._shape.value)]
+        if len(levels) > 4:
+            return LevelTable(level_pairs(levels, unknown_zero), len(levels))
+        halves = half_bits(levels)
+        (low,) = {half & 0xFF for half in halves}
+        high = sum((half >> 8) << (8 * i) for i, half in enumerate(halves))
+        hidden = [let(T.bitwise_or(u32(w), unknown_zero)) for w in (low * 0x01010101, high)]
+        return HighTable(*hidden)
+
+    def add(self, softmax: Softmax, scores, tile, scales: TokenScales) -> None:
+        """Add the tile from word ``tile`` on, whose weights are in ``scores``, to the output."""
+        shape = self._shape
+        product = PRODUCTS["float16"]
+        octets = 4 if shape.tile >= 32 and shape.row_tiles == 1 else 2
+        for m, half in softmax.places:
+            store(self._totals, softmax.total[m, half], m, 2 * half)
+        for first in range(0, shape.octets, octets):
+            read = self._read(tile, first, octets)
+            factors = [scales.values(first + octet) for octet in range(octets)]
+            weights = [
+                self._weights(scores, factors[2 * step : 2 * step + 2], m, first + 2 * step)
+                for step in range(octets // 2)
+                for m in range(shape.row_tiles)
+            ]
+            for chunk in range(shape.value_chunks):
+                found = together([self._values(read[i], chunk) for i in range(octets)])
+                for step, field, byte, m in itertools.product(
+                    range(octets // 2), range(shape.value_fields), range(2), range(shape.row_tiles)
+                ):
+                    octet = (chunk * shape.value_fields + field) * 2 + byte
+                    result = [softmax.output[m, octet, e] for e in range(4)]
+                    b = [found[2 * step + half][field, byte] for half in range(2)]
+                    mma(product, result, weights[step * shape.row_tiles + m], b, result)
+        for m, half in softmax.places:
+            store(softmax.total, self._totals[m, 2 * half], m, half)
+
+    def _weights(self, scores, factors, m: int, first: int) -> list:
+        """Weights of two octets, times V's factors, as an operand; they are added to the totals."""
+        a, scaled = local(4, "uint32"), local(4, "uint32")
+        for i in range(4):
+            pair = [scores[m, first + i // 2, 2 * (i % 2) + e] for e in (1, 0)]
+            ptx(PAIR["float16"], a[i], *pair)
+        total = [self._totals[m, e] for e in range(4)]
+        mma(PRODUCTS["float16"], total, [a[i] for i in range(4)], [u32(_ONES)] * 2, total)
+        for i in range(4):
+            ptx("mul.rn.f16x2", scaled[i], a[i], factors[i // 2])
+        return [scaled[i] for i in range(4)]
+
+    def _read(self, tile, first: int, octets: int) -> list[list[Any]]:
+        """Codes of V ``[octet][chunk]``: bytes 2 g, 2 g + 1 of two tokens, token by token."""
+        shape = self._shape
+        read: list[list[Any]] = [[None] * shape.chunks for _ in range(octets)]
+        # Four matrices at a time: of 32 tokens and a chunk, or of 16 tokens and two.
+        abreast = 4 // octets
+        lane = let(T.truncmod(self._lane, 8 * octets) * 4)
+        other = let(T.truncdiv(self._lane, 8 * octets) * shape.value_plane)
+        for chunk in range(0, shape.chunks, abreast):
+            words = local(4, "uint32")
+            at = tile + lane + (chunk * shape.value_plane + 32 * first)
+            # Past the last chunk it is read twice.
+            at = at + other if chunk + 1 < shape.chunks and abreast > 1 else at
+            name = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+            ptx(name, *[words[i] for i in range(4)], pointer(self._words, at))
+            for i in range(octets * min(abreast, shape.chunks - chunk)):
+                read[i % octets][chunk + i // octets] = let(byte_perm(words[i], u32(0), 0x3120))
+        return read
+
+    def _values(self, codes, chunk: int) -> Chain:
+        """Values of an octet of tokens and a chunk of V, ``[field, byte]``: of two tokens each."""
+        shape = self._shape
+        if shape.value_fields == 2:
+            return find_mirrored(self._table, codes[chunk])
+        third = None
+        if shape.third_chunks:
+            # A byte has the bits of two bytes of pairs: a half of the chunks, then the other.
+            later = chunk // shape.third_chunks
+            third = codes[shape.value_chunks + chunk % shape.third_chunks]
+            third = let(T.shift_right(third, u32(1))) if later else third
+        return find_pairs(self._table, codes[chunk], third)
