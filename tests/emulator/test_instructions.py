@@ -93,6 +93,10 @@ ROUNDING = {
     "pack_f16": ("cvt.rn.f16x2.f32 %0, %1, %2;", torch.float16),
     "pack_bf16": ("cvt.rn.bf16x2.f32 %0, %1, %2;", torch.bfloat16),
 }
+HALVES = {
+    "add_halves": ("add.rn.f16x2 %0, %1, %2;", np.add),
+    "mul_halves": ("mul.rn.f16x2 %0, %1, %2;", np.multiply),
+}
 WIDENING = {"widen_f16": torch.float16, "widen_bf16": torch.bfloat16}
 FLOAT = {
     "ex2": ("ex2.approx.ftz.f32 %0, %1;", 1, np.exp2),
@@ -113,6 +117,7 @@ def module(tmp_path_factory):
         for name, (instruction, count, _) in INTEGER.items()
     ]
     kernels += [register_kernel(name, text, "r", "ff") for name, (text, _) in ROUNDING.items()]
+    kernels += [register_kernel(name, text, "r", "rr") for name, (text, _) in HALVES.items()]
     kernels += [
         register_kernel(name, f"cvt.f32.{name.removeprefix('widen_')} %0, %1;", "f", "r")
         for name in WIDENING
@@ -207,6 +212,18 @@ def test_rounding_to_halves(module, name):
     assert torch.equal(halves.isnan(), want.isnan())
     number = ~want.isnan()
     assert torch.equal(halves[number].view(torch.int16), want[number].view(torch.int16))
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_pairs_of_halves(module, name):
+    """Ties, subnormals, infinities and NaN."""
+    inputs = random_words(1 << 15, 2)
+    with np.errstate(all="ignore"):
+        want = HALVES[name][1](*(inputs[:, i].copy().view(np.float16) for i in range(2)))
+    got = run(module, name, inputs).view(np.float16)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    number = ~np.isnan(want)
+    np.testing.assert_array_equal(got[number].view(np.uint16), want[number].view(np.uint16))
 
 
 @pytest.mark.parametrize("name", WIDENING)

@@ -116,6 +116,11 @@ class RowShape:
         """Columns of a warp's output."""
         return self.spec.value_dim // self.parts
 
+    @property
+    def output_row(self) -> int:
+        """Words from a row of outputs in shared memory to the next: 8 rows are in other banks."""
+        return self.columns + 8
+
 
 class RowBlock:
     """``size`` rows of a sequence and KV head, token by token: which tokens and heads they are."""

@@ -38,18 +38,17 @@ __all__ = ["leave_rows", "merge_cluster", "stand_by", "write_rows"]
 
 def leave_rows(shape: PrefillShape, words, softmax: Softmax, warp, g, t) -> None:
     """A warp's output in shared memory, and behind the CTA's its bounds and totals."""
-    dim, stats = shape.spec.value_dim, shape.stats
+    stats = shape.stats
     for at in softmax.places:
         tile, half = at
         for mask in (1, 2):
             other = shuffle_xor(softmax.total[at], mask)
             store(softmax.total, softmax.total[at] + other, *at)
         row = let(warp * shape.warp.rows + (16 * tile + 8 * half) + g)
-        for octet in range(dim // 8):
-            for e in range(2):
-                place = row * dim + (8 * octet + e) + 2 * t
-                value = softmax.output[tile, octet, 2 * half + e]
-                ptx("st.shared.f32", words.ptr_to([place]), value)
+        begin = let(row * shape.warp.output_row + 2 * t)
+        for octet in range(shape.spec.value_dim // 8):
+            pair = [softmax.output[tile, octet, 2 * half + e] for e in range(2)]
+            access("st.shared", pair, words.ptr_to([begin + 8 * octet]), "f32")
         with when(t == 0):
             for n, value in enumerate((softmax.bound[at], softmax.total[at])):
                 ptx("st.shared.f32", words.ptr_to([stats + 2 * row + n]), value)
@@ -61,14 +60,13 @@ def write_rows(
 ) -> None:  # fmt: skip
     """Finish what `leave_rows` left of the warp's rows, which the CTA has to itself."""
     warp_barrier()
-    dim, count = output.dim, output.row_values
-    x, state = local(count, "float32"), local(2, "float32")
+    x, state = local(output.row_values, "float32"), local(2, "float32")
     with I.serial(0, shape.warp.rows) as turn:
         row = let(warp * shape.warp.rows + turn)
         with when(rows.exists(row)):
-            for i, base, extra in output.places(lane):
-                place = row * dim + base + extra
-                ptx("ld.shared.f32", x[i], words.ptr_to([place]))
+            for i, coordinate, wide in output.runs(lane):
+                place = words.ptr_to([row * shape.warp.output_row + coordinate])
+                access("ld.shared", [x[i + n] for n in range(wide)], place, "f32")
             for n in range(2):
                 ptx("ld.shared.f32", state[n], words.ptr_to([shape.stats + 2 * row + n]))
             place = let(rows.token(row)), let(rows.head(row))
@@ -82,8 +80,8 @@ def merge_cluster(
     """Finish the CTA's share of every warp's rows, of which all CTAs of the cluster have parts."""
     arrive_at_cluster(release=True)
     wait_for_cluster()
-    count, dim = output.row_values, output.dim
-    x, part = local(count, "float32"), local(1, "float32")
+    count = output.row_values
+    x, part = local(count, "float32"), local(count, "float32")
     top, total, state = local(1, "float32"), local(1, "float32"), local(2, "float32")
     own, other = local(1, "int32"), local(1, "int32")
     store(own, rank)
@@ -102,11 +100,14 @@ def merge_cluster(
                 shrink, raised = let(T.exp2(top[0] - highest)), let(T.exp2(state[0] - highest))
                 store(top, highest)
                 store(total, total[0] * shrink + state[1] * raised)
-                begin = let(remote_address(words.ptr_to([row * dim]), other[0]))
-                for i, base, extra in output.places(lane):
-                    at = begin + T.cast(4 * (base + extra), "uint32")
-                    ptx("ld.shared::cluster.f32", part[0], at)
-                    store(x, x[i] * shrink + part[0] * raised, i)
+                own_row = words.ptr_to([row * shape.warp.output_row])
+                begin = let(remote_address(own_row, other[0]))
+                for i, coordinate, wide in output.runs(lane):
+                    at = begin + T.cast(4 * coordinate, "uint32")
+                    run = [part[i + n] for n in range(wide)]
+                    access("ld.shared::cluster", run, at, "f32")
+                    for n in range(i, i + wide):
+                        store(x, x[n] * shrink + part[n] * raised, n)
                 store(other, other[0] + 1)
             place = let(rows.token(row)), let(rows.head(row))
             finish_row(output, x, top[0], total[0], place, options, out, lse, lane)

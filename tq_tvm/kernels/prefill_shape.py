@@ -70,10 +70,10 @@ class PrefillShape:
     @property
     def exchange(self) -> int:
         """Words in front of rows that lanes exchange; at the end all are for the output."""
-        output = self.rows * (self.spec.value_dim + 2)
+        output = self.rows * (self.warp.output_row + 2)
         return max(self.packed + 2 * self.tiles.packed_words, output)
 
     @property
     def stats(self) -> int:
         """Words of outputs in shared memory, behind which are a bound and a total of each row."""
-        return self.rows * self.spec.value_dim
+        return self.rows * self.warp.output_row

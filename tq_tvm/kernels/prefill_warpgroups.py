@@ -181,7 +181,7 @@ class WarpgroupShape:
     def barriers(self) -> int:
         """Words in front of barriers; at the end those before are for the output."""
         used = self.packed + 2 * self.tiles.packed_words
-        return -(-max(used, self.rows * (self.spec.value_dim + 2)) // 2) * 2
+        return -(-max(used, self.rows * (self.warp.output_row + 2)) // 2) * 2
 
     @property
     def exchange(self) -> int:
@@ -224,7 +224,7 @@ class WarpgroupShape:
     @property
     def stats(self) -> int:
         """Words of outputs in shared memory, behind which are a bound and a total of each row."""
-        return self.rows * self.spec.value_dim
+        return self.rows * self.warp.output_row
 
 
 def attend_block(
