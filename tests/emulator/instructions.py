@@ -302,8 +302,8 @@ _INSTRUCTIONS: list[tuple[str, Callable[..., str | None]]] = [
     (r"add\.rz\.f32", _result("emulated::add_towards_zero({a}, {b})")),
     (r"fma\.rn(?:\.ftz)?\.f32", _result("fmaf({a}, {b}, {c})")),
     (
-        r"(add|mul)\.rn\.f16x2",
-        _result("emulated::{0}_halves(emulated::word({a}), emulated::word({b}))"),
+        r"add\.rn\.f16x2",
+        _result("emulated::add_halves(emulated::word({a}), emulated::word({b}))"),
     ),
     (r"fma\.rn(?:\.ftz)?\.sat\.f32", _result("emulated::saturate(fmaf({a}, {b}, {c}))")),
     (r"mapa\.shared::cluster\.u32", _result("emulated::map_address({a}, {b})")),

@@ -93,10 +93,7 @@ ROUNDING = {
     "pack_f16": ("cvt.rn.f16x2.f32 %0, %1, %2;", torch.float16),
     "pack_bf16": ("cvt.rn.bf16x2.f32 %0, %1, %2;", torch.bfloat16),
 }
-HALVES = {
-    "add_halves": ("add.rn.f16x2 %0, %1, %2;", np.add),
-    "mul_halves": ("mul.rn.f16x2 %0, %1, %2;", np.multiply),
-}
+HALVES = {"add_halves": ("add.rn.f16x2 %0, %1, %2;", np.add)}
 WIDENING = {"widen_f16": torch.float16, "widen_bf16": torch.bfloat16}
 FLOAT = {
     "ex2": ("ex2.approx.ftz.f32 %0, %1;", 1, np.exp2),

@@ -5,8 +5,8 @@ reads a quarter of the codes of K, ``t``'s, of which `attend_bytes` or `attend_h
 (`FragmentShape.in_bytes`). V goes through shared memory, where `attend_values` reads it. Scales are
 factors of scores and of weights in shared memory: lane i reads those of token i.
 
-V's scales may be anything, so weights are times them relative to a running bound: with the weights'
-own `attend_rows.DEPTH`, what is 2^-29 of the largest or less has fewer bits.
+V's scales may be anything, so weights are times them relative to a running bound, `_ROOM` of which
+is 1: what is 2^-29 of the largest or less has fewer bits.
 
 32 tokens and 16 rows of k4v2, D = 128, as compiled for sm_90a: some 900 instructions a warp where
 no bound moves, of which look-ups and byte moves (``prmt``) 280, tensor core 64; rows made in shared
@@ -64,6 +64,9 @@ from tq_tvm.kernels.page_address import PageAddress, TableRow, as_pointer
 
 __all__ = ["Fragments"]
 
+
+_ROOM = 512.0
+"""Weights are up to 2^6: times this they are still below the largest float16."""
 
 _MARGIN = 1.25
 """Scales of V differ little: with this margin their bound seldom moves."""
@@ -170,11 +173,8 @@ class Fragments:
         store(self._inverse, f32(0))
 
     def finish(self, softmax: Softmax) -> None:
-        """Give the output and its total their units."""
-        self._scale_output(softmax, self._bound[0])
-        for at in softmax.places:
-            # Products with ones have given all lanes of a row its total, which they will add up.
-            store(softmax.total, softmax.total[at] * f32(1 / 4), *at)
+        """Give the output its unit."""
+        self._scale_output(softmax, let(self._bound[0] * f32(1 / _ROOM)))
 
     @staticmethod
     def _scale_output(softmax: Softmax, factor) -> None:
@@ -276,7 +276,7 @@ class Fragments:
         self._keys.score(self._codes, self._scales, scores)
         ask_next()
         self.turn()
-        softmax.weigh(scores, first, masked, self._keys.unit, summed=False)
+        softmax.weigh(scores, first, masked, self._keys.unit)
         ptx("cp.async.wait_group", 1)
         warp_barrier()
         self._values.add(softmax, scores, self._tile[0], self._scales)
@@ -303,7 +303,7 @@ class Fragments:
             bound = let(as_float(top[0]) * f32(_MARGIN))
             self._scale_output(softmax, let(self._bound[0] / bound))
             store(self._bound, bound)
-            store(self._inverse, f32(1) / bound)
+            store(self._inverse, f32(_ROOM) / bound)
 
         def leave(turn: int) -> None:
             token, key = let(self._lane + 32 * turn), self._metas[turn, 0]

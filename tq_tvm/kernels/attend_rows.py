@@ -47,7 +47,6 @@ from tq_tvm.kernels.warp_rows import WarpRow
 from tq_tvm.spec import CacheSpec
 
 __all__ = [
-    "DEPTH",
     "SLACK",
     "Options",
     "QueryOperands",
@@ -64,9 +63,6 @@ __all__ = [
 
 SLACK = 6.0
 """Powers of two by which a logit may exceed its row's bound."""
-
-DEPTH = 9.0
-"""Powers of two by which a bound is below its row's largest logit where weights become float16."""
 
 _READ = 18
 """Most values of queries that a lane reads at once."""
@@ -91,15 +87,13 @@ class Options:
 class RowShape:
     """Static sizes of a warp's rows and of the tile that they attend to.
 
-    Of ``parts`` of the output's columns a warp has one. Bounds are ``depth`` powers of two below
-    the largest logits.
+    Of ``parts`` of the output's columns a warp has one.
     """
 
     spec: CacheSpec
     row_tiles: int
     tile: int
     parts: int = 1
-    depth: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -216,11 +210,10 @@ class Softmax:
         row = let(self._row(at))
         return let(T.Select(self._rows.exists(row), self._rows.position(row), i32(-1)))
 
-    def weigh(self, scores, first, masked, unit=None, *, summed: bool = True) -> None:
+    def weigh(self, scores, first, masked, unit=None) -> None:
         """Scores, in units of log2, become weights; ``masked`` says if any are not attended to.
 
-        Or in units of a row's ``unit``, which are above 0. If not ``summed``, the caller adds the
-        weights to the totals.
+        Or in units of a row's ``unit``, which are above 0.
         """
         shape, bound = self._shape, self.bound
         octets = int(scores.shape[1])
@@ -255,7 +248,7 @@ class Softmax:
                 scores[tile, octet, 2 * half + e] for octet in range(octets) for e in range(2)
             ]
             store(top, logit(highest(values), *at), *at)
-            above = T.Or(above, top[at] > bound[at] + f32(SLACK + shape.depth))
+            above = T.Or(above, top[at] > bound[at] + f32(SLACK))
         with when(T.cuda.any_sync(u32(FULL_WARP), T.cast(above, "int32")) != 0):
             self._raise(top)
         for tile, half in self.places:
@@ -264,8 +257,7 @@ class Softmax:
                     index = (tile, octet, 2 * half + e)
                     value = logit(scores[index], tile, half)
                     store(scores, T.exp2(value - bound[tile, half]), *index)
-                    if summed:
-                        store(self.total, self.total[tile, half] + scores[index], tile, half)
+                    store(self.total, self.total[tile, half] + scores[index], tile, half)
 
     def _bend(self, scores, first, octets: int, unit) -> None:
         """Soft cap and ALiBi, of logits."""
@@ -292,7 +284,7 @@ class Softmax:
             tile, half = at
             for mask in (1, 2):
                 store(top, T.max(top[at], shuffle_xor(top[at], mask)), *at)
-            store(top, T.max(top[at] - f32(self._shape.depth), self.bound[at]), *at)
+            store(top, T.max(top[at], self.bound[at]), *at)
             shrink = let(T.exp2(self.bound[at] - top[at]))
             store(self.bound, top[at], *at)
             store(self.total, self.total[at] * shrink, *at)

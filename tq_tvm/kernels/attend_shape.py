@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.attend_rows import DEPTH, Options, RowBlock, RowShape
+from tq_tvm.kernels.attend_rows import Options, RowBlock, RowShape
 from tq_tvm.kernels.attend_tiles import TileShape
 from tq_tvm.kernels.decode_shape import REGISTERS
 from tq_tvm.kernels.device import i32, let
@@ -76,8 +76,7 @@ class AttendShape:
     @property
     def rows(self) -> RowShape:
         """Rows of a block, which are every team's."""
-        depth = DEPTH if self.in_registers else 0.0
-        return RowShape(self.spec, self.config.row_tiles, self.config.tile, self.parts, depth)
+        return RowShape(self.spec, self.config.row_tiles, self.config.tile, self.parts)
 
     @property
     def in_registers(self) -> bool:

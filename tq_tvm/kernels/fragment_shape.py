@@ -161,8 +161,8 @@ class FragmentShape:
 
     @property
     def scale_words(self) -> int:
-        """Words of the factors of scores, of residuals, and of weights, which are halves."""
-        return self.tile * (2 if self.key.residual_sign else 1) + self.tile // 2
+        """Words of the factors of scores and of weights, and of residuals."""
+        return self.tile * (3 if self.key.residual_sign else 2)
 
     @property
     def words(self) -> int:

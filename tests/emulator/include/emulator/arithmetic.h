@@ -153,14 +153,6 @@ inline uint32_t add_halves(uint32_t a, uint32_t b) {
   return pack<HalfFormat>(sum(16), sum(0));
 }
 
-// Nor do products of two halves round in a float.
-inline uint32_t mul_halves(uint32_t a, uint32_t b) {
-  auto product = [=](int shift) {
-    return HalfFormat::decode(uint16_t(a >> shift)) * HalfFormat::decode(uint16_t(b >> shift));
-  };
-  return pack<HalfFormat>(product(16), product(0));
-}
-
 }  // namespace emulated
 
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
