@@ -8,14 +8,22 @@ factors of scores and of weights in shared memory: lane i reads those of token i
 V's scales may be anything, so weights are times them relative to a running bound, `_ROOM` of which
 is 1: what is 2^-29 of the largest or less has fewer bits.
 
-32 tokens and 16 rows of k4v2, D = 128, as compiled for sm_90a: some 900 instructions a warp where
-no bound moves, of which look-ups and byte moves (``prmt``) 280, tensor core 64; rows made in shared
-memory took 1450. On an H100, 64 x 8192 of 32/8 heads, 4 tokens a sequence: 252 us with two CTAs of
-four warps on an SM, from pages that L2 keeps 246, so arithmetic bounds it; 249 with one of eight.
-ncu of the former: integer pipe 61 % of its peak, issue 51 % of the slots, tensor core 23 %, memory
-47 %; of two warps a scheduler each waits 1.0 of 3.5 cycles an instruction for results of fixed
-latency, and 11 % of the time there is only one, since a CTA that is favoured ends before its
-neighbour. 32 rows a block take 1.24 times the instructions of 16.
+64 tokens and 16 rows of k4v2, D = 128, as compiled for sm_90a: 1221 instructions a warp where no
+bound moves and nothing is masked, of which look-ups and byte moves (``prmt``) 272, tensor core 160;
+rows made in shared memory took twice as many. On an H200, 64 x 8192 of 32/8 heads, 4 tokens a
+sequence: 202 us, 229 when K's codes became halves (560 ``prmt``). ncu: issue 50 % of the slots,
+integer pipe 46 % of its peak; of two warps a scheduler each waits 4.0 cycles an instruction, 1.2 of
+them for results of fixed latency and 0.4 for a pipe. A product of bytes takes 8 cycles of its warp,
+one of halves 4.8. 13 % of the samples are of what a piece begins and ends with: 16 x 32768, as many
+tokens in a quarter of the pieces, takes 184 us. 32 rows a block take 1.24 times the instructions of
+16.
+
+Tried there, and slower, most of it for want of registers, of which all 255 are taken: outputs apart
+from tiles, for two barriers less at the end of a piece (223 us); queries widened where they are
+used, and one branch for features and masks (214); twice as many groups of CTAs, so that none of the
+132 processors is idle (212, as pieces no longer are sequences); two octets of K at a time (215);
+tiles of 32 tokens (222); four warps a CTA (210); three warps a scheduler with 168 registers (266),
+four with 128 (371).
 
 Tried on an H100: four warps that share a tile of 64 tokens and have it as the left operand of
 ``wgmma``, looked up in registers, 16, 32 or 64 rows as its columns, signs of residuals apart as
