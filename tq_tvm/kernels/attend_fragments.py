@@ -12,8 +12,8 @@ is 1: what is 2^-29 of the largest or less has fewer bits.
 bound moves and nothing is masked, of which look-ups and byte moves (``prmt``) 272, tensor core 160;
 rows made in shared memory took twice as many. On an H200, 64 x 8192 of 32/8 heads, 4 tokens a
 sequence: 202 us, 229 when K's codes became halves (560 ``prmt``). ncu: issue 50 % of the slots,
-integer pipe 46 % of its peak; of two warps a scheduler each waits 4.0 cycles an instruction, 1.2 of
-them for results of fixed latency and 0.4 for a pipe. A product of bytes takes 8 cycles of its warp,
+integer pipe 46 % of its peak; of two warps a scheduler each waits 4.0 cycles an instruction, 1.0 of
+them for results of fixed latency and 0.7 for a pipe. A product of bytes takes 8 cycles of its warp,
 one of halves 4.8. 13 % of the samples are of what a piece begins and ends with: 16 x 32768, as many
 tokens in a quarter of the pieces, takes 184 us. 32 rows a block take 1.24 times the instructions of
 16.
