@@ -76,9 +76,12 @@ def compiled(tmp_path_factory):
     return module
 
 
-def run(module, case, features, *, parts=3, descending=False, **options):
+def run(module, case, features, *, parts=3, descending=False, spoil=None, **options):
     spec, config = CASES[case]
     problem = Problem(spec, FEATURES[features], **{**FEW, **options})
+    if spoil is not None:
+        *where, number = spoil
+        problem.q[tuple(where)] = number
     shape = AttendShape(spec, config)
     slots = 2 * parts * spec.num_kv_heads * shape.rows.rows
     workspace = Guarded((slots * (spec.value_dim + 2),), torch.float32)
@@ -111,10 +114,24 @@ def test_many_query_tokens(compiled, case):
     run(compiled(case), case, "all", queries=[70, 3, 5, 0, 65, 0, 0]).check()
 
 
-def test_large_logits(compiled):
+@pytest.mark.parametrize("case", ["group4", "group6_half"])
+def test_large_logits(compiled, case):
     """Of standard deviation 30: a row's bound has to follow."""
-    problem = run(compiled("group6_half"), "group6_half", "plain", scale=30.0)
-    assert close(problem.out, problem.want, 2 * LIMIT[torch.float16])
+    problem = run(compiled(case), case, "plain", scale=30.0)
+    assert close(problem.out, problem.want, 2 * LIMIT[problem.out.dtype])
+
+
+@pytest.mark.parametrize("case", ["group4", "halves"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_in_its_query(compiled, case, number):
+    """A token and head of one block."""
+    spoilt = (2, 1)
+    problem = run(compiled(case), case, "plain", spoil=(*spoilt, 5, number))
+    others = torch.ones(problem.out.shape[:2], dtype=torch.bool)
+    others[spoilt] = False
+    assert problem.out[spoilt].isnan().all() and problem.lse[spoilt].isnan()
+    assert close(problem.out[others], problem.want[others], LIMIT[problem.out.dtype])
+    assert not problem.lse[others].isnan().any()
 
 
 def test_rows_past_the_last_sequence_are_left_alone(compiled):

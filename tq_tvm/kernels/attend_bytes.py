@@ -104,7 +104,8 @@ class ByteKeys:
             store(top, f32(0))
             for i in range(values):
                 store(own, x[i] * f32(asked.unit), i)
-                store(top, T.max(top[0], T.fabs(own[i])))
+                # What is not a number is its row's unit, as codes have none for it.
+                ptx("max.NaN.f32", top[0], top[0], T.fabs(own[i]))
             # Of floats that are not negative, bits have their order.
             ptx("redux_sync.max.u32", bits[0], as_bits(top[0]), u32(FULL_WARP))
             store(top, as_float(bits[0]))
@@ -155,7 +156,8 @@ class ByteKeys:
     def _leave_constants(self, row, top, sums) -> None:
         shape, words = self._shape, self._words
         # A unit that is not zero: a masked score of minus infinity stays so.
-        unit = T.max(top * f32(1.0 / FULL_SCALE), f32(SMALLEST_SCALE))
+        smallest, unit = f32(SMALLEST_SCALE), let(top * f32(1.0 / FULL_SCALE))
+        unit = T.Select(unit < smallest, smallest, unit)
         offset = f32(-shape.tables.offset / shape.tables.unit)
         codes = f32(_BOTH) + offset * T.cast(sums[0], "float32")
         signs = f32(MAGIC) + T.cast(sums[1] * 4, "float32")

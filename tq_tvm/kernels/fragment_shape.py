@@ -91,7 +91,7 @@ class FragmentShape:
         Of keys with signs of residuals, for 16 rows and bfloat16: 201 us of 229 at 64 x 8192 of
         32/8 heads (4 query tokens, k4v2, H200). More rows take more products, of which those of
         integers take twice as long, and so do centroids of two bytes: 439 us of 381 with 8 tokens,
-        261 of 218 in tq42; codes of three bits without signs took 228 of 235.
+        261 of 218 in tq42.
         """
         coded = self.key.residual_sign and self.spec.dtype == "bfloat16"
         return coded and self.row_tiles == 1
