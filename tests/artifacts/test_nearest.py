@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tq_tvm import CacheSpec
 from tq_tvm.artifacts.load import LoadedFunction, LoadedVariant
 from tq_tvm.artifacts.manifest import Manifest
 from tq_tvm.targets import get_target
+
+SPEC = CacheSpec(64, 8, 2)
 
 
 def function_of(*places):
@@ -17,7 +20,7 @@ def function_of(*places):
         LoadedVariant(lambda *_: None, str(place), place[0], False, None, None, {}, {}, place[1])
         for place in sorted(places, key=lambda place: place[0])
     )
-    return LoadedFunction("decode", tuple(variants), Path(), manifest, 1)
+    return LoadedFunction("decode", SPEC, tuple(variants), Path(), manifest, 1)
 
 
 @pytest.mark.parametrize(("size", "found"), [(1, 10), (99, 10), (101, 1000), (10**9, 1000)])

@@ -38,7 +38,7 @@ def library(tmp_path, monkeypatch):
     launch["ctas_per_sm"] = 65536 // (launch.pop("threads") * CONFIG["registers"])
     del launch["shared_bytes"]
     variant = LoadedVariant(module["decode"], "decode", 1, True, None, None, CONFIG, launch)
-    loaded = LoadedFunction("decode", (variant,), tmp_path, SimpleNamespace(), PROCESSORS)
+    loaded = LoadedFunction("decode", SPEC, (variant,), tmp_path, SimpleNamespace(), PROCESSORS)
     for module_of_calls in (decode_call, workspace):
         monkeypatch.setattr(module_of_calls, "load", lambda *_: loaded)
     monkeypatch.setattr(decode_call, "_loaded", {})

@@ -61,6 +61,8 @@ class LoadedFunction:
 
     Parameters
     ----------
+    spec
+        What it was asked for.
     variants
         In ascending order of ``size``.
     directory, manifest
@@ -70,6 +72,7 @@ class LoadedFunction:
     """
 
     function: str
+    spec: Spec
     variants: tuple[LoadedVariant, ...]
     directory: Path
     manifest: Manifest
@@ -181,7 +184,7 @@ def _load(function: str, spec: Spec, device: torch.device) -> LoadedFunction:
         )
     _log.info("%s of %s on %s: %s", function, spec.label, device, directory)
     return LoadedFunction(
-        function, tuple(variants), directory, manifest, targets.processors(device)
+        function, spec, tuple(variants), directory, manifest, targets.processors(device)
     )
 
 

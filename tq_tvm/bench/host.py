@@ -1,9 +1,10 @@
 """What an eager call costs the host: everything before the kernel runs on its own.
 
-On a GPU a call returns once the kernel is launched, so a batch of calls that the launch queue holds
-is timed without waiting. On a CPU the kernel runs within the call, and the arguments are checked in
-full, which a GPU's kernel does itself; inputs are as small as they can be, and the kernel alone is
-timed beside.
+Calls are made in torch's inference mode, as engines make them: without it a view of a tensor takes
+twice as long. On a GPU a call returns once the kernel is launched, so a batch of calls that the
+launch queue holds is timed without waiting. On a CPU the kernel runs within the call, and the
+arguments are checked in full, which a GPU's kernel does itself; inputs are as small as they can be,
+and the kernel alone is timed beside.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tq_tvm import ops
+from tq_tvm.artifacts import LoadedVariant
 from tq_tvm.ops import PagedKVCache, paged_decode_workspace_size
 from tq_tvm.spec import CacheSpec
 
@@ -46,6 +48,7 @@ class HostCost(NamedTuple):
     through_torch: float
 
 
+@torch.inference_mode()
 def host_costs(spec: CacheSpec, device: torch.device, batches: int = 50) -> Iterator[HostCost]:
     """Time each call; medians over batches.
 
@@ -110,20 +113,31 @@ def _calls(
 
 def _kernel_call(module: ModuleType, call: Callable[[], object]) -> Callable[[], object]:
     """What ``call`` comes down to, with its arguments."""
-    seen: list[tuple[Any, tuple]] = []
-    original = module.call_kernel  # type: ignore[attr-defined]
+    seen: list[tuple[Callable[..., object], tuple]] = []
 
-    def record(loaded: Any, variant: Any, tensors: tuple, scalars: tuple, check: Any) -> None:
-        seen.append((variant.call, (*tensors, *scalars)))
-        original(loaded, variant, tensors, scalars, check)
+    def recording(kernel: Callable[..., object]) -> Callable[..., object]:
+        def record(*arguments: object) -> object:
+            seen.append((kernel, arguments))
+            return kernel(*arguments)
 
-    module.call_kernel = record  # type: ignore[attr-defined]
+        return record
+
+    kernels = [(variant, variant.call) for variant in _variants(module)]
     try:
+        for variant, kernel in kernels:
+            object.__setattr__(variant, "call", recording(kernel))
         call()
     finally:
-        module.call_kernel = original  # type: ignore[attr-defined]
-    ((function, arguments),) = seen
-    return lambda: function(*arguments)
+        for variant, kernel in kernels:
+            object.__setattr__(variant, "call", kernel)
+    ((launch, given),) = seen
+    return lambda: launch(*given)
+
+
+def _variants(module: ModuleType) -> Iterator[LoadedVariant]:
+    """All that the calls of a module have loaded."""
+    for found in module._loaded.values():
+        yield from getattr(found, "loaded", found).variants
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 
 from tq_tvm.errors import ArgumentTypeError, ArgumentValueError, UnsupportedSpecError
 from tq_tvm.formats import CODECS, POLICIES
@@ -87,7 +88,7 @@ def as_tensor(op: str, name: str, value: Any) -> torch.Tensor:
 def as_tensors(op: str, names: Sequence[str], values: Sequence[Any]) -> Sequence[torch.Tensor]:
     """`as_tensor` of several arguments."""
     for value in values:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, Tensor):
             return [as_tensor(op, n, v) for n, v in zip(names, values, strict=True)]
     return values
 
@@ -131,7 +132,7 @@ def as_policy(op: str, policy: Any) -> str:
     This and `codecs_of` are what torch.compile traces of a format, so they do without caches.
     """
     if type(policy) in (int, QuantPolicy) and policy in POLICIES:
-        return POLICIES[QuantPolicy(policy)]
+        return POLICIES[policy]
     if isinstance(policy, CacheFormat):
         return policy.slug
     return policy if isinstance(policy, str) else format_of(op, policy).name
@@ -394,16 +395,20 @@ def suspect_rows(
     Parameters
     ----------
     compact
-        The kernel compares the strides itself.
+        The rows are compact, which the kernel checks itself, and do not overlap.
     apart
-        The rows must not be the same; other overlaps are left to `check_apart`.
+        They are not the same either.
     """
     try:
         start, other = first.data_ptr(), second.data_ptr()
-        return bool(
-            (start | other) & 15
-            or (not compact and (first.stride(0) | second.stride(0)) & 7)
-            or (apart and start == other)
+        return (
+            (start | other) & 15 != 0
+            or (start == other and apart)
+            or (
+                start != other and -second.nbytes < start - other < first.nbytes
+                if compact
+                else (first.stride()[0] | second.stride()[0]) & 7 != 0
+            )
             or first.is_neg()
             or second.is_neg()
         )

@@ -11,7 +11,14 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, LoadedVariant
 from tq_tvm.errors import ArtifactCorruptError
 
-__all__ = ["call_kernel", "destination_op"]
+__all__ = ["REFUSALS", "call_again", "destination_op"]
+
+REFUSALS = (TypeError, ValueError)
+"""What a kernel raises about its arguments.
+
+It compares dtypes, shapes, strides and devices itself before it launches anything, so the Python
+checks, which say it in the caller's words, need not run before each call.
+"""
 
 _Body = TypeVar("_Body", bound=Callable[..., None])
 
@@ -37,37 +44,19 @@ def destination_op(name: str, mutates: Sequence[str]) -> Callable[[_Body], _Body
 
         @functools.wraps(body)
         def call(*args: Any) -> None:
-            if torch.compiler.is_compiling():
-                op(*args)
-            else:
-                body(*args)
+            (op if torch.compiler.is_compiling() else body)(*args)
 
         return call  # type: ignore[return-value]
 
     return decorate
 
 
-def call_kernel(
-    loaded: LoadedFunction,
-    variant: LoadedVariant,
-    tensors: tuple[torch.Tensor, ...],
-    scalars: tuple[int | float, ...],
-    check: Callable[[], tuple[torch.Tensor, ...]],
+def call_again(
+    loaded: LoadedFunction, variant: LoadedVariant, arguments: Sequence[torch.Tensor | int | float]
 ) -> None:
-    """Call a kernel; let ``check`` explain the arguments that it refuses.
+    """Call a kernel that has refused its arguments, with those that all checks let pass.
 
-    A kernel compares dtypes, shapes, strides and devices itself before it launches anything, so
-    the Python checks, which say it in the caller's words, need not run before each call.
-
-    Parameters
-    ----------
-    loaded, variant
-        The function of a library, and which kernel of it.
-    tensors, scalars
-        The kernel's arguments.
-    check
-        Raises the error that describes the arguments, or returns them with other strides on axes
-        of size 1, on which a kernel insists.
+    They differ in strides of axes of size 1, on which a kernel insists.
 
     Raises
     ------
@@ -75,17 +64,13 @@ def call_kernel(
         The kernel refuses valid arguments: it is not the one that its manifest describes.
     """
     try:
-        variant.call(*tensors, *scalars)
-    except (TypeError, ValueError):
-        checked = check()
-        try:
-            variant.call(*checked, *scalars)
-        except (TypeError, ValueError) as error:
-            raise ArtifactCorruptError(
-                f"load: {variant.symbol} in {loaded.directory} must be the kernel that its "
-                f"manifest describes, got one that refuses valid arguments ({error}); "
-                f"run `{loaded.manifest.build_command}` to build it again"
-            ) from error
+        variant.call(*arguments)
+    except REFUSALS as error:
+        raise ArtifactCorruptError(
+            f"load: {variant.symbol} in {loaded.directory} must be the kernel that its "
+            f"manifest describes, got one that refuses valid arguments ({error}); "
+            f"run `{loaded.manifest.build_command}` to build it again"
+        ) from error
 
 
 def _no_result(*args: Any, **kwargs: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _check_caches, _values
 from tq_tvm.ops._attention import check_attention
-from tq_tvm.ops._library import call_kernel, destination_op
+from tq_tvm.ops._library import REFUSALS, call_again, destination_op
 from tq_tvm.ops.workspace import (
     as_scratch,
     choose_attend_launch,
@@ -22,7 +22,7 @@ from tq_tvm.ops.workspace import (
 )
 from tq_tvm.served import attends_to_one, functions_on
 from tq_tvm.spec import CacheSpec
-from tq_tvm.splits import attend_floats, workspace_floats
+from tq_tvm.splits import attend_floats
 
 __all__ = ["Features", "attend"]
 
@@ -185,7 +185,7 @@ def attend(
         # Without a bound, chunks are taken to be alike.
         most = -(-tokens // batch) if max_seqlen_q is None else min(max_seqlen_q, tokens)
         prefill = load("prefill", spec, q.device)
-        chunk = choose_prefill(prefill, spec, tokens, batch, context, most)
+        chunk = choose_prefill(prefill, tokens, batch, context, most)
     # In a window to the left ``decode`` attends to one run of packed tokens: with no kept ones
     # before it, and no unquantised ones behind.
     one_run = window_left < 0 or (kept_tokens == 0 and not spec.window)
@@ -193,8 +193,7 @@ def attend(
     alone = cu_seqlens_q is None and one_run and "decode_featured" in served
     if alone and not attends_to_one(spec, seen):
         loaded = load("decode_featured", spec, q.device)
-        variant, parts = choose_launch(loaded, spec, batch, seen)
-        floats = workspace_floats(spec, batch, parts, variant.launch)
+        variant, parts, floats = choose_launch(loaded, batch, seen)
         numbers = (parts, sm_scale, soft_cap, window_left)
     else:
         starts, longest = cu_seqlens_q, max_seqlen_q
@@ -204,7 +203,7 @@ def attend(
         if chunk is not None:
             loaded, (variant, parts) = prefill, chunk
         else:
-            variant, parts = choose_attend_launch(loaded, spec, tokens, batch, context, longest)
+            variant, parts = choose_attend_launch(loaded, tokens, batch, context, longest)
             floats = attend_floats(spec, tokens, parts, variant.launch)
         numbers = (parts, *numbers)
     if chunk is None:
@@ -215,16 +214,13 @@ def attend(
             scratch = as_scratch(_OP, workspace, floats, q.device, todo)
         written = (scratch, *written)
 
-    def ordered(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (*inputs[:7], *features, *inputs[7:], *written)
+    def ordered(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | int | float, ...]:
+        return (*inputs[:7], *features, *inputs[7:], *written, *numbers)
 
-    call_kernel(
-        loaded,
-        variant,
-        ordered(inputs),
-        numbers,
-        lambda: ordered(check()[1]),
-    )
+    try:
+        variant.call(*ordered(inputs))
+    except REFUSALS:
+        call_again(loaded, variant, ordered(check()[1]))
 
 
 def _single_starts(batch: int, device: torch.device) -> torch.Tensor:

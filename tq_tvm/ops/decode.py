@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _check_caches, _values
 from tq_tvm.ops._attention import NAMES, check_attention
-from tq_tvm.ops._library import call_kernel, destination_op
+from tq_tvm.ops._library import REFUSALS, call_again, destination_op
 from tq_tvm.ops.attend import Features, attend
 from tq_tvm.ops.workspace import as_scratch, choose_launch
 from tq_tvm.served import attends_to_one, gpus_decode
 from tq_tvm.spec import HEAD_DIMS, CacheFormat, CacheSpec, Codec, QuantPolicy
-from tq_tvm.splits import workspace_floats
 
 __all__ = ["paged_decode"]
 
 _OP = "paged_decode"
-_NO_WINDOW = (None, None, None)
-_PLAIN = tuple(Features())
-_loaded: dict[tuple, tuple[CacheSpec, LoadedFunction]] = {}
+_PLAIN: tuple[Any, ...] = tuple(Features())
+
+
+class _Found(NamedTuple):
+    """What serves calls of some shapes.
+
+    Parameters
+    ----------
+    scaled
+        Whether a cache tensor of the format has a scale.
+    nothing
+        A workspace of no floats.
+    """
+
+    spec: CacheSpec
+    loaded: LoadedFunction
+    scaled: bool
+    nothing: torch.Tensor
+
+
+_loaded: dict[tuple, _Found] = {}
 
 
 def paged_decode(
@@ -123,8 +140,9 @@ def paged_decode(
     out
         ``[B, HQ, DV]``, or ``[T, HQ, DV]``, contiguous, dtype of ``q``; it must not overlap ``q``.
     workspace
-        Contiguous tensor of at least `paged_decode_workspace_size` bytes, of any dtype. None
-        allocates it with torch. Concurrent calls need one each.
+        Contiguous tensor of at least `paged_decode_workspace_size` bytes, of any dtype; float32
+        saves the host a view of it. None allocates it with torch. Concurrent calls need one each.
+        A call that needs none does not look at it.
 
     Returns
     -------
@@ -187,45 +205,36 @@ def paged_decode(
     if workspace is not None:
         workspace = _check.as_tensor(_OP, "workspace", workspace)
     if sm_scale is None:
-        sm_scale = q.shape[-1] ** -0.5 if q.numel() and q.ndim else 1.0
+        shape = q.shape
+        sm_scale = shape[-1] ** -0.5 if shape and shape[-1] else 1.0
     else:
         sm_scale = _check.as_number(_OP, "sm_scale", sm_scale)
     if max_seq_len is not None:
         max_seq_len = _check.as_integer(_OP, "max_seq_len", max_seq_len)
+    k_window, v_window, window_slots = _check.as_window(_OP, window)
     arguments: tuple[Any, ...] = (
         q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, result, workspace,
-        sm_scale, max_seq_len, layout, policy, k_scale, v_scale,
-        *(_NO_WINDOW if window is None else _check.as_window(_OP, window)),
+        sm_scale, max_seq_len, layout, policy, k_scale, v_scale, k_window, v_window, window_slots,
     )  # fmt: skip
     returned = result if out is None else out
     if (
         cu_seqlens_q is max_seqlen_q is window_left is soft_cap is sinks is alibi_slopes is lse
         is None and kept_tokens == 0 and return_lse is False
     ):  # fmt: skip
-        _attend_plainly(*arguments)
+        _decode(*arguments)
         return returned
     features = Features.of(
         q, cu_seqlens_q, max_seqlen_q, window_left, kept_tokens, soft_cap, sinks, alibi_slopes,
         return_lse, lse,
     )  # fmt: skip
     if features.plain:
-        _attend_plainly(*arguments)
+        _decode(*arguments)
     else:
         # Not a sum: torch.compile does not add a named tuple.
         attend(*(*arguments, *features))
     if not return_lse:
         return returned
     return returned, features.lse if lse is None else lse
-
-
-def _attend_plainly(q: torch.Tensor, *others: Any) -> None:
-    """One token a sequence: ``decode``, or ``attend`` where a GPU has no kernel of it."""
-    codecs, out = _check.codecs_of(_OP, others[11]), others[6]
-    shaped = q.is_cuda and q.ndim and out.ndim
-    if shaped and not gpus_decode(*codecs, q.shape[-1], out.shape[-1]):
-        attend(q, *others, *_PLAIN)
-    else:
-        _decode(q, *others)
 
 
 def _new_result(q: torch.Tensor, v_cache: torch.Tensor, codec: Codec) -> torch.Tensor:
@@ -257,28 +266,50 @@ def _decode(
     v_window: torch.Tensor | None,
     window_slots: torch.Tensor | None,
 ) -> None:
-    arguments = (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, out)
-    scales = _check.tensor_scales(_OP, policy, (k_scale, v_scale), q.device)
-    window = _check.given(_check.WINDOW_NAMES, (k_window, v_window, window_slots))
-    caches = _check_caches.kernel_caches((k_cache, v_cache, k_meta, v_meta), scales)
-    inputs: tuple[torch.Tensor, ...] = (q, *caches, block_table, seq_lens, *window.values())
+    tensors = (q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens)
     shape, pages = q.shape, k_cache.shape
     size_of_window = k_window.shape[1:2] if k_window is not None else ()
     key = (shape[1:], pages, out.shape[2:], size_of_window, q.dtype, q.device, layout, policy)
     found = _loaded.get(key)
+    # Nearly every call has none of these: looking at them costs a tenth of it.
+    scales: _check.Scales = (k_scale, v_scale)
+    window: dict[str, torch.Tensor] = {}
+    inputs: tuple[torch.Tensor, ...] = tensors
+    if (
+        found is None
+        or found.scaled
+        or not (k_scale is v_scale is k_window is v_window is window_slots is None)
+    ):
+        scales = _check.tensor_scales(_OP, policy, scales, q.device)
+        window = _check.given(_check.WINDOW_NAMES, (k_window, v_window, window_slots))
+        caches = _check_caches.kernel_caches(tensors[1:5], scales)
+        inputs = (q, *caches, block_table, seq_lens, *window.values())
+
     if (
         found is None
         or not q.is_cuda
         or block_table.ndim != 2
         or _check.suspect_rows(q, out, compact=True, apart=True)
         or _check_caches.suspect_caches(k_cache, v_cache, k_meta, v_meta)
-        or _check_caches.suspect_window(window)
+        or (window and _check_caches.suspect_window(window))
     ):
-        spec, inputs = _check_arguments(arguments, layout, policy, scales, window)
+        codecs = _check.codecs_of(_OP, policy)
+        shaped = q.is_cuda and q.ndim and out.ndim
+        if shaped and not gpus_decode(*codecs, q.shape[-1], out.shape[-1]):
+            attend(
+                q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, out, workspace,
+                sm_scale, max_seq_len, layout, policy, k_scale, v_scale,
+                k_window, v_window, window_slots, *_PLAIN,
+            )  # fmt: skip
+            return
+        spec, inputs = _check_arguments((*tensors, out), layout, policy, scales, window)
         if found is None:
-            found = _loaded[key] = (spec, load("decode", spec, q.device))
-    spec, loaded = found
-    if q.numel() == 0:
+            scaled = any(codec.tensor_scale for codec in codecs)
+            nothing = torch.empty(0, dtype=torch.float32, device=q.device)
+            found = _loaded[key] = _Found(spec, load("decode", spec, q.device), scaled, nothing)
+    spec, loaded, _, nothing = found
+    batch = shape[0]
+    if batch == 0:
         return
     context = block_table.shape[1] * spec.page_size
     if context == 0 or pages[0] == 0:
@@ -287,30 +318,26 @@ def _decode(
     if max_seq_len is not None:
         context = max(min(context, max_seq_len), 1)
     if q.is_cuda and attends_to_one(spec, context):
-        others: tuple[Any, ...] = (
-            workspace, sm_scale, max_seq_len, layout, policy, k_scale, v_scale,
-            k_window, v_window, window_slots,
+        attend(
+            q, k_cache, v_cache, k_meta, v_meta, block_table, seq_lens, out, workspace,
+            sm_scale, max_seq_len, layout, policy, k_scale, v_scale,
+            k_window, v_window, window_slots, *_PLAIN,
         )  # fmt: skip
-        attend(*arguments, *others, *_PLAIN)
         return
-    variant, parts = choose_launch(loaded, spec, shape[0], context)
-    floats = workspace_floats(spec, shape[0], parts, variant.launch)
-    if workspace is None:
+    variant, parts, floats = choose_launch(loaded, batch, context)
+    if floats == 0:
+        scratch = nothing
+    elif workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q.device)
     else:
         todo = "allocate paged_decode_workspace_size(...) bytes"
         scratch = as_scratch(_OP, workspace, floats, q.device, todo)
-    call_kernel(
-        loaded,
-        variant,
-        (*inputs, scratch, out),
-        (parts, sm_scale),
-        lambda: (
-            *_check_arguments(arguments, layout, policy, scales, window)[1],
-            scratch,
-            out,
-        ),
-    )
+    rest = (scratch, out, parts, sm_scale)
+    try:
+        variant.call(*inputs, *rest)
+    except REFUSALS:
+        _, inputs = _check_arguments((*tensors, out), layout, policy, scales, window)
+        call_again(loaded, variant, (*inputs, *rest))
 
 
 def _check_arguments(

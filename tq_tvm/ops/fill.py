@@ -8,7 +8,7 @@ import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _check_caches, _values
-from tq_tvm.ops._library import call_kernel, destination_op
+from tq_tvm.ops._library import REFUSALS, call_again, destination_op
 from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
 __all__ = ["fill_kv_cache"]
@@ -212,13 +212,12 @@ def _fill(
     size = k.numel()
     if size == 0 or not all(map(torch.Tensor.numel, index.values())):
         return
-    call_kernel(
-        loaded,
-        loaded.nearest(size),
-        tensors,
-        (),
-        lambda: _check_arguments(rows, caches, index, layout, policy, scales, window)[1],
-    )
+    variant = loaded.nearest(size)
+    try:
+        variant.call(*tensors)
+    except REFUSALS:
+        tensors = _check_arguments(rows, caches, index, layout, policy, scales, window)[1]
+        call_again(loaded, variant, tensors)
 
 
 def _check_arguments(

@@ -8,7 +8,7 @@ import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check, _check_caches, _values
-from tq_tvm.ops._library import call_kernel, destination_op
+from tq_tvm.ops._library import REFUSALS, call_again, destination_op
 from tq_tvm.spec import CacheFormat, CacheSpec, QuantPolicy
 
 __all__ = ["flatten_kv_cache"]
@@ -181,13 +181,11 @@ def _flatten(
         k_out.zero_()
         v_out.zero_()
         return
-    call_kernel(
-        loaded,
-        loaded.nearest(size),
-        tensors,
-        (),
-        lambda: _check_arguments(arguments, layout, policy, scales)[1],
-    )
+    variant = loaded.nearest(size)
+    try:
+        variant.call(*tensors)
+    except REFUSALS:
+        call_again(loaded, variant, _check_arguments(arguments, layout, policy, scales)[1])
 
 
 def _check_arguments(

@@ -9,7 +9,7 @@ import torch
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.errors import UnsupportedSpecError
 from tq_tvm.ops import _check, _check_caches, _values
-from tq_tvm.ops._library import call_kernel, destination_op
+from tq_tvm.ops._library import REFUSALS, call_again, destination_op
 from tq_tvm.ops.workspace import as_scratch, choose_mla_launch
 from tq_tvm.spec import LATENT_DIMS, CacheFormat, CacheSpec
 from tq_tvm.splits import mla_floats
@@ -196,7 +196,7 @@ def _mla(
         return
     if max_seq_len is not None:
         context = max(min(context, max_seq_len), 1)
-    variant, parts = choose_mla_launch(loaded, spec, batch, context)
+    variant, parts = choose_mla_launch(loaded, batch, context)
     floats = mla_floats(spec, batch, parts, variant.launch)
     if workspace is None:
         scratch = torch.empty(floats, dtype=torch.float32, device=q_latent.device)
@@ -204,13 +204,11 @@ def _mla(
         todo = "allocate as many, or pass workspace=None"
         scratch = as_scratch(_OP, workspace, floats, q_latent.device, todo, "q_latent")
     wanted = scratch[:0].expand(batch, 0) if lse is None else lse
-    call_kernel(
-        loaded,
-        variant,
-        (*inputs, scratch, out, wanted),
-        (parts, sm_scale),
-        lambda: (*_check_arguments(*checked)[1], scratch, out, wanted),
-    )
+    rest = (scratch, out, wanted, parts, sm_scale)
+    try:
+        variant.call(*inputs, *rest)
+    except REFUSALS:
+        call_again(loaded, variant, (*_check_arguments(*checked)[1], *rest))
 
 
 def _check_arguments(

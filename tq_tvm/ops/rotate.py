@@ -8,7 +8,7 @@ import torch
 
 from tq_tvm.artifacts import LoadedFunction, load
 from tq_tvm.ops import _check
-from tq_tvm.ops._library import call_kernel, destination_op
+from tq_tvm.ops._library import REFUSALS, call_again, destination_op
 from tq_tvm.served import check_target
 from tq_tvm.spec import RotateSpec
 
@@ -78,16 +78,14 @@ def _rotate(x: torch.Tensor, out: torch.Tensor) -> None:
     size = x.numel()
     if size == 0:
         return
-    x_at, out_at = x.data_ptr(), out.data_ptr()
-    if x_at != out_at and abs(x_at - out_at) < size * x.element_size():
-        actual = f"a start {out_at - x_at} bytes after it"
-        _check.fail(_OP, "out", "x itself or apart from it", actual, "pass another tensor")
     if loaded is None:
         spec = RotateSpec(shape[-1], _check.dtype_name(x.dtype))
         loaded = _loaded[key] = load("rotate", spec, x.device)
-    rows = (size // shape[-1], shape[-1])
-    tensors = (x.view(rows), out.view(rows))
-    call_kernel(loaded, loaded.nearest(size), tensors, (), lambda: _check_arguments(x, out))
+    variant = loaded.nearest(size)
+    try:
+        variant.call(x.view(-1, shape[-1]), out.view(-1, shape[-1]))
+    except REFUSALS:
+        call_again(loaded, variant, _check_arguments(x, out))
 
 
 def _check_arguments(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -104,4 +102,7 @@ def _check_arguments(x: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, 
     for name, tensor in tensors.items():
         _check.check_compact(_OP, name, tensor)
         _check.check_alignment(_OP, name, tensor, 16)
+    if x.numel() and 0 < abs(x.data_ptr() - out.data_ptr()) < x.nbytes:
+        actual = f"a start {out.data_ptr() - x.data_ptr()} bytes after it"
+        _check.fail(_OP, "out", "x itself or apart from it", actual, "pass another tensor")
     return x.reshape(-1, dim), out.view(-1, dim)

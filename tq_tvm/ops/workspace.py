@@ -131,12 +131,14 @@ def _attend_floats(spec: CacheSpec, max_tokens: int, max_context: int, device: t
 
 @functools.lru_cache(maxsize=4096)
 def choose_launch(
-    loaded: LoadedFunction, spec: CacheSpec, batch: int, context: int
-) -> tuple[LoadedVariant, int]:
-    """Choose the variant for a problem, and the number of parts."""
+    loaded: LoadedFunction, batch: int, context: int
+) -> tuple[LoadedVariant, int, int]:
+    """Choose the variant for a problem, the number of parts, and floats of workspace."""
+    spec = _cache_spec(loaded)
     size = max(batch * spec.num_kv_heads * context * spec.head_dim, 1)
     variant = loaded.nearest(size, batch)
-    return variant, count_parts(loaded, variant, spec, batch, context)
+    parts = count_parts(loaded, variant, spec, batch, context)
+    return variant, parts, workspace_floats(spec, batch, parts, variant.launch)
 
 
 def count_parts(
@@ -150,13 +152,13 @@ def count_parts(
 @functools.lru_cache(maxsize=4096)
 def choose_attend_launch(
     loaded: LoadedFunction,
-    spec: CacheSpec,
     tokens: int,
     batch: int,
     context: int,
     longest: int | None,
 ) -> tuple[LoadedVariant, int]:
     """Choose the variant of ``attend`` for a problem, and the number of parts."""
+    spec = _cache_spec(loaded)
     if all("rows" in variant.launch for variant in loaded.variants):
         queries = -(-tokens // batch) if longest is None else longest
         loaded = loaded.of_rows(queries * spec.group_size)
@@ -168,9 +170,10 @@ def choose_attend_launch(
 
 @functools.lru_cache(maxsize=4096)
 def choose_mla_launch(
-    loaded: LoadedFunction, spec: CacheSpec, batch: int, context: int
+    loaded: LoadedFunction, batch: int, context: int
 ) -> tuple[LoadedVariant, int]:
     """Choose the variant of ``mla`` for a problem, and the number of parts."""
+    spec = _cache_spec(loaded)
     variant = loaded.nearest(max(batch * context * spec.head_dim, 1))
     _check_launch(loaded, variant, mla_launch_keys(variant.launch))
     return variant, mla_parts(spec, batch, context, variant.launch, loaded.processors)
@@ -178,12 +181,13 @@ def choose_mla_launch(
 
 @functools.lru_cache(maxsize=4096)
 def choose_prefill(
-    loaded: LoadedFunction, spec: CacheSpec, tokens: int, batch: int, context: int, longest: int
+    loaded: LoadedFunction, tokens: int, batch: int, context: int, longest: int
 ) -> tuple[LoadedVariant, int] | None:
     """Choose the variant of ``prefill`` for a problem, and the number of parts.
 
     None where ``attend`` serves it better, see `prefills`.
     """
+    spec = _cache_spec(loaded)
     if all("rows" in variant.launch for variant in loaded.variants):
         loaded = loaded.of_rows(longest * spec.group_size)
     variant = loaded.nearest(max(tokens * spec.num_kv_heads * context * spec.head_dim, 1))
@@ -191,6 +195,11 @@ def choose_prefill(
     if not prefills(spec, tokens, context, longest, variant.launch, loaded.processors):
         return None
     return variant, prefill_parts(spec, tokens, context, variant.launch, loaded.processors)
+
+
+def _cache_spec(loaded: LoadedFunction) -> CacheSpec:
+    assert isinstance(loaded.spec, CacheSpec)
+    return loaded.spec
 
 
 def _check_launch(loaded: LoadedFunction, variant: LoadedVariant, keys: tuple[str, ...]) -> None:
@@ -211,7 +220,7 @@ def as_scratch(
 
     ``todo`` is the advice where it is too small, ``query`` the argument whose device it shares.
     """
-    size = workspace.numel() * workspace.element_size()
+    size = workspace.nbytes
     if (
         workspace.ndim == 1
         and workspace.device == device
