@@ -70,3 +70,11 @@ def test_misaligned_stride(rows):
 
 def test_the_same_rows(rows):
     assert suspect_rows(rows, rows, apart=True)
+
+
+@pytest.mark.parametrize("ahead", [4, -4])
+def test_rows_that_overlap(ahead):
+    many = torch.zeros(16, 64, dtype=torch.bfloat16)
+    first, second = many[4:12], many[4 + ahead : 12 + ahead]
+    assert suspect_rows(first, second, compact=True)
+    assert not suspect_rows(many[:8], many[8:], compact=True, apart=True)

@@ -75,7 +75,8 @@ def _calls(
     cache = PagedKVCache(spec, 2, device)
     tensors = cache.tensors()
     rows = torch.zeros(1, spec.num_kv_heads, spec.head_dim, dtype=dtype, device=device)
-    k, v, turned = rows, rows.clone(), torch.empty_like(rows)
+    k, v = rows, rows.clone()
+    flat, turned = rows[0], torch.empty_like(rows[0])
     q = torch.zeros(1, spec.num_q_heads, spec.head_dim, dtype=dtype, device=device)
     out = torch.empty_like(q)
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
@@ -85,7 +86,7 @@ def _calls(
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     pair = (torch.empty_like(rows), torch.empty_like(rows))
     return {
-        "hadamard_rotate": (ops.rotate, lambda: ops.hadamard_rotate(rows, out=turned)),
+        "hadamard_rotate": (ops.rotate, lambda: ops.hadamard_rotate(flat, out=turned)),
         "fill_kv_cache": (
             ops.fill,
             lambda: ops.fill_kv_cache(k, v, *tensors, slot_mapping=slots, layout=spec.layout),

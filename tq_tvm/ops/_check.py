@@ -401,17 +401,14 @@ def suspect_rows(
     """
     try:
         start, other = first.data_ptr(), second.data_ptr()
-        return (
-            (start | other) & 15 != 0
-            or (start == other and apart)
-            or (
-                start != other and -second.nbytes < start - other < first.nbytes
-                if compact
-                else (first.stride()[0] | second.stride()[0]) & 7 != 0
-            )
-            or first.is_neg()
-            or second.is_neg()
-        )
+        if (start | other) & 15 or first.is_neg() or second.is_neg():
+            return True
+        if not compact:
+            steps = first.stride()[0] | second.stride()[0]
+            return steps & 7 != 0 or (apart and start == other)
+        if start == other:
+            return apart
+        return -second.nbytes < start - other < first.nbytes
     except (IndexError, RuntimeError):  # a scalar, a tensor without memory
         return True
 
