@@ -120,8 +120,12 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     A CTA of eight warps has an SM to itself, and half as many pieces to merge as two of four have:
     43 us of 70 at 16 x 4096 of 32/8 heads, 69 of 90 at 64 x 1024, 70 of 93 at 1 x 131072 and 250 of
     257 at 64 x 8192 (4 query tokens, k4v2, H100); of rows of 256 values 154 of 198 (64 x 8192, 16/2
-    heads, 2 query tokens). Where rows are made in shared memory they take longer, 469 of 417 in
-    int8.
+    heads, 2 query tokens). Where rows are made in shared memory they take longer.
+
+    Keys of direct codecs: of 8 bits 32 tokens at a time, of which four warps take as long as eight,
+    but less of short sequences (int8, one query token, H200: 262 us of 265 at 64 x 8192, 92 of 112
+    at 256 x 512, but 45 of 41 at 16 x 4096); of 4 bits 64 at a time (167 of 187 at 64 x 8192), but
+    for few tokens (42 of 51 at 64 x 1024, 31 of 43 at 16 x 4096).
     """
     values = dict(DEFAULTS[kind])
     if kind != "cuda":
@@ -129,6 +133,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     queries = 1 if sizes is None else -(-sizes["tokens"] // sizes["batch"])
     widest = max(spec.head_dim, spec.value_dim)
     tall = queries * spec.group_size > 16 and widest <= 128
+    key = spec.cache_format.key
     if not FragmentShape.serves(spec):
         values.update(warps=4, lanes=2, tile=32, registers=255 if tall else 168)
     elif tall:
@@ -139,6 +144,9 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
         if short_tiles and sizes is not None and not _is_short(spec, sizes):
             # 387 us of 405 at 64 x 8192 (k4v2, 8 tokens, H200).
             values.update(warps=4)
+    elif key.family != "lloyd_max":
+        few = sizes is not None and 2 * _tokens(spec, sizes) <= _FEW
+        values.update(warps=8 if few else 4, tile=64 if key.bits == 4 and not few else 32)
     elif sizes is not None and _is_short(spec, sizes):
         values.update(tile=32)
     if tall:
@@ -150,14 +158,18 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     if parts > 1:
         # Its warps make the 16 rows of a tile together.
         values.update(warps=parts, lanes=4 if parts == 2 else 8)
-    if not _looks_up(spec):
+    if not FragmentShape.serves(spec) and not _looks_up(spec):
         # Rows that are not packed much take shared memory, which so many warps wait for.
         values.update(tile=16, lanes=DIRECT_LANES)
     return fitted(values, parts, lambda tried: rejected(spec, kind, tried, limit_of(sizes)))
 
 
 def _is_short(spec: CacheSpec, sizes: Mapping[str, int]) -> bool:
-    return sizes["batch"] * sizes["table_width"] * spec.page_size <= _FEW
+    return _tokens(spec, sizes) <= _FEW
+
+
+def _tokens(spec: CacheSpec, sizes: Mapping[str, int]) -> int:
+    return sizes["batch"] * sizes["table_width"] * spec.page_size
 
 
 def limit_of(sizes: Mapping[str, int] | None) -> int:

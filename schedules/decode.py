@@ -108,6 +108,9 @@ _WIDE_VALUES = {"abreast": 2, "tile": 32, "reach": 2, "promoted": 256}
 _TWO_WARPS = {"warps": 2, "query_in_shared": 0, "headroom": 2, "promoted": 256}
 _SMALL_CTAS = _WIDE_VALUES | _TWO_WARPS
 
+_MANY = 1 << 19
+"""Tokens of a batch from which on CTAs of two warps take less, too, with values of 2 bits."""
+
 _BRIEF = 1 << 10
 """Tokens of a sequence up to which CTAs have less to do than to begin and to end."""
 
@@ -156,7 +159,9 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     of 252 at 64 x 8192). So they are for many sequences of up to `_BRIEF` tokens, of which more are
     resident: at 64 x 1024, 128 x 1024 and 256 x 512 on an H200 k4v2 takes 26 us of 29, 43 of 54 and
     51 of 65, tq22 24 of 28, 40 of 54 and 48 of 67, tq42 28 of 32, 49 of 60 and 56 of 70. Of longer
-    ones they take as long or longer (32 x 2048: 27 of 25, 16 x 32768: 132 of 128).
+    ones they take as long or longer (32 x 2048: 27 of 25), but for batches of `_MANY` tokens: k4v2
+    126 of 128 at 64 x 8192 and 124 of 124 at 16 x 32768, 167 of 178 at 128 x 4096 of 64/8 heads (51
+    of 35 at 64 x 1024 of these), tq22 106 of 110 and 104 of 104.
 
     With ``sizes``, which stand for a GPU that has clusters, those of `SHORT` where they are short.
     Rows of 512 values leave room for few warps' sums; their decisions took 711 us of 848 with
@@ -179,7 +184,8 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     fmt = spec.cache_format
     bits, dim, narrow = fmt.value.bits, spec.head_dim, fmt.key.bits == 2
     brief = dim == 128 and sizes is not None and tokens <= _BRIEF * sizes["batch"]
-    brief = brief and (bits == 2 or (bits == 3 and narrow))
+    brief = brief and (bits == 2 or (bits == 3 and narrow)) and spec.group_size <= 4
+    many = dim == 128 and sizes is not None and tokens >= _MANY and bits == 2
     small = (
         (bits == 2 and dim == 64)
         or (bits == 3 and dim == 128 and not brief)
@@ -188,7 +194,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     for wanted, others in (
         (narrow, _NARROW_KEYS),
         (bits == 4, _WIDE_VALUES),
-        (brief and spec.group_size <= 4, _TWO_WARPS),
+        (brief or many, _TWO_WARPS),
         (small and spec.group_size <= 4, _SMALL_CTAS),
     ):
         # Two heads of more than 4 queries, or of 256 values, exceed shared memory.

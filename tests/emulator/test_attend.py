@@ -37,6 +37,9 @@ CASES = {
     "fp8": (CacheSpec(64, 4, 1, 32, "bfloat16", "bhsd", "fp8"), TALL),
     "none": (CacheSpec(64, 8, 2, 8, "bfloat16", "bshd", "none"), WIDE),
     "int8_mse4": (CacheSpec(64, 4, 1, 64, "float16", "bshd", "tq84"), WIDE),
+    "int8_256": (CacheSpec(256, 4, 1, 16, "bfloat16", "bhsd", "int8"), PAIR),
+    "qjl4_int8": (CacheSpec(128, 8, 2, 32, "bfloat16", "bshd", "qjl4-int8-signed-norm"), WIDE),
+    "fp8_int4": (CacheSpec(128, 6, 1, 16, "float16", "bhsd", "fp8-int4"), TALL),
     "d128v64": (CacheSpec(128, 8, 2, 64, "bfloat16", "bshd", "tq42", 64), TALL),
     "d64v256": (CacheSpec(64, 4, 1, 16, "float16", "bhsd", "int8-fp8", 256), FLAT),
     "d80": (CacheSpec(80, 4, 1, 8, "bfloat16", "bhsd", "tq33"), WIDE),
@@ -59,6 +62,7 @@ CASES = {
     "window_one": (CacheSpec(64, 6, 1, 8, "float16", "bhsd", MSE3, window=1), TALL),
     "window_d512": (CacheSpec(512, 4, 1, 16, "bfloat16", "bshd", "tq42", window=50), PAIR),
     "window_d80v576": (CacheSpec(80, 3, 1, 8, "float16", "bhsd", "int8", 576, window=40), TRIO),
+    "window_int8": (CacheSpec(64, 4, 1, 16, "float16", "bshd", "int8-fp8", window=20), WIDE),
     "window_none": (CacheSpec(64, 4, 1, 16, "bfloat16", "bhsd", "fp8-none", window=128), TALL),
 }
 FEW = {"lengths": [300, 3, 200, 0, 65, 40, 0], "queries": [4, 1, 8, 0, 2, 0, 1]}

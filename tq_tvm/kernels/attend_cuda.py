@@ -250,6 +250,8 @@ def _attend(
     query, output = warp_rows(shape.spec, words, exchange)
     walk = _walk(shape, words, caches, kv_head, warp, lane, options, unknown_zero(shares.total[0]))
     softmax = Softmax(shape.rows, g, t, options)
+    if shape.in_registers and shape.fragments.value_zeros:
+        softmax.offset = local((shape.config.row_tiles, 2), "float32")
     now, ahead, last = (local(1, "int32") for _ in range(3))
     window, until = None, last
     if rings is not None:

@@ -41,10 +41,12 @@ from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
 from tq_tvm.kernels.attend_bytes import ByteKeys
+from tq_tvm.kernels.attend_direct import DirectKeys
 from tq_tvm.kernels.attend_halves import HalfKeys
 from tq_tvm.kernels.attend_rows import QueryRows, Softmax
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.attend_values import FragmentValues, TokenScales
+from tq_tvm.kernels.chunk_rows import CHUNK_WORDS, turned
 from tq_tvm.kernels.device import (
     FULL_WARP,
     LOG2E,
@@ -58,16 +60,17 @@ from tq_tvm.kernels.device import (
     i32,
     let,
     local,
+    low_half,
     pointer,
     ptx,
     shared_address,
+    shuffle_xor,
     store,
     u32,
     warp_barrier,
     when,
 )
-from tq_tvm.kernels.fragment_shape import FragmentShape
-from tq_tvm.kernels.lookup_cuda import row_scale
+from tq_tvm.kernels.fragment_shape import CODE_UNIT, FragmentShape
 from tq_tvm.kernels.page_address import PageAddress, TableRow, as_pointer
 
 __all__ = ["Fragments"]
@@ -138,31 +141,38 @@ class Fragments:
         self._shorts = local((self._turns, 2), "uint16")
         self._wanted, self._row = local(self._turns, "uint32"), TableRow()
         self._scales = TokenScales(shape, words, begin + 2 * shape.value_words, g, t)
-        own = 4 * shape.key_words
+        own = 4 * shape.key_load
         key_bytes = shape.key.packed_bytes(spec.head_dim)
         value_bytes = shape.value.packed_bytes(spec.head_dim)
         # Lanes that copy a row of V: as many as it has chunks, or the next power of two.
-        self._sharing = 1 << (shape.chunks - 1).bit_length()
+        self._sharing = shape.row_chunks
         self._copied = min(32 // self._sharing, shape.tile)
         chunk, token = let(lane % self._sharing), let(T.truncdiv(lane, self._sharing))
-        self._chunk = chunk
-        to = pointer(words, chunk * shape.value_plane + token * 4)
+        self._chunk, self._copied_token = chunk, token
+        moved = T.bitwise_xor(chunk, turned(token, shape.row_chunks))
+        to = pointer(words, token * shape.row_words + moved * CHUNK_WORDS)
         self._to = held("uint32", shared_address(to), lane)
         self._k = _Place(shape, k, key_bytes, 1, head, g, 8, t * own, lane)
         self._v = _Place(shape, v, value_bytes, 1, head, token, self._copied, chunk * 16, lane)
         scaled = min(32, shape.tile)
-        self._k_meta, self._v_meta = (
+        self._meta_places = [
             _Place(shape, meta, len(codec.meta), 2, head, lane % scaled, scaled, 0, lane)
+            if codec.meta
+            else None
             for meta, codec in ((k_meta, shape.key), (v_meta, shape.value))
-        )
+        ]
+        self._tensor_scales = [
+            let(meta.buffer[0]) if codec.tensor_scale else None
+            for meta, codec in ((k_meta, shape.key), (v_meta, shape.value))
+        ]
         if shape.key_planes > 1:
             # Lanes that are two apart read the same third bits.
             self._third = let(spec.head_dim // 4 + (t % 2 - t) * own)
-        unit = spec.head_dim**-0.5
-        keys = ByteKeys if shape.in_bytes else HalfKeys
+        coded = HalfKeys if shape.key.family == "lloyd_max" else DirectKeys
+        keys = ByteKeys if shape.in_bytes else coded
         self._keys = keys(shape, words, lane, unknown_zero)
-        self._key_factor = let(sm_scale * f32(LOG2E * unit * self._keys.score_unit))
-        self._value_factor = unit / shape.value_unit
+        self._key_factor = let(sm_scale * f32(LOG2E * shape.key_factor * self._keys.score_unit))
+        self._value_factor = shape.value_factor
         self._bound, self._inverse = local(1, "float32"), local(1, "float32")
         self._values = FragmentValues(shape, words, lane, unknown_zero)
         # The tile of V that is copied to; the other one is read.
@@ -182,12 +192,28 @@ class Fragments:
 
     def finish(self, softmax: Softmax) -> None:
         """Give the output its unit."""
+        if self._shape.value_zeros:
+            self._subtract_zeros(softmax)
         self._scale_output(softmax, let(self._bound[0] * f32(1 / _ROOM)))
+
+    @staticmethod
+    def _subtract_zeros(softmax: Softmax) -> None:
+        """What zeros of V add to every value; lanes have sums of their tokens."""
+        for tile, half in softmax.places:
+            for mask in (1, 2):
+                other = shuffle_xor(softmax.offset[tile, half], mask)
+                store(softmax.offset, softmax.offset[tile, half] + other, tile, half)
+            for octet, e in itertools.product(range(int(softmax.output.shape[1])), range(2)):
+                index = (tile, octet, 2 * half + e)
+                store(softmax.output, softmax.output[index] - softmax.offset[tile, half], *index)
 
     @staticmethod
     def _scale_output(softmax: Softmax, factor) -> None:
         for index in itertools.product(*(range(int(n)) for n in softmax.output.shape)):
             store(softmax.output, softmax.output[index] * factor, *index)
+        if softmax.offset is not None:
+            for at in softmax.places:
+                store(softmax.offset, softmax.offset[at] * factor, *at)
 
     def begin(self, table, sequence) -> None:
         """Go to a sequence's row of the table, before `find_pages`."""
@@ -218,28 +244,31 @@ class Fragments:
         Scales of tokens that no row of the block sees are zeros, and codes whatever is there.
         """
         shape = self._shape
-        for place in (self._k, self._v, self._k_meta, self._v_meta):
-            place.move(self._page, self._offset[0])
-        wide = min(4, shape.key_words)
+        for place in (self._k, self._v, *self._meta_places):
+            if place is not None:
+                place.move(self._page, self._offset[0])
+        wide = shape.key_load
         # Third bits share sectors with pairs.
         kept = "" if shape.key_planes > 1 else ".L1::no_allocate"
         for octet in range(shape.octets):
             for i in range(0, shape.key_words, wide):
-                self._load_codes(octet, i, wide, kept, self._k.pointer(8 * octet, 4 * i))
+                # Lanes are neighbours in each load.
+                self._load_codes(octet, i, wide, kept, self._k.pointer(8 * octet, 16 * i))
             if shape.key_planes > 1:
                 for i in range(0, shape.key_words, wide):
                     at = self._k.pointer(8 * octet, 4 * i, self._third)
                     self._load_codes(octet, shape.key_words + i, wide, kept, at)
-        self._copy_values()
+        self._copy_values(first, seen)
         # Without branches, which all that follows would wait for: all scales are read.
         for turn in range(self._turns):
             exists = seen.includes(let(first + (self._lane + 32 * turn)))
             if shape.tile < 32:
                 exists = T.And(self._lane < shape.tile, exists)
             store(self._wanted, T.Select(exists, u32(0xFFFFFFFF), u32(0)), turn)
-            for side, (place, codec) in enumerate(
-                ((self._k_meta, shape.key), (self._v_meta, shape.value))
-            ):
+            for side, codec in enumerate((shape.key, shape.value)):
+                place = self._meta_places[side]
+                if place is None:
+                    continue
                 at = place.pointer(32 * turn)
                 if len(codec.meta) == 2:
                     ptx("ld.global.nc.u32", self._metas[turn, side], at)
@@ -251,13 +280,19 @@ class Fragments:
         registers = [self._codes[octet, first + e] for e in range(count)]
         access(f"ld.global.nc{kept}.L2::128B", registers, pointer)
 
-    def _copy_values(self) -> None:
+    def _copy_values(self, tile_first, seen: Seen) -> None:
         shape = self._shape
+        # Codes that may be no numbers are so times a weight of zero, too.
+        checked = not shape.value.meta
 
         def copy() -> None:
             for first in range(0, shape.tile, self._copied):
-                place = self._to + T.cast(self._tile[0] * 4, "uint32") + u32(16 * first)
-                ptx("cp.async.cg.shared.global.L2::128B", place, self._v.pointer(first), 16)
+                place = self._place_of(first)
+                operands = [place, self._v.pointer(first), 16]
+                if checked:
+                    exists = seen.includes(let(tile_first + first + self._copied_token))
+                    operands.append(let(T.Select(exists, u32(16), u32(0))))
+                ptx("cp.async.cg.shared.global.L2::128B", *operands)
 
         # Lanes for which a row has no chunk, or the tile no row.
         with contextlib.ExitStack() as conditions:
@@ -266,6 +301,14 @@ class Fragments:
             if self._copied * self._sharing < 32:
                 conditions.enter_context(when(self._lane < self._copied * self._sharing))
             copy()
+
+    def _place_of(self, first: int):
+        """Where a lane copies to, of the tokens from ``first`` on."""
+        shape = self._shape
+        # Of fewer than eight tokens at a time bits of their number add up.
+        moved = 16 * turned(first, shape.row_chunks)
+        to = T.bitwise_xor(self._to, u32(moved)) if moved else self._to
+        return to + T.cast(self._tile[0] * 4, "uint32") + u32(4 * shape.row_words * first)
 
     def turn(self) -> None:
         """All copies of a tile, or none, are under way: go to the other place."""
@@ -289,6 +332,14 @@ class Fragments:
         warp_barrier()
         self._values.add(softmax, scores, self._tile[0], self._scales)
 
+    def _row_scale(self, side: int, turn: int):
+        """The scale of the lane's token, of K or V; zero of a token that is not wanted."""
+        shape, dtype, meta = self._shape, self._shape.spec.dtype, self._metas[turn, side]
+        codec = (shape.key, shape.value)[side]
+        if codec.tensor_scale:
+            return as_float(meta)
+        return low_half(dtype, meta) if len(codec.meta) == 2 else from_half(dtype, meta)
+
     def _leave_scales(self, softmax: Softmax) -> None:
         """Factors of the lane's tokens, where all lanes read them."""
         shape, dtype = self._shape, self._shape.spec.dtype
@@ -300,10 +351,11 @@ class Fragments:
                 found = self._metas[turn, side]
                 if len(codec.meta) == 1:
                     found = T.cast(self._shorts[turn, side], "uint32")
+                if codec.tensor_scale:
+                    found = as_bits(self._tensor_scales[side])
                 store(self._metas, T.bitwise_and(found, self._wanted[turn]), turn, side)
             # Of lanes that have no token it is zero.
-            value = from_half(dtype, self._metas[turn, 1]) * f32(self._value_factor)
-            store(values, value, turn)
+            store(values, self._row_scale(1, turn) * f32(self._value_factor), turn)
             store(top, T.max(top[0], as_bits(T.fabs(values[turn]))))
         # Of floats that are not negative, bits have their order.
         ptx("redux_sync.max.u32", top[0], top[0], u32(FULL_WARP))
@@ -315,11 +367,14 @@ class Fragments:
 
         def leave(turn: int) -> None:
             token, key = let(self._lane + 32 * turn), self._metas[turn, 0]
-            self._scales.leave_key(token, row_scale(dtype, shape.key, key) * self._key_factor)
-            if shape.key.residual_sign:
+            self._scales.leave_key(token, self._row_scale(0, turn) * self._key_factor)
+            if len(shape.key.meta) == 2:
                 residual = high_half(dtype, key) * f32(self._keys.residual_unit)
                 self._scales.leave_residual(token, self._keys.residual_word(residual))
             self._scales.leave_value(token, values[turn] * self._inverse[0])
+            if shape.value_zeros:
+                zero = high_half(dtype, self._metas[turn, 1]) * f32(CODE_UNIT)
+                self._scales.leave_offset(token, values[turn] * self._inverse[0] * zero)
 
         for turn in range(self._turns):
             if shape.tile >= 32:

@@ -110,9 +110,13 @@ class HalfKeys:
                         b = [found[i][field, half] for half in range(2)]
                         mma(PRODUCTS["float16"], result, operand, b, start)
                     operand = following
-        for octet in range(shape.octets):
+        self._scale(scores, scales)
+
+    def _scale(self, scores, scales: TokenScales) -> None:
+        """Multiply scores by the factors of their tokens."""
+        for octet in range(self._shape.octets):
             factors = scales.keys(octet)
-            for m, e in itertools.product(tiles, range(4)):
+            for m, e in itertools.product(range(self._shape.row_tiles), range(4)):
                 store(scores, scores[m, octet, e] * factors[e % 2], m, octet, e)
 
     def _queries(self, step: int) -> list:

@@ -181,6 +181,8 @@ class Softmax:
         # Where the tokens end that are attended to, if rows see more than those.
         self.end: Any = None
         self.output = local((tiles, shape.columns // 8, 4), "float32")
+        # What all values of a row's output are less by, until they are finished.
+        self.offset: Any = None
         self._sloped = let(T.cast(options.alibi_slopes.shape[0], "int32") > 0)
         self._featured = let(T.Or(self._sloped, options.soft_cap > f32(0)))
 
@@ -192,6 +194,8 @@ class Softmax:
             store(self.bound, f32(LOWEST), *at)
             store(self.total, f32(0), *at)
             store(self._slope, f32(0), *at)
+            if self.offset is not None:
+                store(self.offset, f32(0), *at)
             with when(T.And(self._sloped, rows.exists(row))):
                 slope = self._options.alibi_slopes[rows.head(row)]
                 store(self._slope, slope * f32(LOG2E), *at)
@@ -288,6 +292,8 @@ class Softmax:
             shrink = let(T.exp2(self.bound[at] - top[at]))
             store(self.bound, top[at], *at)
             store(self.total, self.total[at] * shrink, *at)
+            if self.offset is not None:
+                store(self.offset, self.offset[at] * shrink, *at)
             for octet in range(self._shape.columns // 8):
                 for e in range(2):
                     index = (tile, octet, 2 * half + e)

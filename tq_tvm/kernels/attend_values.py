@@ -20,7 +20,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tq_tvm.kernels.attend_direct import TOKENS, find_direct
 from tq_tvm.kernels.attend_rows import Softmax
+from tq_tvm.kernels.chunk_rows import CHUNK_WORDS, turned
 from tq_tvm.kernels.device import (
     PAIR,
     access,
@@ -30,9 +32,10 @@ from tq_tvm.kernels.device import (
     mma,
     pointer,
     ptx,
+    store,
     u32,
 )
-from tq_tvm.kernels.fragment_shape import FragmentShape
+from tq_tvm.kernels.fragment_shape import LINE_WORDS, FragmentShape
 from tq_tvm.kernels.hadamard_cuda import PRODUCTS
 from tq_tvm.kernels.lookup_cuda import (
     Chain,
@@ -52,13 +55,15 @@ __all__ = ["FragmentValues", "TokenScales"]
 class TokenScales:
     """Factors of a tile's tokens, from word ``begin`` on: of scores, then of weights.
 
-    For keys with signs of residuals then a word of each token's residual.
+    For keys with signs of residuals, or zeros, then a word of each token's; for values with zeros
+    what those add to a weight of 1.
     """
 
     def __init__(self, shape: FragmentShape, words, begin, g, t) -> None:
         self._shape, self._words, self._g, self._t = shape, words, g, t
         self._keys, self._values = begin, begin + shape.tile
         self._residuals = begin + 2 * shape.tile
+        self._offsets = self._residuals + (shape.tile if len(shape.key.meta) == 2 else 0)
 
     def leave_key(self, token, factor) -> None:
         """The factor of a token's scores."""
@@ -71,6 +76,14 @@ class TokenScales:
     def leave_value(self, token, factor) -> None:
         """The factor of a token's weights."""
         ptx("st.shared.f32", pointer(self._words, self._values + token), factor)
+
+    def leave_offset(self, token, offset) -> None:
+        """What a token's zero adds to the output, times its weight."""
+        ptx("st.shared.f32", pointer(self._words, self._offsets + token), offset)
+
+    def offsets(self, octet: int):
+        """What was left of tokens 2 t and 2 t + 1 of an octet."""
+        return self._pair(self._offsets, octet)
 
     def keys(self, octet: int):
         """Factors of scores of tokens 2 t and 2 t + 1 of an octet."""
@@ -103,7 +116,9 @@ class FragmentValues:
 
     def __init__(self, shape: FragmentShape, words, lane, unknown_zero) -> None:
         self._shape, self._words, self._lane = shape, words, lane
-        self._table = self._table_of_levels(unknown_zero)
+        self._table = None
+        if shape.value.family == "lloyd_max":
+            self._table = self._table_of_levels(unknown_zero)
 
     def _table_of_levels(self, unknown_zero) -> LevelTable | HighTable:
         levels = [c * self._shape.value_unit for c in looked_up(self._shape.value)]
@@ -123,6 +138,8 @@ class FragmentValues:
         for first in range(0, shape.octets, octets):
             read = self._read(tile, first, octets)
             factors = [scales.values(first + octet) for octet in range(octets)]
+            if shape.value_zeros:
+                self._add_offsets(softmax, scores, scales, range(first, first + octets))
             weights = [
                 self._weights(scores, factors[2 * step : 2 * step + 2], m, first + 2 * step)
                 for step in range(octets // 2)
@@ -138,6 +155,14 @@ class FragmentValues:
                     b = [found[2 * step + half][field, byte] for half in range(2)]
                     mma(product, result, weights[step * shape.row_tiles + m], b, result)
 
+    def _add_offsets(self, softmax: Softmax, scores, scales: TokenScales, octets: range) -> None:
+        """Add up what zeros of tokens add to every value of a row."""
+        for octet in octets:
+            own = scales.offsets(octet)
+            for m, e in itertools.product(range(self._shape.row_tiles), range(4)):
+                total = softmax.offset[m, e // 2] + scores[m, octet, e] * own[e % 2]
+                store(softmax.offset, total, m, e // 2)
+
     @staticmethod
     def _weights(scores, factors, m: int, first: int) -> list:
         """Weights of two octets, times V's factors, as an operand."""
@@ -149,27 +174,35 @@ class FragmentValues:
         return [a[i] for i in range(4)]
 
     def _read(self, tile, first: int, octets: int) -> list[list[Any]]:
-        """Codes of V ``[octet][chunk]``: bytes 2 g, 2 g + 1 of two tokens, token by token."""
+        """Codes of V ``[octet][chunk]``: bytes 2 g, then 2 g + 1, of two tokens.
+
+        Of values with zeros both bytes of a token, then of the other one.
+        """
         shape = self._shape
         read: list[list[Any]] = [[None] * shape.chunks for _ in range(octets)]
         # Four matrices at a time: of 32 tokens and a chunk, or of 16 tokens and two.
         abreast = 4 // octets
-        lane = let(T.truncmod(self._lane, 8 * octets) * 4)
-        other = let(T.truncdiv(self._lane, 8 * octets) * shape.value_plane)
+        token, other = T.truncmod(self._lane, 8 * octets), T.truncdiv(self._lane, 8 * octets)
+        moved = turned(token, shape.row_chunks)
+        if abreast > 1 and shape.row_chunks > 1:
+            moved = T.bitwise_xor(moved, other)
+        row, moved = let(token * shape.row_words), let(CHUNK_WORDS * moved)
         for chunk in range(0, shape.chunks, abreast):
             words = local(4, "uint32")
-            at = tile + lane + (chunk * shape.value_plane + 32 * first)
-            # Past the last chunk it is read twice.
-            at = at + other if chunk + 1 < shape.chunks and abreast > 1 else at
+            place = T.bitwise_xor(moved, CHUNK_WORDS * (chunk % 8)) + LINE_WORDS * (chunk // 8)
+            at = tile + row + place + 8 * first * shape.row_words
             name = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
             ptx(name, *[words[i] for i in range(4)], pointer(self._words, at))
             for i in range(octets * min(abreast, shape.chunks - chunk)):
-                read[i % octets][chunk + i // octets] = let(byte_perm(words[i], u32(0), 0x3120))
+                own = words[i] if shape.value_zeros else byte_perm(words[i], u32(0), 0x3120)
+                read[i % octets][chunk + i // octets] = let(own)
         return read
 
     def _values(self, codes, chunk: int) -> Chain:
         """Values of an octet of tokens and a chunk of V, ``[field, byte]``: of two tokens each."""
         shape = self._shape
+        if self._table is None:
+            return find_direct(shape.value, codes[chunk], TOKENS)
         if shape.value_fields == 2:
             return find_mirrored(self._table, codes[chunk])
         third = None

@@ -9,9 +9,10 @@ A lane is ``(g, t)``, g = lane / 4, t = lane % 4. Of token 8 i + g it holds a qu
 of K, ``t``'s; of tokens 8 i + 2 t and 8 i + 2 t + 1 it reads bytes 2 g and 2 g + 1 of each 16 of V:
 the fragments of ``mma`` as they are, K's tokens on the M side, V's on the K side.
 
-Words of a tile in shared memory, for N tokens of D values: V's codes, N D / 16, in planes of 16
-bytes a token that are padded apart, rows of ``ldmatrix``; then the aligned word around each meta of
-V, in the order in which lanes read them.
+Words of a tile in shared memory, for N tokens of D values: rows of V's codes, whose chunks of 16
+bytes, rows of ``ldmatrix``, are exchanged so that eight tokens' are in all banks; then the aligned
+word around each meta of V, in the order in which lanes read them. Rows are whole because a copy
+asks L2 for a sector of 32 bytes once for each line of shared memory that it goes to.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
+from tq_tvm.kernels.chunk_rows import CHUNK_WORDS, turned
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.device import (
@@ -80,8 +82,12 @@ class ValueRing:
         def place(word):
             return held("uint32", T.cast(word * 4, "uint32"), lane)
 
-        self._rows = place(lane * 4)
-        self._copied = place(lane % sharing * shape.value_plane + lane // sharing * 4)
+        def chunk_of(token, chunk):
+            moved = T.bitwise_xor(chunk, turned(token, sharing))
+            return place(token * shape.value_row + moved * CHUNK_WORDS)
+
+        self._rows = chunk_of(lane, 0)
+        self._copied = chunk_of(lane // sharing, lane % sharing)
         self._own_metas = place(own.token * shape.own_tokens)
         self._copied_metas = place(lane % apart * shape.own_tokens + lane // apart)
 
@@ -97,7 +103,10 @@ class ValueRing:
 
     def copy_to(self, token: int):
         """Where the lane's piece of V of the tokens from ``token`` on goes."""
-        return self._tile[0] + self._copied + u32(16 * token)
+        # Of fewer than eight tokens at a time bits of their number add up.
+        moved = 16 * turned(token, self._shape.sharing_lanes)
+        copied = T.bitwise_xor(self._copied, u32(moved)) if moved else self._copied
+        return self._tile[0] + copied + u32(4 * self._shape.value_row * token)
 
     def copy_meta_to(self, token: int):
         """The same of V's metas, of 32 tokens."""
@@ -118,9 +127,10 @@ class ValueRing:
         chunks = shape.value_chunks + shape.third_chunks
         rows = local((chunks, 4), "uint32")
         for chunk in range(chunks):
-            first = u32(4 * (chunk * shape.value_plane + 128 * step))
+            own = T.bitwise_xor(self._rows, u32(16 * chunk)) if chunk else self._rows
             registers = [rows[chunk, i] for i in range(4)]
-            ptx(_TRANSPOSED, *registers, self._tile[0] + self._rows + first)
+            place = self._tile[0] + own + u32(128 * shape.value_row * step)
+            ptx(_TRANSPOSED, *registers, place)
         return rows
 
 

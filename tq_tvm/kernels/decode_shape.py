@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from tq_tvm.kernels.chunk_rows import CHUNK_WORDS
 from tq_tvm.kernels.decode_planes import (
     ValuePlanes,
     four_bit_levels,
@@ -172,14 +173,14 @@ class Shape:
         return 1 << (self.value_chunks + self.third_chunks - 1).bit_length()
 
     @property
-    def value_plane(self) -> int:
-        """Words from a chunk of V to the next: padding puts lanes of a copy into other banks."""
-        return 4 * self.config.tile + (32 // self.value_chunks if self.value_chunks > 1 else 0)
+    def value_row(self) -> int:
+        """Words of a row of V in shared memory, a place for every lane that copies it."""
+        return CHUNK_WORDS * self.sharing_lanes
 
     @property
     def value_meta_at(self) -> int:
         """Where V's metas begin in a tile of shared memory, in words."""
-        return (self.value_chunks + self.third_chunks) * self.value_plane
+        return self.value_row * self.config.tile
 
     @property
     def value_words(self) -> int:

@@ -7,21 +7,34 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 from tvm.script import tirx as T
 
+from tq_tvm.kernels.chunk_rows import CHUNK_WORDS
 from tq_tvm.kernels.decode_tables import KeyTables, key_tables
 from tq_tvm.kernels.lane_rows import multiplies
 from tq_tvm.spec import CacheSpec, Codec
 
-__all__ = ["OPERAND_WORDS", "FragmentShape"]
+__all__ = ["CODE_UNIT", "LINE_WORDS", "OPERAND_WORDS", "FragmentShape"]
 
 _LANES = 4
 """Lanes that share a row of K."""
 
 OPERAND_WORDS = 128
 """Words of the left operand of a product, of 16 rows of queries."""
+
+LINE_WORDS = 32
+"""Words of shared memory that are read or written at a time."""
+
+CODE_UNIT = 2.0**-24
+"""What a byte with a zero above it is worth as a float16."""
+
+
+def _lines(words: int) -> int:
+    """Up to a whole line of banks, with which tiles have to begin."""
+    return -(-words // LINE_WORDS) * LINE_WORDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +47,14 @@ class FragmentShape:
 
     @staticmethod
     def serves(spec: CacheSpec) -> bool:
-        """Whether both codecs are looked up, and V's planes are whole chunks of 16 bytes.
+        """Whether both codecs have codes, and V's planes are whole chunks of 16 bytes.
 
         K and V have to be of one head_dim, a power of two.
         """
         if not multiplies(spec):
             return False
         fmt = spec.cache_format
-        coded = fmt.key.family == fmt.value.family == "lloyd_max"
+        coded = fmt.key.packed and fmt.value.packed
         return coded and all(spec.head_dim * bits // 8 % 16 == 0 for bits in fmt.value.plane_bits)
 
     @property
@@ -73,6 +86,11 @@ class FragmentShape:
     def key_words(self) -> int:
         """Words of a lane in the first plane of a row of K."""
         return self.spec.head_dim // (4 * _LANES * self.key_fields)
+
+    @property
+    def key_load(self) -> int:
+        """Words of a lane in one load."""
+        return min(4, self.key_words)
 
     @property
     def key_planes(self) -> int:
@@ -127,7 +145,39 @@ class FragmentShape:
         halves = self.row_tiles * self.steps * OPERAND_WORDS
         if self.in_bytes and not self.spec.window:
             halves = 0
-        return self.halves_begin + halves
+        sums = 16 * self.row_tiles if self.key_zeros else 0
+        return _lines(self.halves_begin + halves + sums)
+
+    @property
+    def sums_begin(self) -> int:
+        """Where the sums of rows of queries begin, of keys with zeros."""
+        return self.halves_begin + self.row_tiles * self.steps * OPERAND_WORDS
+
+    @property
+    def key_zeros(self) -> bool:
+        """Whether rows of K have zeros."""
+        return self.key.family == "affine"
+
+    @property
+    def value_zeros(self) -> bool:
+        """Whether rows of V have zeros."""
+        return self.value.family == "affine"
+
+    @property
+    def key_factor(self) -> float:
+        """What a row's scale is times, beside its codes in products."""
+        return self._factor(self.key)
+
+    @property
+    def value_factor(self) -> float:
+        """The same of V."""
+        factor = self._factor(self.value)
+        return factor / self.value_unit if self.value.family == "lloyd_max" else factor
+
+    def _factor(self, codec: Codec) -> float:
+        if codec.family == "lloyd_max":
+            return self.spec.head_dim**-0.5
+        return 1 / CODE_UNIT if codec.family == "affine" else 1.0
 
     @property
     def value_fields(self) -> int:
@@ -150,24 +200,29 @@ class FragmentShape:
         return self.value_chunks + self.third_chunks
 
     @property
-    def value_plane(self) -> int:
-        """Words from a chunk of V to the next: padding puts lanes of a copy into other banks."""
-        return 4 * self.tile + (4 if self.chunks > 1 else 0)
+    def row_chunks(self) -> int:
+        """Chunks of a row of V in shared memory, a power of two: see `chunk_rows`."""
+        return 1 << (self.chunks - 1).bit_length()
+
+    @property
+    def row_words(self) -> int:
+        """Words of a row of V in shared memory."""
+        return CHUNK_WORDS * self.row_chunks
 
     @property
     def value_words(self) -> int:
         """Words of V's codes."""
-        return self.chunks * self.value_plane
+        return self.tile * self.row_words
 
     @property
     def scale_words(self) -> int:
-        """Words of the factors of scores and of weights, and of residuals."""
-        return self.tile * (3 if self.key.residual_sign else 2)
+        """Words of the factors of scores and of weights, of residuals or zeros of K, and of V's."""
+        return self.tile * (2 + (len(self.key.meta) == 2) + self.value_zeros)
 
     @property
     def words(self) -> int:
         """Words of shared memory of a warp: two tiles of V, and scales of one."""
-        return 2 * self.value_words + self.scale_words
+        return _lines(2 * self.value_words + self.scale_words)
 
     @functools.cached_property
     def value_unit(self) -> float:
@@ -210,9 +265,14 @@ class FragmentShape:
         """Field, lane, word of the lane and byte of the word that have a coordinate of K."""
         plane = self.spec.head_dim // self.key_fields
         byte, field = T.truncmod(coordinate, plane), T.truncdiv(coordinate, plane)
-        own = 4 * self.key_words
+        own = 4 * self.key_load
+        first: Any = 0
+        if self.key_words > self.key_load:
+            # Of each load all lanes are neighbours: they share sectors.
+            first = self.key_load * T.truncdiv(byte, own * _LANES)
+            byte = T.truncmod(byte, own * _LANES)
         lane, inside = T.truncdiv(byte, own), T.truncmod(byte, own)
-        return field, lane, T.truncdiv(inside, 4), T.truncmod(inside, 4)
+        return field, lane, first + T.truncdiv(inside, 4), T.truncmod(inside, 4)
 
     @staticmethod
     def _operand_word(step, row, lane, half):
