@@ -23,7 +23,7 @@ row_tiles         pairs of a query token and a head, by 16, of a block: tokens d
 tile              tokens a warp decodes and attends to at a time: fewer votes and bounds,
                   against shared memory
 lanes             lanes that make a row of a Lloyd-Max codec in shared memory, where K or V has
-                  one: registers, against tables of levels made anew; codes that are looked up in
+                  one: registers, against tables of levels made anew; codes that become operands in
                   registers have four
 registers         the most a thread may have: more CTAs on an SM, against spills
 reach             tiles of a warp that a group of CTAs gets at least: fewer pieces to merge,

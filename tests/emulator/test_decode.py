@@ -155,6 +155,21 @@ def test_equals_reference(compiled, case, parts):
     assert bool((out[0] == 0).all()), "an empty sequence gives zeros"
 
 
+@pytest.mark.parametrize("case", ["group4", "group16", "cluster_group6"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_a_number_stays_in_its_query(compiled, case, number):
+    """Of a head of the longest sequence."""
+    spec, _ = CASES[case]
+    q, batch, want = problem(spec)
+    spoilt = (int(batch.seq_lens.argmax()), 1)
+    q[(*spoilt, 5)] = number
+    out = run(compiled(case), case, q, batch, 3)
+    others = torch.ones(out.shape[:2], dtype=torch.bool)
+    others[spoilt] = False
+    assert out[spoilt].isnan().all()
+    assert relative(out[others], want[others]) <= LIMIT[q.dtype]
+
+
 @pytest.mark.parametrize(
     "case", ["group4", "group16", "abreast4_streams", "cluster", "cluster_group6"]
 )

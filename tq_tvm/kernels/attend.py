@@ -57,12 +57,12 @@ Numerics
     sees it in: a weight of zero does not drop what is not a number.
 
     On a GPU sums are float32, and a row's bound lags behind its largest logit by up to 6 powers of
-    two. Of pairs that are looked up in registers (`attend_fragments`), Lloyd-Max codecs and one
-    head_dim of 64, 128 or 256, rotated queries, levels, and weights times V's scale are rounded to
-    float16, whatever the dtype: rotated queries have to be below 65504, and a weight times its
-    scale that is 2^-29 of the largest or less loses bits. Of others rotated queries, K and V as
-    ``flatten`` gives them, and weights are rounded to dtype; of a spec's window, in any format,
-    rotated queries and weights.
+    two. Of pairs whose codes become operands in registers (`attend_fragments`), all codecs but
+    ``none`` and one head_dim of 64, 128 or 256, rotated queries, levels of Lloyd-Max, and weights
+    times V's scale are rounded to float16, whatever the dtype: rotated queries have to be below
+    65504, and a weight times its scale that is 2^-29 of the largest or less loses bits. Of others
+    rotated queries, K and V as ``flatten`` gives them, and weights are rounded to dtype; of a
+    spec's window, in any format, rotated queries and weights.
 
 Cost of one token and KV head: the bytes of ``decode`` for every block of query tokens (a CPU's
 ``block``; on a GPU 16 ``row_tiles`` pairs of a token and a head), and 2 (D + DV) operations a query

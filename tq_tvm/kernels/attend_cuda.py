@@ -7,9 +7,9 @@ takes its piece of one block after the other:
 
 1. rotates the block's queries into shared memory (`attend_rows`);
 2. lets every warp walk its own tiles: scores, softmax and output by tensor cores, whose operands
-   are codes that were looked up in registers (`attend_fragments`) or, where a codec is not looked
-   up or K and V have not one head_dim of 64, 128 or 256, rows of the model's dtype in shared memory
-   (`attend_tiles`). Nothing in that loop synchronises warps, unless V has more values than a warp
+   are made of codes in registers (`attend_fragments`) or, where a codec is ``none`` or K and V have
+   not one head_dim of 64, 128 or 256, rows of the model's dtype in shared memory (`attend_tiles`).
+   Nothing in that loop synchronises warps, unless V has more values than a warp
    has registers for outputs: then a CTA is a team of two, of three at 576, which make the rows of a
    tile together, and each has its part of the columns, with scores of its own;
 3. lets them attend to the newest tokens, of a spec with a window, as they are (`attend_window`):
@@ -193,7 +193,7 @@ class _SharedWalk:
 
 
 class _RegisterWalk:
-    """A warp's walk through tiles that are looked up in registers."""
+    """A warp's walk through tiles whose codes become operands in registers."""
 
     def __init__(self, shape: AttendShape, words, caches, head, warp, lane, options, zero) -> None:
         self._shape = shape

@@ -80,12 +80,12 @@ class AttendShape:
 
     @property
     def in_registers(self) -> bool:
-        """Codes are looked up in registers; otherwise rows are made in shared memory."""
+        """Codes become operands in registers; otherwise rows are made in shared memory."""
         return FragmentShape.serves(self.spec)
 
     @property
     def fragments(self) -> FragmentShape:
-        """Tiles that are looked up in registers, a warp's."""
+        """Tiles whose codes become operands in registers, a warp's."""
         return FragmentShape(self.spec, self.config.tile, self.config.row_tiles)
 
     @property

@@ -40,15 +40,17 @@ of the form whose lanes worked out their addresses for every tile (828 instructi
 moves), 135.0 with what `device.held` keeps in registers, 133.6 with V's codes unmasked where they
 may be (`decode_planes`). 128 x 4096 of 64/8 heads took 197.9, 188.2 and 187.7. With one scan for
 shares (`decode_work`) and fewer CTAs in the second launch it takes 184.4, 256 x 512 65.1 of 73.6,
-64 x 1024 28.7 of 29.6, 64 x 8192 135.6; by records 172.9, 50.9, 25.9 and 133.3. It is
-arithmetic that bounds it: with all tables naming the same 64 pages, which L2 keeps, an older form
-took 137 us of 148. ncu of the first launch then: 236 thousand cycles at 1.76 GHz, 110 thousand
-instructions a scheduler (49 % of the slots), integer pipe 54 %, tensor core 21 %. Two warps a
-scheduler wait 3.9 cycles an instruction: 0.8 for results of fixed latency, 0.4 for shared memory
-and shuffles, 0.4 for a pipe, 0.4 for one another, 0.2 for K (0.5 from memory). 128 x 4096 of 64/8
-heads, before addresses were kept: 77 % of the samples are of what every tile runs, 6 % of bounds
-that move, in 38 % of the tiles (headroom 1), 14 % of what a piece begins and ends with; 3.8 cycles
-an instruction, of which 1.0 for results of fixed latency, 0.4 for a pipe, 0.4 for operands.
+64 x 1024 28.7 of 29.6, 64 x 8192 135.6; by records 172.9, 50.9, 25.9 and 133.3. With rows of V
+whole (`chunk_rows`) it takes 178 us, 47.9, 24.1 and 128.1, and by two warps 167 in the first and
+126.5 in the last: what L2 is asked for bounds it as much as arithmetic. With all tables naming the
+same 64 pages, which L2 keeps, an older form took 137 us of 148. ncu of the first launch then: 236
+thousand cycles at 1.76 GHz, 110 thousand instructions a scheduler (49 % of the slots), integer pipe
+54 %, tensor core 21 %. Two warps a scheduler wait 3.9 cycles an instruction: 0.8 for results of
+fixed latency, 0.4 for shared memory and shuffles, 0.4 for a pipe, 0.4 for one another, 0.2 for K
+(0.5 from memory). 128 x 4096 of 64/8 heads, before addresses were kept: 77 % of the samples are of
+what every tile runs, 6 % of bounds that move, in 38 % of the tiles (headroom 1), 14 % of what a
+piece begins and ends with; 3.8 cycles an instruction, of which 1.0 for results of fixed latency,
+0.4 for a pipe, 0.4 for operands.
 
 On an H100 memory counts as much: 173 us of the call, 134 from L2, and torch's maximum of as many
 bytes 149. Of the first launch, 167 us, ncu says 432 MB of DRAM (78 % of its peak; L2 77 % of its

@@ -165,7 +165,8 @@ def finish_row(shape: Shape, x, total, out, where, lane) -> None:
     rotate_row(shape, x, lane)
     turn_signs(shape, x, lane)
     scale = f32(shape.spec.head_dim**-0.5)
-    inverse = let(T.Select(total > f32(0), scale / total, f32(0)))
+    # What is not a number stays so.
+    inverse = let(T.Select(total == f32(0), f32(0), scale / total))
     for i in range(shape.row_values):
         value = T.cast(x[i] * inverse, shape.spec.dtype)
         store(out, value, *where, lane * shape.row_values + i)

@@ -184,7 +184,8 @@ class Query:
                 store(top, f32(0))
                 for i in range(count):
                     store(x, x[i] * f32(shape.spec.head_dim**-0.5), i)
-                    store(top, T.max(top[0], T.fabs(x[i])))
+                    # What is not a number is its row's unit, as codes have none for it.
+                    ptx("max.NaN.f32", top[0], top[0], T.fabs(x[i]))
                 # Of floats that are not negative, bits have their order.
                 ptx("redux_sync.max.u32", bits[0], as_bits(top[0]), u32(FULL_WARP))
                 store(top, as_float(bits[0]))
@@ -287,7 +288,9 @@ class Query:
         shape, memory = self._shape, self._memory
         head = let((2 * self._t + j) % 4 if shape.packed else 2 * self._t + j)
         scale = memory.unit[self._part, head] * T.fabs(sm_scale) * f32(math.log2(math.e))
-        store(self.scale, T.max(scale, f32(SMALLEST_SCALE)), j)
+        # Not their maximum, which would drop what is not a number.
+        smallest, scale = f32(SMALLEST_SCALE), let(scale)
+        store(self.scale, T.Select(scale < smallest, smallest, scale), j)
         high, low = (memory.sums[self._part, part, head] for part in range(2))
         if shape.slices > 1:
             # Constants are in one slice's scores.
