@@ -436,6 +436,20 @@ def test_decisions_that_are_gone_are_not_filed_again(tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("slower", [0.0, 1.0])
+def test_a_record_of_an_older_default_is_dropped(tmp_path, slower, caplog):
+    """Than which nothing was faster; of what was, the decisions are kept."""
+    entry = save(tmp_path, "decode")
+    path = tmp_path / TARGET.name / "decode" / "summary.json"
+    damage(path, lambda items: [{**i, "default_us": i["us"] + slower} for i in items])
+    (found,) = entries("decode", TARGET, tmp_path)
+    assert found.config != schedules.instantiate("decode", SPEC, TARGET.kind, None, None).config
+    refile("decode", TARGET, tmp_path)
+    kept = [e.workload for e in entries("decode", TARGET, tmp_path)]
+    assert kept == ([entry.workload] if slower else [])
+    assert ("is of an older default" in caplog.text) == (slower == 0)
+
+
 def test_nothing_is_filed_again_where_there_is_no_log(tmp_path):
     assert refile("decode", TARGET, tmp_path) == []
 

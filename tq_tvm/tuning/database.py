@@ -320,7 +320,8 @@ def refile(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[En
     """File records whose kernel has changed for the kernel as it is now; return these.
 
     A new search, which takes the hardware, replaces them; until then their decisions, which have to
-    be on offer, are better than none. See `Entry.refiled` for what is not theirs any more.
+    be on offer, are better than none. See `Entry.refiled` for what is not theirs any more. Records
+    of the default, than which nothing was faster, are dropped where it is another one now.
 
     Raises
     ------
@@ -333,17 +334,27 @@ def refile(kernel: str, target: TargetInfo, logs: Path | None = None) -> list[En
     directory = root / kernel
     if not directory.exists():
         return []
-    kept, changed = [], []
+    kept, changed, dropped = [], [], []
     with FileLock(root / ".lock"), tempfile.TemporaryDirectory(dir=root) as scratch:
         for entry, trace in _stored(kernel, target, logs):
-            if trace is None or _replayed(entry, trace, target) != entry.config:
+            if entry.us == entry.default_us and entry.config != _default(entry, target):
+                dropped.append(entry.workload)
+                _log.warning("refile: %s is of an older default and is dropped", entry.workload)
+            elif trace is None or _replayed(entry, trace, target) != entry.config:
                 changed.append(msgspec.structs.replace(entry, refiled=True))
                 kept.append((changed[-1], _trace_of(entry, target)))
             else:
                 kept.append((entry, trace))
-        if changed:
+        if changed or dropped:
             _replace(root, kernel, kept, target, Path(scratch))
     return changed
+
+
+def _default(entry: Entry, target: TargetInfo) -> dict[str, int]:
+    """The default decisions of a workload as they are now."""
+    sizes = decision_sizes(entry.function, entry.shape, target)
+    spec = parse_spec(entry.spec)
+    return schedules.instantiate(entry.function, spec, target.kind, None, sizes).config
 
 
 def _replayed(entry: Entry, trace: Trace, target: TargetInfo) -> dict[str, int] | None:
