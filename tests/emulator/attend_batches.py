@@ -41,19 +41,29 @@ def new_rings(spec, sequences):
     return (*rings, slots)
 
 
+NAN8 = 0x7F
+"""A code of fp8 that is no number, where no token has been filled."""
+
+
 class Problem:
     """Inputs of a batch, what attention gives, and outputs that show writes around them."""
 
     def __init__(
         self, spec, features, *, lengths=LENGTHS, queries=QUERIES, scale=1.0, want_lse=True,
-        padding=0,
+        padding=0, growth=1.0,
     ):  # fmt: skip
         self.spec, self.features = spec, dict(features)
         batch = self.batch = make_batch(spec, "cpu", lengths)
+        fmt = spec.cache_format
+        for cache, codec in zip(batch.caches, (fmt.key, fmt.value), strict=False):
+            if codec.tensor_scale:
+                cache.fill_(NAN8)
         k, v = (
             rows("gaussian", batch.tokens, spec.num_kv_heads, dim, seed=s)
             for s, dim in ((1, spec.head_dim), (2, spec.value_dim))
         )
+        # Values of later tokens are larger.
+        v = v * torch.linspace(1, growth, len(v))[:, None, None]
         scales = scales_of(spec)
         self.rings = new_rings(spec, len(lengths))
         where = (batch.block_table, batch.seq_lens, batch.starts)

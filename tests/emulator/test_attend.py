@@ -118,11 +118,17 @@ def test_many_query_tokens(compiled, case):
     run(compiled(case), case, "all", queries=[70, 3, 5, 0, 65, 0, 0]).check()
 
 
-@pytest.mark.parametrize("case", ["group4", "group6_half"])
+@pytest.mark.parametrize("case", ["group4", "group6_half", "int8"])
 def test_large_logits(compiled, case):
     """Of standard deviation 30: a row's bound has to follow."""
     problem = run(compiled(case), case, "plain", scale=30.0)
     assert close(problem.out, problem.want, 2 * LIMIT[problem.out.dtype])
+
+
+@pytest.mark.parametrize("case", ["group4", "int8"])
+def test_values_that_grow(compiled, case):
+    """The bound of V's scales has to follow, and what is relative to it."""
+    run(compiled(case), case, "plain", growth=300.0).check()
 
 
 @pytest.mark.parametrize("case", ["group4", "halves"])
