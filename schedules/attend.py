@@ -145,7 +145,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
             # 387 us of 405 at 64 x 8192 (k4v2, 8 tokens, H200).
             values.update(warps=4)
     elif key.family != "lloyd_max":
-        few = sizes is not None and 2 * _tokens(spec, sizes) <= _FEW
+        few = sizes is not None and 2 * decode.batch_tokens(spec, sizes) <= _FEW
         values.update(warps=8 if few else 4, tile=64 if key.bits == 4 and not few else 32)
     elif sizes is not None and _is_short(spec, sizes):
         values.update(tile=32)
@@ -165,11 +165,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
 
 
 def _is_short(spec: CacheSpec, sizes: Mapping[str, int]) -> bool:
-    return _tokens(spec, sizes) <= _FEW
-
-
-def _tokens(spec: CacheSpec, sizes: Mapping[str, int]) -> int:
-    return sizes["batch"] * sizes["table_width"] * spec.page_size
+    return decode.batch_tokens(spec, sizes) <= _FEW
 
 
 def limit_of(sizes: Mapping[str, int] | None) -> int:

@@ -56,6 +56,7 @@ __all__ = [
     "OPTIONS",
     "SHORT",
     "apply",
+    "batch_tokens",
     "completed",
     "defaults",
     "digest",
@@ -135,10 +136,11 @@ _THREADS = 512
 
 def is_short(spec: CacheSpec, sizes: Mapping[str, int] | None) -> bool:
     """Whether a workload of these sizes may take clusters; without sizes it may not."""
-    return sizes is not None and _tokens(spec, sizes) <= SHORT[-1][0]
+    return sizes is not None and batch_tokens(spec, sizes) <= SHORT[-1][0]
 
 
-def _tokens(spec: CacheSpec, sizes: Mapping[str, int]) -> int:
+def batch_tokens(spec: CacheSpec, sizes: Mapping[str, int]) -> int:
+    """Most tokens of a batch of these sizes."""
     return sizes["batch"] * sizes["table_width"] * spec.page_size
 
 
@@ -171,7 +173,7 @@ def defaults(spec: CacheSpec, kind: str, sizes: Mapping[str, int] | None = None)
     if kind != "cuda":
         return values
     # A batch of no known size is a large one.
-    tokens = 1 << 30 if sizes is None else _tokens(spec, sizes)
+    tokens = 1 << 30 if sizes is None else batch_tokens(spec, sizes)
     short = is_short(spec, sizes)
     if short:
         values |= next(other for most, other in SHORT if tokens <= most)

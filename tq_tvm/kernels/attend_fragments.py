@@ -17,12 +17,13 @@ sequence: 202 us, 229 when K's codes became halves (560 ``prmt``). ncu: issue 50
 integer pipe 46 % of its peak; of two warps a scheduler each waits 4.0 cycles an instruction, 1.0 of
 them for results of fixed latency and 0.7 for a pipe. A product of bytes takes 8 cycles of its warp,
 one of halves 4.8. 13 % of the samples are of what a piece begins and ends with: 16 x 32768, as many
-tokens in a quarter of the pieces, takes 184 us. 32 rows a block take 1.24 times the instructions of
+tokens in a quarter of the pieces, takes 184 us. These counts are of V's chunks in planes; since its
+rows are whole it takes 205, and 186. 32 rows a block take 1.24 times the instructions of
 16.
 
 Of direct codecs memory is the limit: at 64 x 8192 of 32/8 heads and one token int8 takes 262 us,
-98 % of the bandwidth of a copy, fp8 260 (97 %), int4 167 (78 %); rows of the model's dtype made in
-shared memory took 346, 351 and 365.
+99 % of the bandwidth of a copy, fp8 261 (97 %), int4 168 (80 %); rows of the model's dtype made in
+shared memory took 346, 353 and 369.
 
 Tried there, and slower, most of it for want of registers, of which all 255 are taken: outputs apart
 from tiles, for two barriers less at the end of a piece (223 us); queries widened where they are
@@ -52,7 +53,7 @@ from tq_tvm.kernels.attend_halves import HalfKeys
 from tq_tvm.kernels.attend_rows import QueryRows, Softmax
 from tq_tvm.kernels.attend_tiles import Seen
 from tq_tvm.kernels.attend_values import FragmentValues, TokenScales
-from tq_tvm.kernels.chunk_rows import CHUNK_WORDS, turned
+from tq_tvm.kernels.chunk_rows import chunk_word, turned_place
 from tq_tvm.kernels.device import (
     FULL_WARP,
     LOG2E,
@@ -155,8 +156,7 @@ class Fragments:
         self._copied = min(32 // self._sharing, shape.tile)
         chunk, token = let(lane % self._sharing), let(T.truncdiv(lane, self._sharing))
         self._chunk, self._copied_token = chunk, token
-        moved = T.bitwise_xor(chunk, turned(token, shape.row_chunks))
-        to = pointer(words, token * shape.row_words + moved * CHUNK_WORDS)
+        to = pointer(words, chunk_word(token, chunk, shape.row_chunks))
         self._to = held("uint32", shared_address(to), lane)
         self._k = _Place(shape, k, key_bytes, 1, head, g, 8, t * own, lane)
         self._v = _Place(shape, v, value_bytes, 1, head, token, self._copied, chunk * 16, lane)
@@ -311,9 +311,7 @@ class Fragments:
     def _place_of(self, first: int):
         """Where a lane copies to, of the tokens from ``first`` on."""
         shape = self._shape
-        # Of fewer than eight tokens at a time bits of their number add up.
-        moved = 16 * turned(first, shape.row_chunks)
-        to = T.bitwise_xor(self._to, u32(moved)) if moved else self._to
+        to = turned_place(self._to, first, shape.row_chunks)
         return to + T.cast(self._tile[0] * 4, "uint32") + u32(4 * shape.row_words * first)
 
     def turn(self) -> None:

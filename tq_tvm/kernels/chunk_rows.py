@@ -13,7 +13,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-__all__ = ["CHUNK_WORDS", "turned"]
+from tq_tvm.kernels.device import u32
+
+__all__ = ["CHUNK_WORDS", "chunk_word", "padded", "turned", "turned_place"]
 
 CHUNK_WORDS = 4
 """Words of a chunk of 16 bytes."""
@@ -31,3 +33,24 @@ def turned(token, chunks: int) -> Any:
     if isinstance(token, int):
         return token // apart % most
     return T.truncmod(T.truncdiv(token, apart), most)
+
+
+def padded(chunks: int) -> int:
+    """Places for chunks of a row, and lanes that copy it: the next power of two."""
+    return 1 << (chunks - 1).bit_length()
+
+
+def chunk_word(token, chunk, chunks: int) -> Any:
+    """Where a chunk of a token's row lies, in words from the first row on."""
+    moved = T.bitwise_xor(chunk, turned(token, chunks))
+    return token * (CHUNK_WORDS * chunks) + moved * CHUNK_WORDS
+
+
+def turned_place(place, token: int, chunks: int) -> Any:
+    """A lane's place among the first rows, in bytes, as it is ``token`` rows on, less those rows.
+
+    A warp copies as many rows at once as divide ``token``: of fewer than eight, what their chunks
+    and those of row ``token`` are exchanged by have no bit in common.
+    """
+    moved = 4 * CHUNK_WORDS * turned(token, chunks)
+    return T.bitwise_xor(place, u32(moved)) if moved else place

@@ -33,7 +33,7 @@ D = 128, bfloat16, as compiled for sm_90a with 216 registers: 937 instructions, 
 only where a bound moves. Of the other 733, 427 are on the integer pipe (0.026 a value): masks and
 other logic 219, look-ups and byte moves 100, selections 40, shifts 33; tensor core 64. Of 8 query
 heads 976 of 1270, 455 of them on the integer pipe, tensor core 128; up to 255 registers, 72 bytes
-of them spilled outside this loop.
+of them spilled outside this loop. (Counted while V's chunks were in planes.)
 
 On an H200, 64 x 8192 of 32/8 heads, bshd, by default (a script, as ``bench.json`` times): 143.5 us
 of the form whose lanes worked out their addresses for every tile (828 instructions where no bound

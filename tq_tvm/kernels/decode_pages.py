@@ -23,7 +23,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tq_tvm.kernels import pages
-from tq_tvm.kernels.chunk_rows import CHUNK_WORDS, turned
+from tq_tvm.kernels.chunk_rows import chunk_word, turned_place
 from tq_tvm.kernels.decode_shape import Shape
 from tq_tvm.kernels.decode_threads import Standing
 from tq_tvm.kernels.device import (
@@ -82,12 +82,8 @@ class ValueRing:
         def place(word):
             return held("uint32", T.cast(word * 4, "uint32"), lane)
 
-        def chunk_of(token, chunk):
-            moved = T.bitwise_xor(chunk, turned(token, sharing))
-            return place(token * shape.value_row + moved * CHUNK_WORDS)
-
-        self._rows = chunk_of(lane, 0)
-        self._copied = chunk_of(lane // sharing, lane % sharing)
+        self._rows = place(chunk_word(lane, 0, sharing))
+        self._copied = place(chunk_word(lane // sharing, lane % sharing, sharing))
         self._own_metas = place(own.token * shape.own_tokens)
         self._copied_metas = place(lane % apart * shape.own_tokens + lane // apart)
 
@@ -103,9 +99,7 @@ class ValueRing:
 
     def copy_to(self, token: int):
         """Where the lane's piece of V of the tokens from ``token`` on goes."""
-        # Of fewer than eight tokens at a time bits of their number add up.
-        moved = 16 * turned(token, self._shape.sharing_lanes)
-        copied = T.bitwise_xor(self._copied, u32(moved)) if moved else self._copied
+        copied = turned_place(self._copied, token, self._shape.sharing_lanes)
         return self._tile[0] + copied + u32(4 * self._shape.value_row * token)
 
     def copy_meta_to(self, token: int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from tq_tvm.kernels.chunk_rows import CHUNK_WORDS
+from tq_tvm.kernels.chunk_rows import CHUNK_WORDS, padded
 from tq_tvm.kernels.decode_planes import (
     ValuePlanes,
     four_bit_levels,
@@ -170,7 +170,7 @@ class Shape:
     @property
     def sharing_lanes(self) -> int:
         """Lanes that share a row of V: as many as it has chunks, or the next power of two."""
-        return 1 << (self.value_chunks + self.third_chunks - 1).bit_length()
+        return padded(self.value_chunks + self.third_chunks)
 
     @property
     def value_row(self) -> int:

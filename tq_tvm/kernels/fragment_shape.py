@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tvm.script import tirx as T
 
-from tq_tvm.kernels.chunk_rows import CHUNK_WORDS
+from tq_tvm.kernels.chunk_rows import CHUNK_WORDS, padded
 from tq_tvm.kernels.decode_tables import KeyTables, key_tables
 from tq_tvm.kernels.lane_rows import multiplies
 from tq_tvm.spec import CacheSpec, Codec
@@ -202,7 +202,7 @@ class FragmentShape:
     @property
     def row_chunks(self) -> int:
         """Chunks of a row of V in shared memory, a power of two: see `chunk_rows`."""
-        return 1 << (self.chunks - 1).bit_length()
+        return padded(self.chunks)
 
     @property
     def row_words(self) -> int:
